@@ -1,0 +1,76 @@
+"""kvpolicy: a KV-cache eviction policy is one small class; everything around it is here.
+
+Three lines for a bare attention loop (adapters for whole models are in ``kvpolicy_adapters``)::
+
+    layout = kvpolicy.RasterLayout(rows=28, cols=28, prefix=1)
+    cache = kvpolicy.PolicyCache("linear", budget="1/6", layout=layout, num_layers=4)
+    out = cache.attend(layer, query, key, value)
+"""
+
+from kvpolicy import policies
+from kvpolicy.attention import attend
+from kvpolicy.budget import Arithmetic, Budget, PerLayer, Schedule, Uniform
+from kvpolicy.cache import CacheStats, PolicyCache
+from kvpolicy.errors import (
+    AttentionError,
+    BudgetError,
+    CacheStateError,
+    KVPolicyError,
+    LayoutError,
+    ParameterError,
+    ShapeError,
+    UnknownNameError,
+)
+from kvpolicy.layout import RasterLayout, TextLayout, TokenLayout
+from kvpolicy.observer import (
+    AttentionObserver,
+    AttentionReport,
+    CumulativeMass,
+    LastQuery,
+    LineMass,
+    Need,
+    WindowMass,
+)
+from kvpolicy.policy import CacheView, EvictionPolicy, ScoredPolicy
+from kvpolicy.registry import PolicySpec, available, create, register, spec
+from kvpolicy.slots import SlotShape, SlotStore
+
+__all__ = [
+    "Arithmetic",
+    "AttentionError",
+    "AttentionObserver",
+    "AttentionReport",
+    "Budget",
+    "BudgetError",
+    "CacheStateError",
+    "CacheStats",
+    "CacheView",
+    "CumulativeMass",
+    "EvictionPolicy",
+    "KVPolicyError",
+    "LastQuery",
+    "LayoutError",
+    "LineMass",
+    "Need",
+    "ParameterError",
+    "PerLayer",
+    "PolicyCache",
+    "PolicySpec",
+    "RasterLayout",
+    "Schedule",
+    "ScoredPolicy",
+    "ShapeError",
+    "SlotShape",
+    "SlotStore",
+    "TextLayout",
+    "TokenLayout",
+    "Uniform",
+    "UnknownNameError",
+    "WindowMass",
+    "attend",
+    "available",
+    "create",
+    "policies",
+    "register",
+    "spec",
+]

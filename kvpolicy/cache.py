@@ -1,0 +1,217 @@
+"""PolicyCache: the keys and values of one generation, under one policy and one budget."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from kvpolicy.budget import Budget, Schedule
+from kvpolicy.errors import BudgetError, ParameterError
+from kvpolicy.layer import LayerCache
+from kvpolicy.layout import TokenLayout
+from kvpolicy.policy import EvictionPolicy
+from kvpolicy.registry import create
+
+__all__ = ["CacheStats", "PolicyCache", "Reclaim"]
+
+Reclaim = Literal["lazy", "eager"]
+
+@dataclass(frozen=True)
+class CacheStats:
+    """What a generation has cost so far.
+
+    Attributes:
+        policy: registry name of the policy.
+        budgets: evictable tokens a head may hold, per layer.
+        peak_tokens: most tokens that a head held at any instant, prefix included, per layer.
+        bytes: bytes of all keys and values allocated.
+        overhead_bytes: bytes of positions and observers beside them.
+        evictions: tokens that a head lost, per layer.
+        reports: attention reports that reached observers, per layer.
+        seen: tokens of the sequence so far.
+    """
+
+    policy: str
+    budgets: tuple[int, ...]
+    peak_tokens: tuple[int, ...]
+    bytes: int
+    overhead_bytes: int
+    evictions: tuple[int, ...]
+    reports: tuple[int, ...]
+    seen: int
+
+
+class PolicyCache:
+    """The cache of one generation: layout + budget + stores + policy.
+
+    Example:
+        >>> import torch, kvpolicy
+        >>> layout = kvpolicy.RasterLayout(rows=4, cols=4, prefix=1)
+        >>> cache = kvpolicy.PolicyCache("streaming_llm", budget=8, layout=layout, num_layers=1)
+        >>> for _ in range(layout.length):
+        ...     q = k = v = torch.randn(2, 3, 1, 8)
+        ...     out = cache.attend(0, q, k, v)
+        >>> out.shape, cache.stats().peak_tokens
+        (torch.Size([2, 3, 1, 8]), (9,))
+
+    Args:
+        policy: a policy, or its name in the registry.
+        budget: evictable tokens a head of a layer may hold (see :class:`Budget`); None for as
+            many as the layout has.
+        layout: where tokens sit.
+        num_layers: number of layers.
+        reclaim: ``lazy``, a victim stays visible until its slot is overwritten, or ``eager``, it
+            is hidden as soon as it is chosen.
+        schedule: how layers share the budget; the policy's own by default.
+
+    Raises:
+        BudgetError: the budget is too small for this policy on this layout.
+        ParameterError: another argument is wrong.
+        UnknownNameError: no policy has this name.
+    """
+
+    def __init__(
+        self,
+        policy: EvictionPolicy | str,
+        budget: Budget | int | float | str | None = None,
+        *,
+        layout: TokenLayout,
+        num_layers: int,
+        reclaim: Reclaim = "lazy",
+        schedule: Schedule | None = None,
+    ) -> None:
+        self.policy = create(policy) if isinstance(policy, str) else policy
+        if not isinstance(self.policy, EvictionPolicy):
+            raise ParameterError(f"policy={policy!r} is neither an EvictionPolicy nor a name")
+        if not isinstance(layout, TokenLayout):
+            raise ParameterError(
+                f"layout={layout!r} is not a TokenLayout: give RasterLayout(...) or TextLayout(...)"
+            )
+        if isinstance(num_layers, bool) or not isinstance(num_layers, int) or num_layers < 1:
+            raise ParameterError(f"num_layers={num_layers!r} must be an integer, at least 1")
+        if reclaim not in ("lazy", "eager"):
+            raise ParameterError(f"reclaim={reclaim!r} must be 'lazy' or 'eager'")
+        self.layout = layout
+        self.reclaim = reclaim
+        schedule = self.policy.schedule() if schedule is None else schedule
+        budgets = _budgets(self.policy, budget, layout, num_layers, schedule)
+        self.layers = tuple(
+            LayerCache(
+                self.policy,
+                layout,
+                layer=layer,
+                num_layers=num_layers,
+                budget=budget,
+                eager=reclaim == "eager",
+            )
+            for layer, budget in enumerate(budgets)
+        )
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float | None = None,
+        visible: Tensor | None = None,
+    ) -> Tensor:
+        """Cache T new tokens of one layer and attend from them to what the layer holds.
+
+        T tokens at once give what T calls with one token each give, up to float error. A text
+        prompt longer than the capacity is the exception: its tokens attend to the whole prompt,
+        and what the policy keeps of it is cached.
+
+        Args:
+            layer: index of the layer.
+            query: ``[B, G * H, T, D]``, rotation applied.
+            key: ``[B, H, T, D]``, rotation applied.
+            value: ``[B, H, T, Dv]``.
+            scale: factor of the scores; ``1 / sqrt(D)`` by default.
+            visible: bool by position, broadcastable to ``[B, 1, T, seen + T]``: False hides the
+                token at a position (padding, a sliding window) from a query. Causality is
+                implied. None hides nothing.
+
+        Returns:
+            Output ``[B, G * H, T, Dv]``.
+
+        Raises:
+            ShapeError: a tensor has the wrong shape, dtype or device.
+            LayoutError: more tokens than the layout has.
+            CacheStateError: the batch size has changed since the last call.
+            AttentionError: the attention is NaN.
+        """
+        if not 0 <= layer < len(self.layers):
+            raise ParameterError(f"layer={layer} is not one of the {len(self.layers)} layers")
+        return self.layers[layer].attend(query, key, value, scale=scale, visible=visible)
+
+    @property
+    def seen(self) -> int:
+        """Tokens of the sequence so far (in the first layer, which is the first to see them)."""
+        return self.layers[0].seen
+
+    def positions(self, layer: int) -> Tensor:
+        """Positions that a layer holds, int64 ``[B, H, S]``, -1 = empty (a copy).
+
+        Raises:
+            CacheStateError: the layer has not seen a token yet.
+        """
+        return self.layers[layer].require_store().positions.to(torch.int64)
+
+    def stats(self) -> CacheStats:
+        """What the generation has cost so far."""
+        stores = [layer.store for layer in self.layers if layer.store is not None]
+        readings = [o.mass.nbytes for layer in self.layers for o in layer.observers]
+        return CacheStats(
+            policy=self.policy.key or type(self.policy).__name__,
+            budgets=tuple(layer.budget for layer in self.layers),
+            peak_tokens=tuple(layer.peak for layer in self.layers),
+            bytes=sum(store.nbytes for store in stores),
+            overhead_bytes=sum(store.overhead_nbytes for store in stores) + sum(readings),
+            evictions=tuple(layer.evictions for layer in self.layers),
+            reports=tuple(layer.reports for layer in self.layers),
+            seen=self.seen,
+        )
+
+    def reset(self) -> None:
+        """Forget everything: the next token is the first of a new sequence."""
+        for layer in self.layers:
+            layer.reset()
+
+    def select_batch(self, index: Tensor) -> None:
+        """Keep the sequences ``index``, int64 ``[B']``; a sequence may repeat (beam search)."""
+        for layer in self.layers:
+            layer.select_batch(index)
+
+
+def _budgets(
+    policy: EvictionPolicy,
+    budget: Budget | int | float | str | None,
+    layout: TokenLayout,
+    num_layers: int,
+    schedule: Schedule,
+) -> tuple[int, ...]:
+    """One budget a layer."""
+    name = policy.key or type(policy).__name__
+    if budget is None:
+        if layout.evictable is None:
+            raise BudgetError(
+                f"budget=None means everything, but {layout!r} has no length; give the layout a "
+                f"length, or a budget"
+            )
+        average = layout.evictable
+    else:
+        average = Budget.parse(budget).tokens(layout)
+    floor = policy.min_budget(layout)
+    if layout.evictable is not None:
+        floor = min(floor, layout.evictable)
+    if average < floor:
+        raise BudgetError(
+            f"budget={budget} is {average} tokens per layer, too few for {name} on {layout!r}; "
+            f"the smallest budget that works is {floor}"
+        )
+    return schedule.layers(average, num_layers, floor=floor, ceiling=layout.evictable)

@@ -1,0 +1,68 @@
+"""Every exception that kvpolicy raises on purpose.
+
+Each one also derives from the built-in exception that fits, so that callers who know nothing of
+kvpolicy can still catch ``ValueError`` or ``LookupError``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+__all__ = [
+    "AttentionError",
+    "BudgetError",
+    "CacheStateError",
+    "KVPolicyError",
+    "LayoutError",
+    "ParameterError",
+    "ShapeError",
+    "UnknownNameError",
+    "near_matches",
+]
+
+
+class KVPolicyError(Exception):
+    """Base class of all errors raised by kvpolicy."""
+
+
+class ParameterError(KVPolicyError, ValueError):
+    """A policy, schedule or layout parameter is missing, unknown or out of range."""
+
+
+class BudgetError(KVPolicyError, ValueError):
+    """A budget can't be parsed, or is smaller than the policy needs for this layout."""
+
+
+class LayoutError(KVPolicyError, ValueError):
+    """Tokens don't fit the layout, or the layout lacks what the policy needs."""
+
+
+class ShapeError(KVPolicyError, ValueError):
+    """A tensor has the wrong shape, device or dtype."""
+
+
+class CacheStateError(KVPolicyError, RuntimeError):
+    """Calls came in an order, or with a batch, that the cache can't serve."""
+
+
+class AttentionError(KVPolicyError, FloatingPointError):
+    """Attention gave NaN: decisions made from it would be meaningless."""
+
+
+class UnknownNameError(KVPolicyError, LookupError):
+    """A name is not in a registry; the message lists near matches."""
+
+
+def near_matches(name: str, known: Iterable[str]) -> str:
+    """Say which of the known names the caller may have meant.
+
+    Returns:
+        A clause such as ``did you mean 'linear'? known: 'full', 'linear'``.
+    """
+    names = sorted(known)
+    close = get_close_matches(name.lower(), names, n=3, cutoff=0.5)
+    listed = ", ".join(repr(n) for n in names) or "nothing"
+    if not close:
+        return f"known: {listed}"
+    return f"did you mean {' or '.join(repr(n) for n in close)}? known: {listed}"

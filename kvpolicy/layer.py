@@ -1,0 +1,437 @@
+"""LayerCache: one layer of a generation, a token's way from key and value to output and report.
+
+The policy makes room if it must, the key and value are written into slots, the query attends over
+the slots, and what it attended to is reported to the policy's observers. There is no other way in
+or out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kvpolicy.attention import attend
+from kvpolicy.errors import AttentionError, BudgetError, CacheStateError, LayoutError, ShapeError
+from kvpolicy.layout import TokenLayout
+from kvpolicy.observer import AttentionObserver, AttentionReport, Need
+from kvpolicy.policy import CacheView, EvictionPolicy
+from kvpolicy.slots import SlotShape, SlotStore
+
+__all__ = ["LayerCache"]
+
+#: Queries that attend, and are observed, at once: bounds the memory of a long call.
+QUERY_CHUNK = 128
+
+
+class LayerCache:
+    """One layer's store, its observers, and the slots that it may reuse.
+
+    Args:
+        policy: the policy.
+        layout: where tokens sit.
+        layer: index of the layer, lowest first.
+        num_layers: number of layers.
+        budget: evictable tokens that a head may hold.
+        eager: whether victims are hidden as soon as they are chosen.
+    """
+
+    def __init__(
+        self,
+        policy: EvictionPolicy,
+        layout: TokenLayout,
+        *,
+        layer: int,
+        num_layers: int,
+        budget: int,
+        eager: bool,
+    ) -> None:
+        self.policy = policy
+        self.layout = layout
+        self.layer = layer
+        self.num_layers = num_layers
+        self.budget = budget
+        self.eager = eager
+        self.reset()
+
+    @property
+    def capacity(self) -> int:
+        """Slots of a head: pinned prefix + budget."""
+        return self.layout.prefix + self.budget
+
+    def reset(self) -> None:
+        """Back to the state before the first token."""
+        self.store: SlotStore | None = None
+        self.observers: Sequence[AttentionObserver] = ()
+        self.need = Need.NONE
+        self.seen = 0
+        # Victims not reclaimed yet, [B, H, N], of which `reused` have been handed out.
+        self.queue: Tensor | None = None
+        self.reused = 0
+        self.peak = self.evictions = self.reports = 0
+
+    def require_store(self) -> SlotStore:
+        """The store, or an error where no token has come yet."""
+        if self.store is None:
+            raise CacheStateError(f"layer {self.layer} has not seen a token yet")
+        return self.store
+
+    def select_batch(self, index: Tensor) -> None:
+        """Keep the sequences ``index``."""
+        if self.store is None:
+            return
+        index = index.to(self.store.keys.device)
+        self.store.select_batch(index)
+        for observer in self.observers:
+            observer.mass = observer.mass.index_select(0, index)
+        if self.queue is not None:
+            self.queue = self.queue.index_select(0, index)
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float | None,
+        visible: Tensor | None,
+    ) -> Tensor:
+        """Cache T tokens and attend from them; see :meth:`PolicyCache.attend`."""
+        count = self._check(query, key, value, visible)
+        if self.seen == 0 and count > self.capacity and self.layout.compresses_prompt:
+            return self._compress_prompt(query, key, value, scale=scale, visible=visible)
+        if self.store is None:
+            shape = self._shape(key, self.capacity)
+            self.store = SlotStore(shape, key, value)
+            self._watch(shape)
+        if count == 1:
+            self._make_room()
+            return self._run(query, key, value, scale=scale, visible=visible)
+        outputs = []
+        done = 0
+        while done < count:
+            run = self._run_length(count - done)
+            part = slice(done, done + run)
+            done += run
+            rows = None
+            if visible is not None:
+                rows = visible if visible.shape[2] == 1 else visible[:, :, part]
+            outputs.append(
+                self._run(
+                    query[:, :, part], key[:, :, part], value[:, :, part], scale=scale, visible=rows
+                )
+            )
+        return torch.cat(outputs, dim=2)
+
+    # -- making room ---------------------------------------------------------------------------
+
+    @property
+    def room(self) -> int:
+        """Slots that can be handed out without a decision."""
+        queued = 0 if self.queue is None else self.queue.shape[-1] - self.reused
+        return self.require_store().fresh + queued
+
+    def _view(self, store: SlotStore, seen: int, room: int) -> CacheView:
+        return CacheView(
+            store,
+            self.observers,
+            seen=seen,
+            room=room,
+            layer=self.layer,
+            num_layers=self.num_layers,
+            budget=self.budget,
+            layout=self.layout,
+        )
+
+    def _headroom(self, view: CacheView) -> int:
+        """What the policy wants free, but never more than the layout still has tokens."""
+        wanted = self.policy.headroom(view)
+        length = self.layout.length
+        return wanted if length is None else min(wanted, length - view.seen)
+
+    def _make_room(self) -> None:
+        """Let the policy decide, if the next token needs more room than there is."""
+        room = self.room
+        store = self.require_store()
+        view = self._view(store, self.seen, room)
+        wanted = self._headroom(view)
+        if room >= wanted:
+            return
+        count = wanted - store.fresh
+        if count > self.capacity - self.layout.prefix:
+            raise BudgetError(
+                f"{self._name} wants {wanted} free slots at position {self.seen}, but layer "
+                f"{self.layer} may hold only {self.budget} evictable tokens; min_budget must say so"
+            )
+        victims = self.policy.victims(view, count)
+        expected = (store.shape.batch, store.shape.heads, count)
+        if tuple(victims.shape) != expected or victims.dtype != torch.int64:
+            raise ShapeError(
+                f"{self._name}.victims gave {victims.dtype} {list(victims.shape)}; expected int64 "
+                f"{list(expected)}"
+            )
+        # Victims of an earlier decision that were not reclaimed stay cached unless chosen again.
+        self.queue, self.reused = victims, 0
+        if self.eager:
+            store.clear(victims)
+
+    def _run_length(self, limit: int) -> int:
+        """Tokens, at most ``limit``, that can come at once with no decision between them."""
+        self._make_room()
+        room, length = self.room, self.layout.length
+        limit = min(limit, room, QUERY_CHUNK)
+        if length is not None and room >= length - self.seen:
+            return limit
+        store = self.require_store()
+        for ahead in range(1, limit):
+            view = self._view(store, self.seen + ahead, room - ahead)
+            if self._headroom(view) > view.room:
+                return ahead
+        return limit
+
+    def _hand_out(self, count: int) -> tuple[Tensor, int]:
+        """Slots for the next tokens, ``[B, H, count]``, and how many of them were fresh."""
+        store = self.require_store()
+        fresh = min(count, store.fresh)
+        if fresh == count:
+            return store.take_fresh(count), fresh
+        assert self.queue is not None  # _make_room has seen to it
+        reclaimed = self.queue[:, :, self.reused : self.reused + count - fresh]
+        self.reused += count - fresh
+        self.evictions += count - fresh
+        if fresh == 0:
+            return reclaimed, 0
+        return torch.cat([store.take_fresh(fresh), reclaimed], dim=-1), fresh
+
+    # -- a run of tokens without a decision ----------------------------------------------------
+
+    def _run(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float | None,
+        visible: Tensor | None,
+    ) -> Tensor:
+        """Write consecutive tokens and attend from them."""
+        store = self.require_store()
+        count = key.shape[2]
+        before = store.handed_out
+        slots, fresh = self._hand_out(count)
+        reclaimed = slots[:, :, fresh:]
+        need_mass = self.need is not Need.NONE
+        if count == 1:
+            store.write(slots, key, value, self.seen)
+            held = store.handed_out
+            output, mass = attend(
+                query,
+                store.keys[:, :, :held],
+                store.values[:, :, :held],
+                scale=scale,
+                visible=self._visible(visible, held),
+                need_mass=need_mass,
+            )
+        else:
+            # Token i reclaims its slot when its turn comes, so the queries before it still see
+            # the victim: attend to the slots as they were, and to the new tokens beside them.
+            seen_by = self._visible_to_run(visible, before, slots, fresh)
+            output, beside = attend(
+                query,
+                torch.cat([store.keys[:, :, :before], key], dim=2),
+                torch.cat([store.values[:, :, :before], value], dim=2),
+                scale=scale,
+                visible=seen_by,
+                need_mass=need_mass,
+            )
+            store.write(slots, key, value, self.seen)
+            mass = None
+            if beside is not None:
+                mass = beside.new_zeros(*beside.shape[:3], store.handed_out)
+                mass[..., :before] = beside[..., :before]
+                into = slots.unsqueeze(2).expand(*beside.shape[:3], count)
+                mass.scatter_(3, into, beside[..., before:])
+        first = self.seen
+        self.seen += count
+        self.peak = max(self.peak, self._held())
+        if reclaimed.shape[-1]:
+            for observer in self.observers:
+                observer.forget(reclaimed)
+        self._observe(mass, first, self.room)
+        return output
+
+    def _held(self) -> int:
+        """Tokens that each head holds now."""
+        store = self.require_store()
+        hidden = self.room - store.fresh if self.eager else 0
+        return store.handed_out - hidden
+
+    def _visible(self, by_position: Tensor | None, held: int) -> Tensor | None:
+        """Which slots one query may see, ``[B, H, 1, held]``; None for all."""
+        positions = self.require_store().positions[:, :, :held]
+        if by_position is not None:
+            return _by_slot(by_position, positions)
+        return (positions >= 0).unsqueeze(2) if self.eager else None
+
+    def _visible_to_run(
+        self, by_position: Tensor | None, before: int, slots: Tensor, fresh: int
+    ) -> Tensor:
+        """Which old slots and new tokens T queries may see, ``[B, H, T, before + T]``."""
+        store = self.require_store()
+        batch, heads, count = slots.shape
+        device = slots.device
+        positions = store.positions[:, :, :before]
+        turn = torch.arange(count, device=device)
+        # The turn at which each old slot is reclaimed; `count` for those that are not.
+        gone_at = torch.full((batch, heads, store.shape.slots), count, device=device)
+        gone_at.scatter_(2, slots, turn.expand_as(slots))
+        old = turn[:, None] < gone_at[:, :, None, :before]
+        old = old & (positions >= 0).unsqueeze(2)
+        new = (turn[None, :] <= turn[:, None]).expand(batch, heads, count, count)
+        if by_position is not None:
+            old = old & _by_slot(by_position, positions)
+            new = new & by_position[..., self.seen : self.seen + count]
+        return torch.cat([old, new], dim=-1)
+
+    def _observe(self, mass: Tensor | None, first: int, room: int) -> None:
+        """Hand the mass to the observers, after refusing NaN."""
+        if mass is None:
+            return
+        finite = mass.sum().isfinite()
+        if mass.device.type == "cpu":
+            if not finite:
+                raise AttentionError(
+                    f"layer {self.layer}: attention from position {first} is NaN; the model's "
+                    f"queries or keys are not finite"
+                )
+        else:
+            torch._assert_async(finite)
+        report = AttentionReport(mass=mass, first=first, room=room, layout=self.layout)
+        for observer in self.observers:
+            observer.observe(report)
+        self.reports += 1
+
+    # -- the first call ------------------------------------------------------------------------
+
+    def _shape(self, key: Tensor, slots: int) -> SlotShape:
+        return SlotShape(
+            batch=key.shape[0],
+            heads=key.shape[1],
+            slots=slots,
+            device=key.device,
+            layout=self.layout,
+        )
+
+    def _watch(self, shape: SlotShape) -> None:
+        self.observers = tuple(self.policy.observers(shape))
+        self.need = max((observer.needs for observer in self.observers), default=Need.NONE)
+
+    def _compress_prompt(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float | None,
+        visible: Tensor | None,
+    ) -> Tensor:
+        """Attend over a whole prompt, then keep of it what the policy does not evict.
+
+        Queries attend in chunks, so that observing costs memory for chunk x length, never for
+        length squared.
+        """
+        count = key.shape[2]
+        shape = self._shape(key, count)
+        prompt = SlotStore.holding(shape, key, value)
+        self._watch(shape)
+        outputs = []
+        for first in range(0, count, QUERY_CHUNK):
+            last = min(first + QUERY_CHUNK, count)
+            turn = torch.arange(first, last, device=key.device)
+            allowed = torch.arange(last, device=key.device)[None, :] <= turn[:, None]
+            allowed = allowed[None, None]
+            if visible is not None:
+                rows = visible if visible.shape[2] == 1 else visible[:, :, first:last]
+                allowed = allowed & rows[..., :last]
+            output, mass = attend(
+                query[:, :, first:last],
+                key[:, :, :last],
+                value[:, :, :last],
+                scale=scale,
+                visible=allowed,
+                need_mass=self.need is not Need.NONE,
+            )
+            outputs.append(output)
+            self._observe(mass, first, count - last)
+        view = self._view(prompt, count, 0)
+        surplus = count - self.capacity
+        gone = torch.zeros_like(prompt.positions, dtype=torch.bool)
+        gone.scatter_(2, self.policy.victims(view, surplus), True)
+        # A stable sort of the flags lists the survivors first, in the order of their positions.
+        kept = gone.to(torch.int8).argsort(dim=-1, stable=True)[:, :, : self.capacity]
+        self.store = SlotStore(self._shape(key, self.capacity), key, value)
+        self.store.fill_from(prompt, kept)
+        for observer in self.observers:
+            observer.mass = observer.mass.gather(2, kept)
+        self.seen = count
+        self.evictions += surplus
+        self.peak = max(self.peak, self.capacity)
+        return torch.cat(outputs, dim=2)
+
+    def _check(self, query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None) -> int:
+        """Refuse wrong tensors before anything changes; returns T."""
+        for name, tensor in (("query", query), ("key", key), ("value", value)):
+            if tensor.ndim != 4:
+                raise ShapeError(f"{name} is {list(tensor.shape)}; expected 4 dims [B, H, T, D]")
+        batch, heads, count, dim = key.shape
+        if value.shape[:3] != key.shape[:3]:
+            raise ShapeError(f"value is {list(value.shape)}, but key is {list(key.shape)}")
+        if (query.shape[0], query.shape[2], query.shape[3]) != (batch, count, dim):
+            raise ShapeError(
+                f"query is {list(query.shape)}, but key is {list(key.shape)}: batch, tokens and "
+                f"head dim must agree"
+            )
+        if query.shape[1] % heads:
+            raise ShapeError(
+                f"query has {query.shape[1]} heads, which is no multiple of the {heads} KV heads"
+            )
+        if count == 0:
+            raise ShapeError("no tokens: key is " + str(list(key.shape)))
+        length = self.layout.length
+        if length is not None and self.seen + count > length:
+            raise LayoutError(
+                f"position {self.seen + count - 1} is outside {self.layout!r}, which has {length} "
+                f"tokens; reset() the cache for a new sequence, or give the layout its real size"
+            )
+        if self.store is not None:
+            if batch != self.store.shape.batch:
+                raise CacheStateError(
+                    f"batch changed from {self.store.shape.batch} to {batch} after {self.seen} "
+                    f"tokens; use select_batch() to reorder a batch, reset() to start a new one"
+                )
+            self.store.check(key, value)
+        if visible is not None and (
+            visible.ndim != 4
+            or visible.dtype != torch.bool
+            or visible.shape[2] not in (1, count)
+            or visible.shape[3] != self.seen + count
+        ):
+            raise ShapeError(
+                f"visible is {visible.dtype} {list(visible.shape)}; expected bool "
+                f"[B, 1, {count}, {self.seen + count}]"
+            )
+        return count
+
+    @property
+    def _name(self) -> str:
+        return self.policy.key or type(self.policy).__name__
+
+
+def _by_slot(by_position: Tensor, positions: Tensor) -> Tensor:
+    """Look each slot's position up: ``[B|1, H|1, T, P]`` by position to ``[B, H, T, S]``."""
+    batch, heads, slots = positions.shape
+    rows = by_position.shape[2]
+    index = positions.clamp(min=0).to(torch.int64).unsqueeze(2).expand(batch, heads, rows, slots)
+    table = by_position.expand(batch, heads, rows, by_position.shape[3])
+    return table.gather(3, index) & (positions >= 0).unsqueeze(2)

@@ -1,0 +1,176 @@
+"""Where a token sits: positions, lines and columns of text and of raster images.
+
+A layout is pure arithmetic. Every method takes a position (a token's 0-based index in the
+sequence, prefix included) as an ``int`` or as an integer tensor of any shape, and answers in kind.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Protocol, TypeVar, runtime_checkable
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor
+
+from kvpolicy.errors import LayoutError, ParameterError
+
+__all__ = ["RasterLayout", "TextLayout", "TokenLayout"]
+
+Position = TypeVar("Position", int, Tensor)
+
+
+@runtime_checkable
+class TokenLayout(Protocol):
+    """What a policy may ask about a sequence.
+
+    Attributes:
+        prefix: number of leading tokens that are pinned: never evicted, outside the budget.
+        length: number of tokens of a whole sequence, prefix included, or None where unknown.
+        line_length: number of tokens of a line, its line-break token included.
+    """
+
+    @property
+    def prefix(self) -> int: ...
+    @property
+    def length(self) -> int | None: ...
+    @property
+    def line_length(self) -> int: ...
+    @property
+    def evictable(self) -> int | None: ...
+    @property
+    def compresses_prompt(self) -> bool: ...
+    def line(self, position: Position) -> Position: ...
+    def column(self, position: Position) -> Position: ...
+    def is_line_start(self, position: int) -> bool: ...
+    def is_pinned(self, position: Tensor) -> Tensor: ...
+
+
+class _Grid(Protocol):
+    """What the arithmetic of lines needs."""
+
+    @property
+    def prefix(self) -> int: ...
+    @property
+    def length(self) -> int | None: ...
+    @property
+    def line_length(self) -> int: ...
+
+
+class _Layout(BaseModel):
+    """What the two layouts share: lines of equal length behind a pinned prefix."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    def __init__(self, /, **fields: object) -> None:
+        try:
+            super().__init__(**fields)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise ParameterError(
+                f"{type(self).__name__}: {where}={first['input']!r}: {first['msg']}"
+            ) from None
+
+    @property
+    def evictable(self: _Grid) -> int | None:
+        """Number of tokens behind the prefix, or None where the length is unknown."""
+        return None if self.length is None else self.length - self.prefix
+
+    def line(self: _Grid, position: Position) -> Position:
+        """Line of a position: 0 is the first line behind the prefix; prefix lines are negative."""
+        return (position - self.prefix) // self.line_length
+
+    def column(self: _Grid, position: Position) -> Position:
+        """Column of a position, 0 to ``line_length - 1``; meaningless inside the prefix."""
+        return (position - self.prefix) % self.line_length
+
+    def is_line_start(self: _Grid, position: int) -> bool:
+        """Whether the token at this position opens a line."""
+        return position >= self.prefix and (position - self.prefix) % self.line_length == 0
+
+    def is_pinned(self: _Grid, position: Tensor) -> Tensor:
+        """Whether tokens belong to the prefix; bool of the same shape (empty slots are not)."""
+        return (position >= 0) & (position < self.prefix)
+
+
+Count = Annotated[int, Field(ge=0)]
+Size = Annotated[int, Field(ge=1)]
+
+
+class RasterLayout(_Layout):
+    """An image drawn line by line behind a prefix, with optional tokens after it.
+
+    Tokens after the image (``suffix``) go on as further lines, so that every policy treats them
+    like the rows of a taller image.
+
+    Example:
+        >>> layout = RasterLayout(rows=28, cols=28, prefix=1)
+        >>> layout.length, layout.line(29), layout.column(30)
+        (785, 1, 1)
+
+    Args:
+        rows: image rows, in tokens.
+        cols: image columns, in tokens, without the line-break token.
+        line_break: 1 where the model ends each row with a line-break token, else 0.
+        prefix: pinned tokens before the image (class token, prompt).
+        suffix: tokens that may follow the image.
+
+    Raises:
+        ParameterError: a field is missing, unknown, of the wrong type or out of range.
+    """
+
+    rows: Size
+    cols: Size
+    line_break: Annotated[int, Field(ge=0, le=1)] = 0
+    prefix: Count = 0
+    suffix: Count = 0
+
+    @property
+    def line_length(self) -> int:
+        """Tokens in a line, its line-break token included."""
+        return self.cols + self.line_break
+
+    @property
+    def length(self) -> int:
+        """Tokens in a whole sequence: prefix, image and suffix."""
+        return self.prefix + self.rows * self.line_length + self.suffix
+
+    @property
+    def compresses_prompt(self) -> bool:
+        """An image's prompt is its prefix, which is pinned: there is nothing to compress."""
+        return False
+
+
+class TextLayout(_Layout):
+    """Text: pinned sinks, then tokens without a known end.
+
+    Args:
+        sinks: leading tokens that are pinned (attention sinks, a system prompt).
+        length: longest sequence that will be cached, where known. Fractional budgets need it.
+        line_length: tokens that line-wise policies treat as one line.
+
+    Raises:
+        ParameterError: a field is unknown, of the wrong type or out of range.
+        LayoutError: the length leaves nothing behind the sinks.
+    """
+
+    sinks: Count = 0
+    length: Size | None = None
+    line_length: Size = 1
+
+    def __init__(self, /, **fields: object) -> None:
+        super().__init__(**fields)
+        if self.length is not None and self.length <= self.sinks:
+            raise LayoutError(
+                f"TextLayout: length={self.length} leaves no token behind sinks={self.sinks}; "
+                f"the smallest length that works is {self.sinks + 1}"
+            )
+
+    @property
+    def prefix(self) -> int:
+        """Pinned tokens: the sinks."""
+        return self.sinks
+
+    @property
+    def compresses_prompt(self) -> bool:
+        """A text prompt attends in full and is compressed to the budget afterwards."""
+        return True

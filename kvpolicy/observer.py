@@ -1,0 +1,171 @@
+"""The only door between a model and a policy: what attention did, slot by slot.
+
+``A[q, j]`` is the attention probability that query token ``q`` gives key token ``j``, averaged
+over the query heads that share the KV head. Mass is a sum of ``A[q, j]`` over queries; float32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import ClassVar, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from kvpolicy.errors import ParameterError
+from kvpolicy.layout import TokenLayout
+from kvpolicy.slots import SlotShape
+
+__all__ = [
+    "AttentionObserver",
+    "AttentionReport",
+    "CumulativeMass",
+    "LastQuery",
+    "LineMass",
+    "Need",
+    "WindowMass",
+]
+
+
+class Need(IntEnum):
+    """How much of the attention an observer must see."""
+
+    NONE = 0
+    LAST_QUERY = 1
+    WINDOW = 2
+    MASS = 3
+
+
+@dataclass(frozen=True)
+class AttentionReport:
+    """What one run of consecutive queries attended to.
+
+    Attributes:
+        mass: ``A[q, s]`` of each query and slot, ``[B, H, T, S']``, float32; slots from S' on
+            have never been handed out and got nothing.
+        first: position of the first of the T queries.
+        room: slots that can still be handed out after the last of these queries before the
+            policy must decide again; 0 says that the next token needs a decision.
+        layout: where the tokens sit.
+    """
+
+    mass: Tensor
+    first: int
+    room: int
+    layout: TokenLayout
+
+    @property
+    def count(self) -> int:
+        """Number of queries T."""
+        return self.mass.shape[2]
+
+
+@runtime_checkable
+class AttentionObserver(Protocol):
+    """Watches one layer of one generation.
+
+    Attributes:
+        needs: how much attention it must see.
+        mass: its reading, one float32 number a slot, ``[B, H, S]``. This is all the state that
+            an observer keeps per slot: the cache re-indexes it when slots or batches are
+            re-ordered.
+    """
+
+    needs: ClassVar[Need]
+    mass: Tensor
+
+    def observe(self, report: AttentionReport) -> None:
+        """Take in what the newest queries attended to."""
+
+    def forget(self, slots: Tensor) -> None:
+        """These slots, ``[B, H, N]``, now hold other tokens."""
+
+
+class _SlotMass:
+    """One number a slot, zero for a token that has just come."""
+
+    def __init__(self, shape: SlotShape) -> None:
+        size = (shape.batch, shape.heads, shape.slots)
+        self.mass = torch.zeros(size, dtype=torch.float32, device=shape.device)
+
+    def forget(self, slots: Tensor) -> None:
+        """Zero the reading of slots that now hold other tokens."""
+        self.mass.scatter_(2, slots, 0.0)
+
+    def _add(self, mass: Tensor) -> None:
+        """Add the mass of T queries, ``[B, H, T, S']``."""
+        into = self.mass[..., : mass.shape[-1]]
+        into += mass[:, :, 0] if mass.shape[2] == 1 else mass.sum(2)
+
+
+class CumulativeMass(_SlotMass):
+    """Mass from every query so far: ``sum over q of A[q, j]`` (H2O, arXiv:2306.14048)."""
+
+    needs: ClassVar[Need] = Need.MASS
+
+    def observe(self, report: AttentionReport) -> None:
+        """Add the queries' mass."""
+        self._add(report.mass)
+
+
+class LineMass(_SlotMass):
+    """Mass from the queries of the current line, or, between lines, of the line just finished.
+
+    Queries of the prefix, before the first line, count as one line (LineAR, arXiv:2512.04857).
+    """
+
+    needs: ClassVar[Need] = Need.MASS
+
+    def observe(self, report: AttentionReport) -> None:
+        """Add the queries' mass, starting from zero where a line begins."""
+        mass = report.mass
+        for query in reversed(range(report.count)):
+            if report.layout.is_line_start(report.first + query):
+                self.mass.zero_()
+                mass = mass[:, :, query:]
+                break
+        self._add(mass)
+
+
+class LastQuery(_SlotMass):
+    """Mass from the newest query alone: ``A[q, j]`` (TOVA, arXiv:2401.06104)."""
+
+    needs: ClassVar[Need] = Need.LAST_QUERY
+
+    def observe(self, report: AttentionReport) -> None:
+        """Replace the reading by the newest query's."""
+        self.mass[..., : report.mass.shape[-1]] = report.mass[:, :, -1]
+
+
+class WindowMass(_SlotMass):
+    """Mass from the last ``window`` queries before a decision (SnapKV, arXiv:2404.14469).
+
+    It starts from zero ``window`` tokens before each decision, so its reading is meaningful when
+    a decision is due, and only then.
+
+    Args:
+        shape: the store's shape.
+        window: number of queries.
+
+    Raises:
+        ParameterError: the window is smaller than one query.
+    """
+
+    needs: ClassVar[Need] = Need.WINDOW
+
+    def __init__(self, shape: SlotShape, window: int) -> None:
+        if window < 1:
+            raise ParameterError(f"WindowMass: window={window} must be at least 1 query")
+        super().__init__(shape)
+        self.window = window
+
+    def observe(self, report: AttentionReport) -> None:
+        """Add the mass of those queries that lie in the window before the next decision."""
+        # Query i of T leaves room for `report.room + T - 1 - i` tokens behind it.
+        opening = report.room + report.count - self.window
+        if opening >= report.count:
+            return
+        if opening >= 0:
+            self.mass.zero_()
+        self._add(report.mass[:, :, max(opening, 0) :])

@@ -1,0 +1,10 @@
+"""The strategies that ship with kvpolicy, one file each. Importing this registers them."""
+
+from kvpolicy.policies.full import Full
+from kvpolicy.policies.h2o import H2O
+from kvpolicy.policies.linear import Linear
+from kvpolicy.policies.pyramid import Pyramid
+from kvpolicy.policies.random import Random
+from kvpolicy.policies.streaming_llm import StreamingLLM
+
+__all__ = ["H2O", "Full", "Linear", "Pyramid", "Random", "StreamingLLM"]

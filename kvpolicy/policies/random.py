@@ -1,0 +1,38 @@
+"""The floor of every comparison: a random subset."""
+
+from __future__ import annotations
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from kvpolicy.policy import CacheView, ScoredPolicy
+from kvpolicy.registry import register
+
+__all__ = ["Random"]
+
+
+@register("random")
+class Random(ScoredPolicy):
+    """Keep a random subset of the tokens, each as likely as the others.
+
+    Every (layer, head, position) draws a fixed priority from the seed and the highest are kept,
+    which is a uniform sample without replacement at every moment. Drawing by hashing makes it the
+    same on every device and independent of the batch.
+    """
+
+    seed: int = Field(0, ge=0, lt=2**31, description="seed of the priorities")
+
+    def score(self, view: CacheView) -> Tensor:
+        """A hash of seed, layer, head and position in [0, 2**24), exact in float32."""
+        heads = torch.arange(view.positions.shape[1], device=view.positions.device).view(1, -1, 1)
+        key = ((self.seed * 1009 + view.layer) * 1009 + heads) * 1_000_003 + view.positions
+        return (_mix(key) >> 40).to(torch.float32)
+
+
+def _mix(key: Tensor) -> Tensor:
+    """The finaliser of SplitMix64 (Steele et al., 2014): int64 to int64 in [0, 2**64 / 2)."""
+    key = key * -7046029254386353131
+    key = (key ^ ((key >> 30) & 0x3FFFFFFFF)) * -4658895280553007687
+    key = (key ^ ((key >> 27) & 0x1FFFFFFFFF)) * -7723592293110705685
+    return (key ^ ((key >> 31) & 0x1FFFFFFFF)) & 0x7FFFFFFFFFFFFFFF
