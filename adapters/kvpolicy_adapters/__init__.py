@@ -1,0 +1,9 @@
+"""kvpolicy_adapters: hooks whole models up to kvpolicy.
+
+``attach`` serves the causal language models of transformers, which many image generators are.
+"""
+
+from kvpolicy_adapters.attach import attach
+from kvpolicy_adapters.transformers_cache import TransformersCache
+
+__all__ = ["TransformersCache", "attach"]

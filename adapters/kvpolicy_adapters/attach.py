@@ -1,0 +1,175 @@
+"""attach: put a transformers model under a policy for the length of a ``with`` block.
+
+Both of transformers' registries (attention functions and mask functions) are public and additive:
+the names are registered by the first ``attach``, never at import, and nothing is patched.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from kvpolicy import (
+    Budget,
+    EvictionPolicy,
+    ParameterError,
+    PolicyCache,
+    Schedule,
+    TextLayout,
+    TokenLayout,
+)
+from kvpolicy.cache import Reclaim
+from kvpolicy_adapters.transformers_cache import TransformersCache, marked_layer, policy_attention
+
+__all__ = ["attach"]
+
+_NAME = "kvpolicy"
+_LOCK = threading.Lock()
+#: Per attached model: how many blocks are open, and what its configurations said before.
+_ATTACHED: dict[int, _Attachment] = {}
+#: Per configuration (by id, alive while attached): the implementation it had.
+_BEFORE: dict[int, str] = {}
+
+
+@contextmanager
+def attach(
+    model: PreTrainedModel,
+    *,
+    policy: EvictionPolicy | str = "linear",
+    budget: Budget | int | float | str | None = None,
+    layout: TokenLayout | None = None,
+    reclaim: Reclaim = "lazy",
+    schedule: Schedule | None = None,
+) -> Iterator[TransformersCache]:
+    """Put a model under a policy; the cache it gives goes into ``past_key_values``.
+
+    The model's weights and code stay as they are. Calls of the model without this cache, inside
+    the block and after it, do what they always did. Blocks may be nested and may run in several
+    threads: each generation belongs to the cache that it is given.
+
+    Example::
+
+        with attach(model, policy="linear", budget="1/6", layout=layout) as cache:
+            out = model.generate(**inputs, past_key_values=cache)
+        cache.stats()
+
+    Args:
+        model: a causal language model of transformers that uses its attention interface.
+        policy: a policy, or its name in the registry.
+        budget: evictable tokens a head of a layer may hold; None for as many as the layout has.
+        layout: where tokens sit; text by default.
+        reclaim: ``lazy`` or ``eager``.
+        schedule: how layers share the budget; the policy's own by default.
+
+    Raises:
+        ParameterError: the model does not use transformers' attention interface.
+        BudgetError: the budget is too small for this policy on this layout.
+        UnknownNameError: no policy has this name.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise ParameterError(
+            f"model is a {type(model).__name__}; attach() serves transformers' PreTrainedModel"
+        )
+    num_layers = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
+    if num_layers is None:
+        raise ParameterError(
+            f"{type(model).__name__} has no num_hidden_layers in its configuration: it is no "
+            f"causal language model that attach() knows"
+        )
+    policy_cache = PolicyCache(
+        policy,
+        budget,
+        layout=TextLayout() if layout is None else layout,
+        num_layers=num_layers,
+        reclaim=reclaim,
+        schedule=schedule,
+    )
+    cache = TransformersCache(policy_cache, model)
+    _enter(model)
+    try:
+        yield cache
+    finally:
+        cache.closed = True
+        _leave(model)
+
+
+class _Attachment:
+    """The open blocks of one model."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.open = 0
+        self.configs = [module.config for module in _models(model)]
+        self.before = [config._attn_implementation for config in self.configs]
+
+
+def _models(model: PreTrainedModel) -> list[PreTrainedModel]:
+    """The model and those inside it, one for each distinct configuration."""
+    found = {
+        id(module.config): module
+        for module in model.modules()
+        if isinstance(module, PreTrainedModel)
+    }
+    return list(found.values())
+
+
+def _enter(model: PreTrainedModel) -> None:
+    with _LOCK:
+        AttentionInterface.register(_NAME, _attention)
+        AttentionMaskInterface.register(_NAME, _mask)
+        attachment = _ATTACHED.get(id(model))
+        if attachment is None:
+            attachment = _Attachment(model)
+            model.set_attn_implementation(_NAME)
+            if model.config._attn_implementation != _NAME:
+                raise ParameterError(
+                    f"{type(model).__name__} does not use transformers' attention interface, so "
+                    f"no policy can be attached to it"
+                )
+            _ATTACHED[id(model)] = attachment
+            for config, before in zip(attachment.configs, attachment.before, strict=True):
+                _BEFORE[id(config)] = before
+        attachment.open += 1
+
+
+def _leave(model: PreTrainedModel) -> None:
+    with _LOCK:
+        attachment = _ATTACHED[id(model)]
+        attachment.open -= 1
+        if attachment.open:
+            return
+        del _ATTACHED[id(model)]
+        for config, before in zip(attachment.configs, attachment.before, strict=True):
+            config._attn_implementation = before
+            del _BEFORE[id(config)]
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """The registered attention function: the policy's, or the one the model had before."""
+    if marked_layer(key) is not None:
+        return policy_attention(module, query, key, value, attention_mask, **kwargs)
+    before = _BEFORE.get(id(module.config), "sdpa")
+    if before == "eager":
+        function = sys.modules[type(module).__module__].eager_attention_forward
+    else:
+        function = ALL_ATTENTION_FUNCTIONS[before]
+    return function(module, query, key, value, attention_mask, **kwargs)
+
+
+def _mask(*args: Any, config: Any, **kwargs: Any) -> Any:
+    """The registered mask function: the one the model had before."""
+    before = _BEFORE.get(id(config), "sdpa")
+    return AttentionMaskInterface()[before](*args, config=config, **kwargs)

@@ -1,0 +1,188 @@
+"""TransformersCache: a PolicyCache that transformers' models and ``generate`` take for their own.
+
+A transformers model hands new keys and values to its cache (``update``), takes back tensors, and
+passes those to an attention function. The policy needs the query too, so ``update`` only marks
+the new keys with the layer they belong to; everything happens in :func:`policy_attention`, which
+finds the mark. The mark travels with the tensor, so threads and models can't mix their caches up.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin
+
+from kvpolicy import CacheStateError, CacheStats, ParameterError, PolicyCache
+from kvpolicy.layer import LayerCache
+
+__all__ = ["TransformersCache", "policy_attention"]
+
+_MARK = "_kvpolicy_layer"
+
+
+class PolicyLayer(CacheLayerMixin):
+    """One layer of a :class:`TransformersCache`."""
+
+    is_compileable = False
+    is_sliding = False
+    is_croppable = False
+
+    def __init__(self, cache: TransformersCache, layer: LayerCache) -> None:
+        super().__init__()
+        self.cache = weakref.proxy(cache)
+        self.layer = layer
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to do: the store allocates itself when the first token comes."""
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Mark the new keys ``[B, H, T, D]`` for :func:`policy_attention`, and hand them back.
+
+        Raises:
+            CacheStateError: the ``attach`` block that made the cache has ended.
+        """
+        if self.cache.closed:
+            raise CacheStateError(
+                "this cache's attach() block has ended; attach the model again for a new cache"
+            )
+        marked = key_states.view_as(key_states)
+        setattr(marked, _MARK, self.layer)
+        return marked, value_states
+
+    def get_seq_length(self) -> int:
+        """Tokens of the sequence so far, evicted ones included."""
+        return self.layer.seen
+
+    def get_max_length(self) -> int:
+        """Tokens that the layout has, or -1 where it has no end."""
+        length = self.layer.layout.length
+        return -1 if length is None else length
+
+    def get_max_cache_shape(self) -> int:
+        """The former name of :meth:`get_max_length`."""
+        return self.get_max_length()
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Masks are made by position: as long as the whole sequence, from 0."""
+        return self.layer.seen + query_length, 0
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.layer.reset()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Follow the beams."""
+        self.layer.select_batch(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some sequences."""
+        if indices.dtype == torch.bool:
+            indices = indices.nonzero().flatten()
+        self.layer.select_batch(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each sequence."""
+        if self.layer.store is not None:
+            batch = torch.arange(self.layer.store.shape.batch)
+            self.layer.select_batch(batch.repeat_interleave(repeats))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take the newest tokens back.
+
+        Raises:
+            CacheStateError: more than none is asked for.
+        """
+        if tokens_to_remove != 0:
+            raise CacheStateError(
+                f"crop({tokens_to_remove}): what these tokens evicted can't be brought back; "
+                f"decode without an assistant model"
+            )
+
+
+class TransformersCache(Cache):
+    """The cache that ``attach`` gives: pass it as ``past_key_values``.
+
+    Attributes:
+        policy_cache: the :class:`kvpolicy.PolicyCache` behind it.
+        closed: whether its ``attach`` block has ended.
+    """
+
+    def __init__(self, policy_cache: PolicyCache, model: PreTrainedModel) -> None:
+        self.policy_cache = policy_cache
+        self.closed = False
+        super().__init__(layers=[PolicyLayer(self, layer) for layer in policy_cache.layers])
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Take the new keys and values of a layer.
+
+        Raises:
+            CacheStateError: the model has more layers than this cache, or its block has ended.
+        """
+        if layer_idx >= len(self.layers):
+            raise CacheStateError(
+                f"this cache was made for a model of {len(self.layers)} layers, and is used on one "
+                f"that has a layer {layer_idx}; attach() that model and use the cache it gives"
+            )
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def positions(self, layer: int) -> Tensor:
+        """Positions that a layer holds, int64 ``[B, H, S]``, -1 = empty."""
+        return self.policy_cache.positions(layer)
+
+    def stats(self) -> CacheStats:
+        """What the generation has cost so far."""
+        return self.policy_cache.stats()
+
+
+def marked_layer(key: Tensor) -> LayerCache | None:
+    """The layer whose new keys these are, or None where they came through no policy cache."""
+    return getattr(key, _MARK, None)
+
+
+def policy_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention of one layer under its policy, as transformers' attention interface calls it.
+
+    Args:
+        module: the attention module.
+        query: ``[B, Hq, T, D]``.
+        key: the new keys ``[B, H, T, D]``, marked by ``update``.
+        value: the new values ``[B, H, T, Dv]``.
+        attention_mask: by position, bool (True = visible) or additive ``[B, 1, T, seen + T]``.
+        scaling: factor of the scores.
+        kwargs: what else the model passes; soft-capping and learned sinks are refused.
+
+    Returns:
+        The output ``[B, T, Hq, Dv]`` and no weights.
+
+    Raises:
+        ParameterError: the model's attention has a term that slots don't serve.
+    """
+    layer = marked_layer(key)
+    assert layer is not None
+    for term in ("softcap", "s_aux", "position_bias"):
+        if kwargs.get(term) is not None:
+            raise ParameterError(
+                f"{type(module).__name__} passes {term} to its attention, which kvpolicy does not "
+                f"serve"
+            )
+    visible = attention_mask
+    if visible is not None and visible.dtype != torch.bool:
+        visible = visible >= 0
+    output = layer.attend(query, key, value, scale=scaling, visible=visible)
+    return output.transpose(1, 2).contiguous(), None
