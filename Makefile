@@ -1,0 +1,67 @@
+# make demo   set up, then run the main job on real images
+# make test   set up, then run the whole test suite
+# make lint   ruff (format, rules) and mypy
+# make docs   build the documentation strictly, into site/
+# make clean  remove what the others made, virtual environment included
+#
+# VENV=DIR puts the virtual environment elsewhere, PYTHON=... picks the interpreter for it.
+
+VENV ?= .venv
+PYTHON ?= $(shell for p in python3.11 python3; do \
+	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+	&& { echo "$$p"; break; }; done)
+# Arguments for `kvpolicy demo` and for pytest, e.g. make test ARGS="-m 'not slow'".
+ARGS ?=
+
+BIN := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint docs clean
+
+help:
+	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
+
+demo: $(VENV)/.ready-demo
+	$(BIN)/kvpolicy demo $(ARGS)
+
+test: $(VENV)/.ready-dev
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.ready-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+docs: $(VENV)/.ready-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# Installations, that of the build backend included, take the pinned versions and no others.
+$(VENV)/.ready-%: export PIP_CONSTRAINT = constraints.txt
+$(VENV)/.ready-%: export PIP_BUILD_CONSTRAINT = constraints.txt
+$(VENV)/.ready-%: export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+# The demo needs less than the tests do, so that a newcomer waits less. A stamp is older than the
+# files that say what is to be installed as soon as one of them changes.
+$(VENV)/.ready-demo: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing kvpolicy and what the demo needs into $(VENV) (a minute or more) ..."
+	@$(BIN)/python -m pip install -qq --editable ".[lab]"
+	@touch $@
+
+$(VENV)/.ready-dev: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing kvpolicy and everything for development into $(VENV) (a minute or more) ..."
+	@$(BIN)/python -m pip install -qq --editable ".[all,dev,docs]"
+	@touch $@ $(VENV)/.ready-demo
+
+$(BIN)/python:
+	@if [ -z "$(PYTHON)" ]; then \
+		echo "kvpolicy needs Python 3.11 or newer, and found neither python3.11 nor such a" \
+			"python3; install one, or name yours: make PYTHON=/path/to/python" >&2; exit 1; fi
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "kvpolicy needs Python 3.11 or newer; PYTHON=$(PYTHON) is not" >&2; exit 1; }
+	@"$(PYTHON)" -m venv "$(VENV)" || { rm -rf "$(VENV)"; \
+		echo "$(PYTHON) can't make a virtual environment; on Debian or Ubuntu," \
+			"install the package python3-venv" >&2; exit 1; }
+
+clean:
+	rm -rf "$(VENV)" build dist site .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find adapters examples kvpolicy tests -name __pycache__ -type d -prune -exec rm -rf {} +

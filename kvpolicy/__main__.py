@@ -1,0 +1,44 @@
+"""Where the ``kvpolicy`` command and ``python -m kvpolicy`` begin.
+
+The command line needs packages of the ``lab`` extra; without them, it says so in one line.
+"""
+
+from __future__ import annotations
+
+import sys
+
+__all__ = ["main"]
+
+#: Packages that only an extra brings, and the extra to ask for.
+EXTRAS = {
+    "hypothesis": "testing",
+    "matplotlib": "lab",
+    "pytest": "testing",
+    "ray": "ray",
+    "rich": "lab",
+    "safetensors": "lab",
+    "transformers": "lab",
+    "typer": "lab",
+}
+
+
+def main() -> None:
+    """Run the command line; exit with status 2 and one line where an extra is missing."""
+    try:
+        from kvpolicy.cli import app
+
+        app()
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing not in EXTRAS:
+            raise
+        print(
+            f"kvpolicy: this command needs {missing}, which is not installed; "
+            f"pip install 'kvpolicy[{EXTRAS[missing]}]' brings it",
+            file=sys.stderr,
+        )
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()

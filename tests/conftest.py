@@ -1,0 +1,12 @@
+import os
+
+import torch
+from hypothesis import settings
+
+# No deadline: the machine may be busy. In CI the same examples every time, and a failing one can be
+# replayed from what is printed.
+settings.register_profile("default", deadline=None, print_blob=True)
+settings.register_profile("ci", settings.get_profile("default"), derandomize=True)
+settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+torch.set_num_threads(2)
