@@ -1,0 +1,336 @@
+"""attach(): whole transformers models under a policy."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+import kvpolicy
+import kvpolicy_adapters
+
+transformers = pytest.importorskip("transformers", reason="the adapters need transformers")
+
+ROWS, COLS, VOCAB = 6, 5, 23
+LAYOUT = kvpolicy.RasterLayout(rows=ROWS, cols=COLS, prefix=1)
+LENGTH = LAYOUT.length
+SMALL = {"linear": {"anchors": 3}, "pyramid": {"window": 2, "interval": 3}}
+
+
+def tiny(kv_heads: int = 2, **changes) -> transformers.LlamaForCausalLM:
+    torch.manual_seed(1)
+    config = transformers.LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=256,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=0,
+        **changes,
+    )
+    model = transformers.LlamaForCausalLM(config).eval()
+    # Random weights of the usual size attend almost uniformly; sharpen them so that a wrong cache
+    # changes tokens.
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.q_proj.weight *= 12
+            layer.self_attn.k_proj.weight *= 12
+    return model
+
+
+@pytest.fixture(scope="module", params=[1, 2, 4], ids=lambda n: f"kv{n}")
+def model(request):
+    return tiny(request.param)
+
+
+def make(name: str) -> kvpolicy.EvictionPolicy:
+    return kvpolicy.create(name, **SMALL.get(name, {}))
+
+
+def classes(batch: int = 3) -> torch.Tensor:
+    return torch.arange(1, batch + 1)[:, None]
+
+
+def generate(model, tokens, cache=None, **options):
+    settings = {"max_new_tokens": LENGTH - 1, "do_sample": False} | options
+    if cache is not None:
+        settings["past_key_values"] = cache
+    return model.generate(tokens, attention_mask=torch.ones_like(tokens), **settings)
+
+
+@pytest.mark.parametrize("reclaim", ["lazy", "eager"])
+@pytest.mark.parametrize("name", kvpolicy.available())
+def test_lossless_when_it_fits(model, name, reclaim):
+    tokens = classes()
+    sampled = {"do_sample": True, "top_k": 0}
+    greedy = generate(model, tokens)
+    torch.manual_seed(7)
+    drawn = generate(model, tokens, **sampled)
+    with kvpolicy_adapters.attach(
+        model, policy=make(name), budget="1/1", layout=LAYOUT, reclaim=reclaim
+    ) as cache:
+        assert torch.equal(generate(model, tokens, cache), greedy)
+        cache.reset()
+        torch.manual_seed(7)
+        assert torch.equal(generate(model, tokens, cache, **sampled), drawn)
+    assert cache.stats().evictions == (0, 0, 0)
+
+
+@pytest.mark.parametrize("name", kvpolicy.available())
+def test_logits_equal_the_full_cache_step_by_step(model, name):
+    tokens = torch.cat([classes(), torch.randint(0, VOCAB, (3, LENGTH - 1))], dim=1)
+    with (
+        torch.inference_mode(),
+        kvpolicy_adapters.attach(model, policy=make(name), budget="1/1", layout=LAYOUT) as cache,
+    ):
+        expected = model(tokens, use_cache=False).logits
+        one_by_one = torch.cat(
+            [model(token, past_key_values=cache).logits for token in tokens.split(1, dim=1)], dim=1
+        )
+        cache.reset()
+        at_once = model(tokens, past_key_values=cache).logits
+    torch.testing.assert_close(one_by_one, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(at_once, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", sorted(set(kvpolicy.available()) - {"full"}))
+def test_chunked_calls_equal_one_by_one_under_eviction(model, name):
+    tokens = torch.cat([classes(), torch.randint(0, VOCAB, (3, LENGTH - 1))], dim=1)
+    results = []
+    for chunks in ([1] * LENGTH, [LENGTH], [1, 7, 2, 11, LENGTH - 21]):
+        with (
+            torch.inference_mode(),
+            kvpolicy_adapters.attach(model, policy=make(name), budget=15, layout=LAYOUT) as cache,
+        ):
+            logits = [
+                model(part, past_key_values=cache).logits for part in tokens.split(chunks, dim=1)
+            ]
+            held = [cache.positions(layer).sort().values for layer in range(3)]
+        assert min(cache.stats().evictions) > 0
+        results.append((torch.cat(logits, dim=1), held))
+    for logits, held in results[1:]:
+        torch.testing.assert_close(logits, results[0][0], atol=2e-5, rtol=0)
+        for mine, first in zip(held, results[0][1], strict=True):
+            assert torch.equal(mine, first)
+
+
+def test_eviction_changes_what_the_model_says(model):
+    """The tests above would pass on a cache that never evicts, were it not for this one."""
+    with kvpolicy_adapters.attach(model, policy=make("linear"), budget=13, layout=LAYOUT) as cache:
+        tokens = generate(model, classes(), cache)
+    assert cache.stats().peak_tokens == (14, 14, 14)
+    assert not torch.equal(tokens, generate(model, classes()))
+
+
+def test_the_model_is_as_it_was_after_the_block(model):
+    before = model.config._attn_implementation
+    with (
+        pytest.raises(RuntimeError, match="boom"),
+        kvpolicy_adapters.attach(model, policy="h2o", budget=8, layout=LAYOUT),
+    ):
+        assert model.config._attn_implementation == "kvpolicy"
+        raise RuntimeError("boom")
+    assert model.config._attn_implementation == before
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_calls_without_the_cache_are_untouched_inside_the_block(implementation):
+    model = tiny(attn_implementation=implementation)
+    tokens = torch.randint(1, VOCAB, (2, 9))
+    padded = torch.ones_like(tokens)
+    padded[0, :4] = 0
+    with torch.inference_mode():
+        plain = model(tokens).logits
+        masked = model(tokens, attention_mask=padded).logits
+        greedy = generate(model, tokens, max_new_tokens=5)
+        with kvpolicy_adapters.attach(model, policy="h2o", budget=8, layout=LAYOUT):
+            assert torch.equal(model(tokens).logits, plain)
+            assert torch.equal(model(tokens, attention_mask=padded).logits, masked)
+            assert torch.equal(generate(model, tokens, max_new_tokens=5), greedy)
+    assert model.config._attn_implementation == implementation
+
+
+def test_nested_blocks_keep_the_model_attached_until_the_last_ends(model):
+    with kvpolicy_adapters.attach(model, policy="h2o", budget=8, layout=LAYOUT) as outer:
+        with kvpolicy_adapters.attach(model, policy=make("linear"), budget=13, layout=LAYOUT) as c:
+            generate(model, classes(), c)
+        generate(model, classes(), outer)
+    assert c.stats().peak_tokens == (14, 14, 14)
+    assert outer.stats().peak_tokens == (9, 9, 9)
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_two_threads_on_one_model_do_not_see_each_other(model):
+    jobs = {"h2o": 8, "linear": 13, "streaming_llm": 9, "random": 10}
+
+    def draw(name: str) -> torch.Tensor:
+        with kvpolicy_adapters.attach(
+            model, policy=make(name), budget=jobs[name], layout=LAYOUT
+        ) as cache:
+            return generate(model, classes(), cache)
+
+    alone = {name: draw(name) for name in jobs}
+    together: dict[str, torch.Tensor] = {}
+    threads = [
+        threading.Thread(target=lambda name=name: together.update({name: draw(name)}))
+        for name in jobs
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert together.keys() == alone.keys()
+    for name in jobs:
+        assert torch.equal(together[name], alone[name]), name
+    assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("name", ["linear", "h2o", "pyramid"])
+def test_beam_search_and_several_sequences_when_it_fits(model, name):
+    for options in (
+        {"num_beams": 3},
+        {"num_beams": 4, "num_return_sequences": 2},
+    ):
+        expected = generate(model, classes(), max_new_tokens=20, **options)
+        with kvpolicy_adapters.attach(
+            model, policy=make(name), budget="1/1", layout=LAYOUT
+        ) as cache:
+            out = generate(model, classes(), cache, max_new_tokens=20, **options)
+        assert torch.equal(out, expected)
+
+
+def test_beams_carry_their_decisions_along(model):
+    """Reordering the batch under eviction equals having decoded those sequences all along."""
+    tokens = torch.cat([classes(), torch.randint(0, VOCAB, (3, LENGTH - 1))], dim=1)
+    order = torch.tensor([2, 0, 0])
+
+    def run(swap: bool) -> torch.Tensor:
+        with (
+            torch.inference_mode(),
+            kvpolicy_adapters.attach(
+                model, policy=make("linear"), budget=15, layout=LAYOUT
+            ) as cache,
+        ):
+            first = tokens[:, :19] if swap else tokens[order, :19]
+            model(first, past_key_values=cache)
+            if swap:
+                cache.reorder_cache(order)
+            return model(tokens[order, 19:], past_key_values=cache).logits
+
+    torch.testing.assert_close(run(swap=True), run(swap=False), atol=1e-5, rtol=0)
+
+
+def test_batch_selection_and_repetition(model):
+    tokens = torch.randint(1, VOCAB, (3, 8))
+    with (
+        torch.inference_mode(),
+        kvpolicy_adapters.attach(model, policy="h2o", budget=20, layout=LAYOUT) as cache,
+    ):
+        model(tokens, past_key_values=cache)
+        before = cache.positions(0).clone()
+        cache.batch_repeat_interleave(2)
+        assert torch.equal(cache.positions(0), before.repeat_interleave(2, dim=0))
+        cache.batch_select_indices(torch.tensor([0, 5]))
+        logits = model(tokens[[0, 2]], past_key_values=cache).logits
+        cache.reset()
+        twice = torch.cat([tokens, tokens], dim=1)[[0, 2]]
+        expected = model(twice, past_key_values=cache).logits[:, 8:]
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
+
+
+def test_left_padding_is_never_attended_to(model):
+    """A padded prompt in a text layout gives what the prompt gives alone, while it fits."""
+    prompt = torch.randint(1, VOCAB, (1, 6))
+    alone = generate(model, prompt, max_new_tokens=8)
+    padded = torch.cat([torch.zeros(1, 5, dtype=torch.long), prompt], dim=1)
+    mask = (torch.arange(11) >= 5).long()[None]
+    layout = kvpolicy.TextLayout(length=40)
+    with kvpolicy_adapters.attach(model, policy="h2o", budget=40, layout=layout) as cache:
+        out = model.generate(
+            padded, attention_mask=mask, past_key_values=cache, max_new_tokens=8, do_sample=False
+        )
+    assert torch.equal(out[:, 11:], alone[:, 6:])
+
+
+@pytest.mark.parametrize("name", ["h2o", "linear", "pyramid", "streaming_llm", "random"])
+def test_text_prompts_longer_than_the_budget(model, name):
+    """The prompt attends in full, so its logits are exact; then the budget holds."""
+    tokens = torch.randint(1, VOCAB, (2, 50))
+    layout = kvpolicy.TextLayout(sinks=2)
+    with (
+        torch.inference_mode(),
+        kvpolicy_adapters.attach(model, policy=make(name), budget=12, layout=layout) as cache,
+    ):
+        exact = model(tokens[:, :40], use_cache=False).logits
+        logits = model(tokens[:, :40], past_key_values=cache).logits
+        torch.testing.assert_close(logits, exact, atol=1e-5, rtol=0)
+        for token in tokens[:, 40:].split(1, dim=1):
+            model(token, past_key_values=cache)
+        for layer, budget in enumerate(cache.stats().budgets):
+            held = cache.positions(layer)
+            assert held.shape[-1] == 2 + budget
+            assert (held == 0).sum(-1).eq(1).all()
+            assert (held == 1).sum(-1).eq(1).all()
+            assert (held == 49).sum(-1).eq(1).all()
+    assert sum(cache.stats().budgets) == 3 * 12
+
+
+def test_a_cache_is_refused_after_its_block(model):
+    with kvpolicy_adapters.attach(model, policy="h2o", budget=8, layout=LAYOUT) as cache:
+        pass
+    with pytest.raises(kvpolicy.CacheStateError, match="block has ended"):
+        generate(model, classes(), cache)
+
+
+def test_a_cache_of_a_smaller_model_is_refused(model):
+    config = transformers.LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    small = transformers.LlamaForCausalLM(config)
+    with (
+        kvpolicy_adapters.attach(small, policy="h2o", budget=8, layout=LAYOUT) as cache,
+        kvpolicy_adapters.attach(model, policy="h2o", budget=8, layout=LAYOUT),
+        pytest.raises(kvpolicy.CacheStateError, match="made for a model of 2 layers"),
+    ):
+        generate(model, classes(), cache)
+
+
+def test_the_batch_may_not_change(model):
+    with kvpolicy_adapters.attach(model, policy="h2o", budget=8, layout=LAYOUT) as cache:
+        model(classes(3), past_key_values=cache)
+        with pytest.raises(kvpolicy.CacheStateError, match="batch changed from 3 to 2"):
+            model(classes(2), past_key_values=cache)
+
+
+def test_too_many_tokens_for_the_raster(model):
+    with (
+        kvpolicy_adapters.attach(model, policy="h2o", budget=8, layout=LAYOUT) as cache,
+        pytest.raises(kvpolicy.LayoutError, match="position 31 is outside"),
+    ):
+        generate(model, classes(), cache, max_new_tokens=LENGTH + 3)
+
+
+def test_taking_tokens_back_is_refused(model):
+    with kvpolicy_adapters.attach(model, policy="h2o", budget=8, layout=LAYOUT) as cache:
+        model(classes(), past_key_values=cache)
+        with pytest.raises(kvpolicy.CacheStateError, match="crop"):
+            cache.crop(-1)
+
+
+@pytest.mark.parametrize("wrong", [torch.nn.Linear(2, 2), "llama", None])
+def test_what_is_no_model_is_refused(wrong):
+    with (
+        pytest.raises(kvpolicy.ParameterError, match="PreTrainedModel"),
+        kvpolicy_adapters.attach(wrong, policy="h2o", budget=8, layout=LAYOUT),
+    ):
+        pass
