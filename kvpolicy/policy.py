@@ -66,6 +66,11 @@ class CacheView:
         return self._store.positions
 
     @property
+    def handed_out(self) -> int:
+        """Slots that have ever held a token: the first so many of each head, and no others."""
+        return self._store.handed_out
+
+    @property
     def keys(self) -> Tensor:
         """Cached keys, rotation included, ``[B, H, S, D]``."""
         return self._store.keys
@@ -177,7 +182,8 @@ class EvictionPolicy(BaseModel, ABC):
 
         Returns:
             Slots, int64 ``[B, H, count]``, distinct within a head, worst first; they are
-            reclaimed in that order.
+            reclaimed in that order. Slots from ``view.handed_out`` on are free already, and not
+            to be named.
         """
 
 
@@ -204,7 +210,8 @@ class ScoredPolicy(EvictionPolicy):
         score = score.masked_fill(view.empty, -torch.inf).masked_fill(
             protected & ~view.empty, torch.inf
         )
-        rank = _sortable(score, view.positions)
+        # Slots that were never handed out look empty too, but they are free without being victims.
+        rank = _sortable(score, view.positions)[..., : view.handed_out]
         if count == 1:
             return rank.argmin(-1, keepdim=True)
         return rank.topk(count, dim=-1, largest=False, sorted=True).indices
