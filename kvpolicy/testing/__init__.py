@@ -1,0 +1,28 @@
+"""The conformance suite: holds anybody's policy to the invariants that the shipped ones keep.
+
+    from kvpolicy.testing import check_policy
+    check_policy(MyPolicy())
+
+Needs hypothesis (``pip install "kvpolicy[testing]"``).
+"""
+
+from kvpolicy.testing.check import check_policy, find_violation
+from kvpolicy.testing.drive import Trace, drive
+from kvpolicy.testing.failure import PolicyCheckError
+from kvpolicy.testing.invariants import INVARIANTS, Case, Invariant, applicable
+from kvpolicy.testing.streams import Stream, Tokens, streams
+
+__all__ = [
+    "INVARIANTS",
+    "Case",
+    "Invariant",
+    "PolicyCheckError",
+    "Stream",
+    "Tokens",
+    "Trace",
+    "applicable",
+    "check_policy",
+    "drive",
+    "find_violation",
+    "streams",
+]
