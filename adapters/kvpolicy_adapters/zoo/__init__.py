@@ -1,0 +1,42 @@
+"""The models that ship with the package: real images and a real model without a download.
+
+box = kvpolicy_adapters.zoo.load("fashion-ar")
+box.model, box.layout, box.test_tokens(64), box.card
+"""
+
+from __future__ import annotations
+
+from importlib.resources import files
+
+from kvpolicy import UnknownNameError
+from kvpolicy.errors import near_matches
+from kvpolicy_adapters.zoo.card import ModelCard
+from kvpolicy_adapters.zoo.fashion import FashionModel, read_fashion
+from kvpolicy_adapters.zoo.sealed import CorruptFileError
+
+__all__ = ["CorruptFileError", "FashionModel", "ModelCard", "available", "load"]
+
+_MODELS = {"fashion-ar": ("fashion_ar", read_fashion)}
+
+
+def available() -> tuple[str, ...]:
+    """Names of the models that ship, sorted."""
+    return tuple(sorted(_MODELS))
+
+
+def load(name: str) -> FashionModel:
+    """Load a model that ships, anew on every call; nothing is downloaded.
+
+    Args:
+        name: one of ``available()``.
+
+    Raises:
+        UnknownNameError: no model has this name; near matches are listed.
+        CorruptFileError: one of its files is missing or damaged.
+    """
+    if name not in _MODELS:
+        raise UnknownNameError(
+            f"no model in the zoo is called {name!r}; {near_matches(str(name), available())}"
+        )
+    folder, read = _MODELS[name]
+    return read(files(__name__).joinpath(folder))
