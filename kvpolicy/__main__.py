@@ -25,9 +25,9 @@ EXTRAS = {
 def main() -> None:
     """Run the command line; exit with status 2 and one line where an extra is missing."""
     try:
-        from kvpolicy.cli import app
+        from kvpolicy.cli import main as command
 
-        app()
+        command()
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
         if missing not in EXTRAS:

@@ -19,6 +19,7 @@ __all__ = ["CacheStats", "PolicyCache", "Reclaim"]
 
 Reclaim = Literal["lazy", "eager"]
 
+
 @dataclass(frozen=True)
 class CacheStats:
     """What a generation has cost so far.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -91,8 +92,8 @@ def demo(
                 seed=seed,
                 moments=moments,
                 full=results[0] if results else None,
-                on_score=lambda count, task=scoring: progress.advance(task, count),
-                on_generate=lambda count, task=drawing: progress.advance(task, count),
+                on_score=partial(progress.advance, scoring),
+                on_generate=partial(progress.advance, drawing),
             )
             results.append(result)
             lab.write_rows([done.row for done in results], out / "results.json")
@@ -101,7 +102,7 @@ def demo(
     contact_sheet(
         [(r.row.policy, _remark(r.row), r.generated.images[:classes]) for r in results],
         subject.class_names,
-        f"Drawn from a cache of {budget} of the image (top row: full cache), same seed down each column",
+        f"Drawn from {budget} of the cache (top row: all of it), same seed down each column",
         out / "images.png",
     )
     image, _ = subject.retention(settings[0], moments[:1])

@@ -26,22 +26,42 @@ class TokenLayout(Protocol):
         prefix: number of leading tokens that are pinned: never evicted, outside the budget.
         length: number of tokens of a whole sequence, prefix included, or None where unknown.
         line_length: number of tokens of a line, its line-break token included.
+        evictable: number of tokens behind the prefix, or None where the length is unknown.
+        compresses_prompt: whether a first call longer than the capacity attends in full and is
+            compressed afterwards.
     """
 
     @property
-    def prefix(self) -> int: ...
+    def prefix(self) -> int:
+        """Pinned leading tokens."""
+
     @property
-    def length(self) -> int | None: ...
+    def length(self) -> int | None:
+        """Tokens of a whole sequence, or None."""
+
     @property
-    def line_length(self) -> int: ...
+    def line_length(self) -> int:
+        """Tokens of a line."""
+
     @property
-    def evictable(self) -> int | None: ...
+    def evictable(self) -> int | None:
+        """Tokens behind the prefix, or None where the length is unknown."""
+
     @property
-    def compresses_prompt(self) -> bool: ...
-    def line(self, position: Position) -> Position: ...
-    def column(self, position: Position) -> Position: ...
-    def is_line_start(self, position: int) -> bool: ...
-    def is_pinned(self, position: Tensor) -> Tensor: ...
+    def compresses_prompt(self) -> bool:
+        """Whether a first call longer than the capacity attends in full, then is compressed."""
+
+    def line(self, position: Position) -> Position:
+        """Line of a position; negative inside the prefix."""
+
+    def column(self, position: Position) -> Position:
+        """Column of a position."""
+
+    def is_line_start(self, position: int) -> bool:
+        """Whether the token at a position opens a line."""
+
+    def is_pinned(self, position: Tensor) -> Tensor:
+        """Whether tokens belong to the prefix."""
 
 
 class _Grid(Protocol):

@@ -234,12 +234,12 @@ def _parameter_error(policy: type[EvictionPolicy], error: ValidationError) -> Pa
     field = str(first["loc"][0]) if first["loc"] else ""
     name = policy.key or policy.__name__
     if first["type"] == "extra_forbidden":
-        return ParameterError(
-            f"policy {name!r} has no parameter {field!r}: {near_matches(field, policy.model_fields)}"
-        )
+        known = near_matches(field, policy.model_fields)
+        return ParameterError(f"policy {name!r} has no parameter {field!r}: {known}")
     if not field:
         return ParameterError(f"policy {name!r}: {first['msg']}")
     about = policy.model_fields[field].description
     return ParameterError(
-        f"policy {name!r}: {field}={first['input']!r}: {first['msg']}" + (f" ({about})" if about else "")
+        f"policy {name!r}: {field}={first['input']!r}: {first['msg']}"
+        + (f" ({about})" if about else "")
     )

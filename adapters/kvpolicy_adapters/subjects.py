@@ -65,6 +65,7 @@ class FashionAR:
     def generate(self, setting: Setting, images: int, seed: int, advance: Advance) -> Generated:
         """Draw images of classes 0, 1, … in turn with ``model.generate``, seeded batch by batch."""
         classes = torch.arange(images) % _CLASSES
+        model: Any = self.zoo.model
         drawn = []
         seconds = 0.0
         for number, wanted in enumerate(classes.split(_DRAW_BATCH)):
@@ -72,7 +73,7 @@ class FashionAR:
             torch.manual_seed(seed + number)
             begun = time.perf_counter()
             with self._attached(setting) as cache:
-                tokens = self.zoo.model.generate(
+                tokens = model.generate(
                     prompt,
                     attention_mask=torch.ones_like(prompt),
                     past_key_values=cache,
@@ -132,7 +133,7 @@ class FashionAR:
         return count / positions.shape[1]
 
 
-class _Watch(StoppingCriteria):  # type: ignore[misc]
+class _Watch(StoppingCriteria):
     """Never stops; tells how far generation has come."""
 
     def __init__(self, advance: Advance) -> None:

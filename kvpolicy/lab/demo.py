@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -153,6 +153,3 @@ def write_rows(rows: Sequence[Row], path: Path) -> None:
 def _mean(stats: CacheStats) -> float:
     mean = sum(stats.peak_tokens) / len(stats.peak_tokens)
     return int(mean) if mean == int(mean) else mean
-
-
-Report = Callable[[str], None]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 __all__ = ["contact_sheet", "retention_sheet"]
 
 _GONE = "#ececec"
-_STYLE = {
+_STYLE: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 8,
     "axes.titlesize": 8,
@@ -141,8 +142,10 @@ def retention_sheet(
             )
             bar.set_ticks([0.25, 0.5, 0.75, 1.0])
             bar.ax.tick_params(labelsize=6.5, length=2)
-            bar.outline.set_linewidth(0.4)  # type: ignore[operator]
-            figure.text((left + 1.7) / size[0], 0.27 / size[1], "share of heads that hold it", size=7)
+            bar.outline.set_linewidth(0.4)
+            figure.text(
+                (left + 1.7) / size[0], 0.27 / size[1], "share of heads that hold it", size=7
+            )
         figure.legend(
             handles=[
                 Patch(facecolor=_GONE, edgecolor="0.6", linewidth=0.4, label="evicted"),
@@ -158,5 +161,7 @@ def retention_sheet(
         corner = figure.add_axes(place(0.35, size[1] - top + 0.06, 0.5, 0.5))
         corner.imshow(255 - image, cmap="gray", vmin=0, vmax=255)
         corner.set_axis_off()
-        figure.text(0.9 / size[0], (size[1] - top + 0.26) / size[1], "the image", size=6.5, color="0.4")
+        figure.text(
+            0.9 / size[0], (size[1] - top + 0.26) / size[1], "the image", size=6.5, color="0.4"
+        )
         figure.savefig(path)

@@ -24,7 +24,9 @@ class H2O(ScoredPolicy):
     algorithm 1). The window counts the token about to come.
     """
 
-    recent: float = Field(0.5, ge=0, le=1, description="share of the budget that is a recent window")
+    recent: float = Field(
+        0.5, ge=0, le=1, description="share of the budget that is a recent window"
+    )
 
     def observers(self, shape: SlotShape) -> Sequence[AttentionObserver]:
         """Mass from every query so far."""
