@@ -99,20 +99,20 @@ def demo(
             lab.write_rows([done.row for done in results], out / "results.json")
     _console.print(_table(results, images, scored, budget))
     classes = len(subject.class_names)
-    contact_sheet(
+    sheet = contact_sheet(
         [(r.row.policy, _remark(r.row), r.generated.images[:classes]) for r in results],
         subject.class_names,
         f"Drawn from {budget} of the cache (top row: all of it), same seed down each column",
-        out / "images.png",
     )
+    sheet.savefig(out / "images.png", dpi=200)
     image, _ = subject.retention(settings[0], moments[:1])
-    retention_sheet(
+    sheet = retention_sheet(
         image,
         [(r.row.policy, _remark(r.row), r.retention) for r in results[1:] or results],
         moments,
         f"Tokens still cached at a budget of {budget} ({total} image tokens)",
-        out / "retention.png",
     )
+    sheet.savefig(out / "retention.png", dpi=200)
     for name in ("results.json", "images.png", "retention.png"):
         _console.print(f"wrote {out / name}")
 

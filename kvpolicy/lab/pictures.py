@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
@@ -20,7 +20,6 @@ _STYLE: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 8,
     "axes.titlesize": 8,
-    "savefig.dpi": 200,
     "figure.facecolor": "white",
 }
 
@@ -29,15 +28,16 @@ def contact_sheet(
     rows: Sequence[tuple[str, str, NDArray[np.uint8]]],
     column_names: Sequence[str],
     title: str,
-    path: Path,
-) -> None:
+) -> Figure:
     """One row a policy, one column a class.
 
     Args:
         rows: name, remark, and images uint8 ``[columns, height, width]`` of each policy.
         column_names: what stands above the columns.
         title: what the reader looks at.
-        path: the PNG to write.
+
+    Returns:
+        The figure; ``figure.savefig(path, dpi=200)`` writes it.
     """
     columns = len(column_names)
     cell, left, top = 0.72, 1.45, 0.62
@@ -61,10 +61,10 @@ def contact_sheet(
                     )
                 )
                 axes.imshow(255 - images[c], cmap="gray", vmin=0, vmax=255)
-                axes.set_axis_off()
+                _bare(axes)
                 if r == 0:
                     axes.set_title(column_names[c], size=7, pad=4)
-        figure.savefig(path)
+    return figure
 
 
 def retention_sheet(
@@ -72,8 +72,7 @@ def retention_sheet(
     rows: Sequence[tuple[str, str, NDArray[np.float64]]],
     moments: Sequence[int],
     title: str,
-    path: Path,
-) -> None:
+) -> Figure:
     """Which tokens of an image are still cached: policies down, moments and layers across.
 
     Args:
@@ -82,17 +81,20 @@ def retention_sheet(
             height, width]``, of each policy.
         moments: numbers of image tokens after which was looked.
         title: what the reader looks at.
-        path: the PNG to write.
+
+    Returns:
+        The figure; ``figure.savefig(path, dpi=200)`` writes it.
     """
     layers = rows[0][2].shape[1]
     total = image.size
     cell, gap, left, top, bottom_margin = 0.62, 0.16, 1.55, 0.92, 0.5
-    width = left + len(moments) * (layers * cell + gap)
+    # A heading needs its width, however few layers stand under it.
+    group = max(layers * cell, 1.6)
+    width = left + len(moments) * (group + gap)
     size = (width, top + len(rows) * cell + bottom_margin)
     colours = LinearSegmentedColormap.from_list(
         "kept", matplotlib.colormaps["Blues"](np.linspace(0.4, 1.0, 64))
-    )
-    colours.set_under(_GONE)
+    ).with_extremes(under=_GONE)
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=size)
         figure.text(0.1 / size[0], 1 - 0.14 / size[1], title, va="top", weight="bold", size=9)
@@ -102,7 +104,7 @@ def retention_sheet(
 
         mesh = None
         for m, moment in enumerate(moments):
-            x = left + m * (layers * cell + gap)
+            x = left + m * (group + gap)
             # Tokens to come are white, tokens gone grey, so that the two can't be confused.
             come = (np.arange(total) < moment).reshape(image.shape)
             figure.text(
@@ -160,8 +162,14 @@ def retention_sheet(
         )
         corner = figure.add_axes(place(0.35, size[1] - top + 0.06, 0.5, 0.5))
         corner.imshow(255 - image, cmap="gray", vmin=0, vmax=255)
-        corner.set_axis_off()
+        _bare(corner)
         figure.text(
             0.9 / size[0], (size[1] - top + 0.26) / size[1], "the image", size=6.5, color="0.4"
         )
-        figure.savefig(path)
+    return figure
+
+
+def _bare(axes: Axes) -> None:
+    """Nothing but the image."""
+    axes.set(xticks=[], yticks=[])
+    axes.spines[:].set_visible(False)
