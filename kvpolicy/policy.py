@@ -30,6 +30,9 @@ Observer = TypeVar("Observer", bound=AttentionObserver)
 class CacheView:
     """What a policy may read when it decides: one layer, just before a token is written.
 
+    Tensors have one entry for each slot that has ever held a token (S of them here); slots that
+    are still untouched are free without a decision, and a policy does not see them.
+
     Attributes:
         seen: tokens of the sequence so far, which is the position of the token about to come.
         room: slots that can be handed out without a decision.
@@ -63,22 +66,22 @@ class CacheView:
     @property
     def positions(self) -> Tensor:
         """Positions of the cached tokens, ``[B, H, S]``, int32, -1 = empty."""
-        return self._store.positions
+        return self._store.positions[:, :, : self.handed_out]
 
     @property
     def handed_out(self) -> int:
-        """Slots that have ever held a token: the first so many of each head, and no others."""
+        """Slots of each head that have ever held a token: S."""
         return self._store.handed_out
 
     @property
     def keys(self) -> Tensor:
         """Cached keys, rotation included, ``[B, H, S, D]``."""
-        return self._store.keys
+        return self._store.keys[:, :, : self.handed_out]
 
     @property
     def values(self) -> Tensor:
         """Cached values, ``[B, H, S, Dv]``."""
-        return self._store.values
+        return self._store.values[:, :, : self.handed_out]
 
     @cached_property
     def empty(self) -> Tensor:
@@ -126,7 +129,7 @@ class CacheView:
 
     def observed(self, kind: type[AttentionObserver]) -> Tensor:
         """The reading of that observer, ``[B, H, S]``, float32."""
-        return self.observer(kind).mass
+        return self.observer(kind).mass[:, :, : self.handed_out]
 
 
 class EvictionPolicy(BaseModel, ABC):
@@ -182,8 +185,7 @@ class EvictionPolicy(BaseModel, ABC):
 
         Returns:
             Slots, int64 ``[B, H, count]``, distinct within a head, worst first; they are
-            reclaimed in that order. Slots from ``view.handed_out`` on are free already, and not
-            to be named.
+            reclaimed in that order.
         """
 
 
@@ -210,8 +212,7 @@ class ScoredPolicy(EvictionPolicy):
         score = score.masked_fill(view.empty, -torch.inf).masked_fill(
             protected & ~view.empty, torch.inf
         )
-        # Slots that were never handed out look empty too, but they are free without being victims.
-        rank = _sortable(score, view.positions)[..., : view.handed_out]
+        rank = _sortable(score, view.positions)
         if count == 1:
             return rank.argmin(-1, keepdim=True)
         return rank.topk(count, dim=-1, largest=False, sorted=True).indices
