@@ -11,6 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 import kvpolicy
 from kvpolicy.errors import KVPolicyError
@@ -32,17 +33,20 @@ _console = Console()
 @app.command("list")
 def list_policies() -> None:
     """Print the registry: every policy that can be named."""
-    table = Table(box=None, pad_edge=False)
-    for heading in ("policy", "keeps", "watches", "parameters", "source"):
-        table.add_column(heading)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for heading in ("policy", "what it does", "watches", "source"):
+        table.add_column(heading, no_wrap=heading != "what it does")
     for name in kvpolicy.available():
         spec = kvpolicy.spec(name)
         parameters = ", ".join(
-            f"{field}={about.get('default', '?')}"
+            f"{field}={about.get('default', '(required)')}"
             for field, about in spec.parameters.get("properties", {}).items()
         )
+        about = Text(spec.summary)
+        if parameters:
+            about.append(f"\n{parameters}", style="dim")
         watches = spec.needs.name.lower().replace("_", " ")
-        table.add_row(name, spec.summary, watches, parameters or "-", spec.paper or "-")
+        table.add_row(name, about, watches, spec.paper or "-")
     _console.print(table)
 
 
