@@ -7,6 +7,7 @@ probabilities in float64.
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from dataclasses import dataclass, field
@@ -67,7 +68,7 @@ class Head:
         ]
         ranked = sorted((self.mass.get(old, 0.0), old) for old in loose)
         scores = [score for score, _ in ranked]
-        gaps = [b - a for a, b in zip(scores, scores[1:], strict=False) if b > a + 1e-12]
+        gaps = [b - a for a, b in itertools.pairwise(scores) if b > a + 1e-12]
         self.closest = min([self.closest, *gaps])
         assert not self.queue
         self.queue = [old for _, old in ranked[: wanted - free]]

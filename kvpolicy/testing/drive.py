@@ -257,6 +257,9 @@ class _Spy:
             said = self.policy.protect(view)
             protected = (protected if said is None else protected | said) & (held >= 0)
             has_nan = bool(self.policy.score(view).masked_fill(held < 0, 0).isnan().any())
+        # A prompt that is being compressed does not lie in the layer's own store.
+        store = self.layer.store
+        handed_out = held.shape[2] if store is None else store.handed_out
         slots = self.policy.victims(view, count)
         self.trace.decisions.append(
             Decision(
@@ -264,7 +267,7 @@ class _Spy:
                 layer=self.layer.layer,
                 seen=view.seen,
                 count=count,
-                handed_out=view.handed_out,
+                handed_out=handed_out,
                 slots=slots.clone(),
                 positions=held,
                 protected=protected,
