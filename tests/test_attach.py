@@ -15,7 +15,11 @@ transformers = pytest.importorskip("transformers", reason="the adapters need tra
 ROWS, COLS, VOCAB = 6, 5, 23
 LAYOUT = kvpolicy.RasterLayout(rows=ROWS, cols=COLS, prefix=1)
 LENGTH = LAYOUT.length
-SMALL = {"linear": {"anchors": 3}, "pyramid": {"window": 2, "interval": 3}}
+SMALL = {
+    "linear": {"anchors": 3},
+    "pyramid": {"window": 2, "interval": 3},
+    "snapkv": {"window": 2, "interval": 3},
+}
 
 
 def tiny(kv_heads: int = 2, **changes) -> transformers.LlamaForCausalLM:

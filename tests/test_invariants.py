@@ -23,6 +23,7 @@ SMALL = {
     "linear": {"anchors": 3, "recent_lines": 1},
     "streaming_llm": {"sinks": 2},
     "pyramid": {"window": 2, "interval": 3, "kernel": 3},
+    "snapkv": {"window": 2, "interval": 3, "kernel": 3},
 }
 POLICIES = kvpolicy.available()
 DESIGN = {

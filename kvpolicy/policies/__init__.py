@@ -2,9 +2,22 @@
 
 from kvpolicy.policies.full import Full
 from kvpolicy.policies.h2o import H2O
+from kvpolicy.policies.knorm import KNorm
 from kvpolicy.policies.linear import Linear
 from kvpolicy.policies.pyramid import Pyramid
 from kvpolicy.policies.random import Random
+from kvpolicy.policies.snapkv import SnapKV
 from kvpolicy.policies.streaming_llm import StreamingLLM
+from kvpolicy.policies.tova import TOVA
 
-__all__ = ["H2O", "Full", "Linear", "Pyramid", "Random", "StreamingLLM"]
+__all__ = [
+    "H2O",
+    "TOVA",
+    "Full",
+    "KNorm",
+    "Linear",
+    "Pyramid",
+    "Random",
+    "SnapKV",
+    "StreamingLLM",
+]

@@ -7,11 +7,11 @@ from typing import Self
 
 from pydantic import Field, model_validator
 from torch import Tensor
-from torch.nn import functional
 
 from kvpolicy.budget import Arithmetic, Schedule
 from kvpolicy.layout import TokenLayout
 from kvpolicy.observer import AttentionObserver, WindowMass
+from kvpolicy.policies.windowed import check_window, pool
 from kvpolicy.policy import CacheView, ScoredPolicy
 from kvpolicy.registry import register
 from kvpolicy.slots import SlotShape
@@ -37,13 +37,7 @@ class Pyramid(ScoredPolicy):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.window > self.interval:
-            raise ValueError(
-                f"window={self.window} must be at most interval={self.interval}: votes are "
-                f"collected between decisions"
-            )
-        if self.kernel % 2 == 0:
-            raise ValueError(f"kernel={self.kernel} must be odd")
+        check_window(self.window, self.interval, self.kernel)
         return self
 
     def observers(self, shape: SlotShape) -> Sequence[AttentionObserver]:
@@ -68,13 +62,4 @@ class Pyramid(ScoredPolicy):
 
     def score(self, view: CacheView) -> Tensor:
         """Pooled mass from the window."""
-        return _pool(view.observed(WindowMass), view.positions, self.kernel)
-
-
-def _pool(mass: Tensor, positions: Tensor, kernel: int) -> Tensor:
-    """Average over neighbours in the order of positions; all ``[B, H, S]``."""
-    order = positions.argsort(dim=-1)
-    pooled = functional.avg_pool1d(
-        mass.gather(2, order), kernel, stride=1, padding=kernel // 2, count_include_pad=False
-    )
-    return pooled.new_empty(pooled.shape).scatter_(2, order, pooled)
+        return pool(view.observed(WindowMass), view.positions, self.kernel)
