@@ -6,11 +6,11 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from kvpolicy.errors import BudgetError
+from kvpolicy.errors import BudgetError, parameter_error
 from kvpolicy.layout import TokenLayout
 
 __all__ = ["Arithmetic", "Budget", "PerLayer", "Schedule", "Uniform"]
@@ -70,6 +70,9 @@ class Budget(BaseModel):
         if isinstance(value, float):
             return cls(kind="fraction", amount=Fraction(value).limit_denominator(10**9))
         text = value.strip()
+        # Exact numbers of a huge exponent ("1e999999999") would take forever to write out.
+        if len(text) > 40 or re.search(r"e[+-]?\d{3}", text, re.IGNORECASE):
+            raise ValueError(text)
         if match := re.fullmatch(r"(\d+)\s*lines?", text):
             return cls(kind="lines", amount=Fraction(match[1]))
         if text.endswith("%"):
@@ -115,9 +118,19 @@ class Budget(BaseModel):
 
 
 class Schedule(BaseModel, ABC):
-    """How layers share a budget."""
+    """How layers share a budget.
+
+    Raises:
+        ParameterError: a parameter is unknown, missing, of the wrong type or out of range.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def __init__(self, /, **parameters: Any) -> None:
+        try:
+            super().__init__(**parameters)
+        except ValidationError as error:
+            raise parameter_error(type(self).__name__, type(self), error) from None
 
     @abstractmethod
     def weights(self, num_layers: int) -> Sequence[Fraction]:
@@ -212,18 +225,18 @@ class PerLayer(Schedule):
         shares: one positive number a layer; only their ratios count.
     """
 
-    shares: tuple[float, ...] = Field(min_length=1)
+    shares: tuple[Annotated[float, Field(ge=0, allow_inf_nan=False)], ...] = Field(min_length=1)
 
     def weights(self, num_layers: int) -> Sequence[Fraction]:
         """The given shares.
 
         Raises:
-            BudgetError: the number of shares is not the number of layers, or one is negative.
+            BudgetError: the number of shares is not the number of layers, or all are 0.
         """
         if len(self.shares) != num_layers:
             raise BudgetError(
                 f"PerLayer has {len(self.shares)} shares for {num_layers} layers: give one a layer"
             )
-        if min(self.shares) < 0 or sum(self.shares) <= 0:
-            raise BudgetError(f"PerLayer shares={self.shares} must be at least 0, and not all 0")
+        if sum(self.shares) == 0:
+            raise BudgetError(f"PerLayer shares={self.shares} must not all be 0")
         return [Fraction(share).limit_denominator(10**9) for share in self.shares]

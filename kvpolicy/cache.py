@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kvpolicy.budget import Budget, Schedule
-from kvpolicy.errors import BudgetError, ParameterError
+from kvpolicy.errors import BudgetError, ParameterError, ShapeError
 from kvpolicy.layer import LayerCache
 from kvpolicy.layout import TokenLayout
 from kvpolicy.policy import EvictionPolicy
@@ -18,6 +18,8 @@ from kvpolicy.registry import create
 __all__ = ["CacheStats", "PolicyCache", "Reclaim"]
 
 Reclaim = Literal["lazy", "eager"]
+
+_INTEGERS = (torch.int64, torch.int32)
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,8 @@ class PolicyCache:
         self.layout = layout
         self.reclaim = reclaim
         schedule = self.policy.schedule() if schedule is None else schedule
+        if not isinstance(schedule, Schedule):
+            raise ParameterError(f"schedule={schedule!r} is not a Schedule, e.g. Uniform()")
         budgets = _budgets(self.policy, budget, layout, num_layers, schedule)
         self.layers = tuple(
             LayerCache(
@@ -146,9 +150,12 @@ class PolicyCache:
             CacheStateError: the batch size has changed since the last call.
             AttentionError: the attention is NaN.
         """
-        if not 0 <= layer < len(self.layers):
-            raise ParameterError(f"layer={layer} is not one of the {len(self.layers)} layers")
-        return self.layers[layer].attend(query, key, value, scale=scale, visible=visible)
+        return self._layer(layer).attend(query, key, value, scale=scale, visible=visible)
+
+    def _layer(self, layer: int) -> LayerCache:
+        if type(layer) is not int or not 0 <= layer < len(self.layers):
+            raise ParameterError(f"layer={layer!r} is not one of the {len(self.layers)} layers")
+        return self.layers[layer]
 
     @property
     def seen(self) -> int:
@@ -159,9 +166,10 @@ class PolicyCache:
         """Positions that a layer holds, int64 ``[B, H, S]``, -1 = empty (a copy).
 
         Raises:
+            ParameterError: there is no such layer.
             CacheStateError: the layer has not seen a token yet.
         """
-        return self.layers[layer].require_store().positions.to(torch.int64)
+        return self._layer(layer).require_store().positions.to(torch.int64)
 
     def stats(self) -> CacheStats:
         """What the generation has cost so far."""
@@ -184,7 +192,13 @@ class PolicyCache:
             layer.reset()
 
     def select_batch(self, index: Tensor) -> None:
-        """Keep the sequences ``index``, int64 ``[B']``; a sequence may repeat (beam search)."""
+        """Keep the sequences ``index``, int64 ``[B']``; a sequence may repeat (beam search).
+
+        Raises:
+            ShapeError: the index is not a vector of integers.
+        """
+        if not isinstance(index, Tensor) or index.dtype not in _INTEGERS or index.ndim != 1:
+            raise ShapeError(f"index={index!r} is not a vector of integers [B'], int64 or int32")
         for layer in self.layers:
             layer.select_batch(index)
 

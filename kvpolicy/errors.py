@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+from pydantic import BaseModel, ValidationError
+
 __all__ = [
     "AttentionError",
     "BudgetError",
@@ -19,6 +21,7 @@ __all__ = [
     "ShapeError",
     "UnknownNameError",
     "near_matches",
+    "parameter_error",
 ]
 
 
@@ -66,3 +69,26 @@ def near_matches(name: str, known: Iterable[str]) -> str:
     if not close:
         return f"known: {listed}"
     return f"did you mean {' or '.join(repr(n) for n in close)}? known: {listed}"
+
+
+def parameter_error(name: str, model: type[BaseModel], error: ValidationError) -> ParameterError:
+    """Say which parameter is wrong and why, in one line.
+
+    Args:
+        name: what the user calls the thing, e.g. ``policy 'linear'``.
+        model: its class.
+        error: what pydantic found; the first complaint counts.
+    """
+    first = error.errors()[0]
+    if not first["loc"]:
+        return ParameterError(f"{name}: {first['msg'].removeprefix('Value error, ')}")
+    field = str(first["loc"][0])
+    if first["type"] == "extra_forbidden":
+        known = near_matches(field, model.model_fields)
+        return ParameterError(f"{name} has no parameter {field!r}: {known}")
+    about = model.model_fields[field].description
+    about = f" ({about})" if about else ""
+    if first["type"] == "missing":
+        return ParameterError(f"{name}: {field} is missing{about}")
+    path = ".".join(str(part) for part in first["loc"])
+    return ParameterError(f"{name}: {path}={first['input']!r}: {first['msg']}{about}")

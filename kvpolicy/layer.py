@@ -69,7 +69,12 @@ class LayerCache:
         # Victims not reclaimed yet, [B, H, N], of which `reused` have been handed out.
         self.queue: Tensor | None = None
         self.reused = 0
-        self.peak = self.evictions = self.reports = 0
+        self.peak = self.reports = 0
+
+    @property
+    def evictions(self) -> int:
+        """Tokens that each head has lost."""
+        return 0 if self.store is None else self.seen - self._held()
 
     def require_store(self) -> SlotStore:
         """The store, or an error where no token has come yet."""
@@ -164,17 +169,22 @@ class LayerCache:
                 f"{self._name} wants {wanted} free slots at position {self.seen}, but layer "
                 f"{self.layer} may hold only {self.budget} evictable tokens; min_budget must say so"
             )
+        victims = self._victims(view, count)
+        # Victims of an earlier decision that were not reclaimed stay cached unless chosen again.
+        self.queue, self.reused = victims, 0
+        if self.eager:
+            store.clear(victims)
+
+    def _victims(self, view: CacheView, count: int) -> Tensor:
+        """Ask the policy, and refuse an answer of another shape."""
         victims = self.policy.victims(view, count)
-        expected = (store.shape.batch, store.shape.heads, count)
+        expected = (*view.positions.shape[:2], count)
         if tuple(victims.shape) != expected or victims.dtype != torch.int64:
             raise ShapeError(
                 f"{self._name}.victims gave {victims.dtype} {list(victims.shape)}; expected int64 "
                 f"{list(expected)}"
             )
-        # Victims of an earlier decision that were not reclaimed stay cached unless chosen again.
-        self.queue, self.reused = victims, 0
-        if self.eager:
-            store.clear(victims)
+        return victims
 
     def _run_length(self, limit: int) -> int:
         """Tokens, at most ``limit``, that can come at once with no decision between them."""
@@ -199,7 +209,6 @@ class LayerCache:
         assert self.queue is not None  # _make_room has seen to it
         reclaimed = self.queue[:, :, self.reused : self.reused + count - fresh]
         self.reused += count - fresh
-        self.evictions += count - fresh
         if fresh == 0:
             return reclaimed, 0
         return torch.cat([store.take_fresh(fresh), reclaimed], dim=-1), fresh
@@ -367,7 +376,7 @@ class LayerCache:
         view = self._view(prompt, count, 0)
         surplus = count - self.capacity
         gone = torch.zeros_like(prompt.positions, dtype=torch.bool)
-        gone.scatter_(2, self.policy.victims(view, surplus), True)
+        gone.scatter_(2, self._victims(view, surplus), True)
         # A stable sort of the flags lists the survivors first, in the order of their positions.
         kept = gone.to(torch.int8).argsort(dim=-1, stable=True)[:, :, : self.capacity]
         self.store = SlotStore(self._shape(key, self.capacity), key, value)
@@ -375,15 +384,26 @@ class LayerCache:
         for observer in self.observers:
             observer.mass = observer.mass.gather(2, kept)
         self.seen = count
-        self.evictions += surplus
         self.peak = max(self.peak, self.capacity)
         return torch.cat(outputs, dim=2)
 
     def _check(self, query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None) -> int:
         """Refuse wrong tensors before anything changes; returns T."""
-        for name, tensor in (("query", query), ("key", key), ("value", value)):
-            if tensor.ndim != 4:
-                raise ShapeError(f"{name} is {list(tensor.shape)}; expected 4 dims [B, H, T, D]")
+        for name, tensor in (("key", key), ("query", query), ("value", value)):
+            if not isinstance(tensor, Tensor):
+                raise ShapeError(f"{name} is {type(tensor).__name__}; expected a torch.Tensor")
+            if tensor.ndim != 4 or 0 in (*tensor.shape[1:2], tensor.shape[3]):
+                raise ShapeError(
+                    f"{name} is {list(tensor.shape)}; expected 4 dims [B, H, T, D], with heads and "
+                    f"head dim at least 1"
+                )
+            if not tensor.is_floating_point():
+                raise ShapeError(f"{name} is {tensor.dtype}; expected floating point")
+            if tensor.dtype != key.dtype or tensor.device != key.device:
+                raise ShapeError(
+                    f"{name} is {tensor.dtype} on {tensor.device}, but key is {key.dtype} on "
+                    f"{key.device}"
+                )
         batch, heads, count, dim = key.shape
         if value.shape[:3] != key.shape[:3]:
             raise ShapeError(f"value is {list(value.shape)}, but key is {list(key.shape)}")
@@ -411,15 +431,20 @@ class LayerCache:
                     f"tokens; use select_batch() to reorder a batch, reset() to start a new one"
                 )
             self.store.check(key, value)
-        if visible is not None and (
-            visible.ndim != 4
-            or visible.dtype != torch.bool
-            or visible.shape[2] not in (1, count)
-            or visible.shape[3] != self.seen + count
+        if visible is not None and not (
+            isinstance(visible, Tensor)
+            and visible.dtype == torch.bool
+            and visible.ndim == 4
+            and visible.shape[0] in (1, batch)
+            and visible.shape[1] in (1, heads)
+            and visible.shape[2] in (1, count)
+            and visible.shape[3] == self.seen + count
         ):
+            given = (
+                f"{visible.dtype} {list(visible.shape)}" if isinstance(visible, Tensor) else visible
+            )
             raise ShapeError(
-                f"visible is {visible.dtype} {list(visible.shape)}; expected bool "
-                f"[B, 1, {count}, {self.seen + count}]"
+                f"visible is {given}; expected bool [{batch}, 1, {count}, {self.seen + count}]"
             )
         return count
 

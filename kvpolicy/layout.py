@@ -11,7 +11,7 @@ from typing import Annotated, Protocol, TypeVar, runtime_checkable
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
-from kvpolicy.errors import LayoutError, ParameterError
+from kvpolicy.errors import LayoutError, parameter_error
 
 __all__ = ["RasterLayout", "TextLayout", "TokenLayout"]
 
@@ -84,11 +84,7 @@ class _Layout(BaseModel):
         try:
             super().__init__(**fields)
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
-            raise ParameterError(
-                f"{type(self).__name__}: {where}={first['input']!r}: {first['msg']}"
-            ) from None
+            raise parameter_error(type(self).__name__, type(self), error) from None
 
     @property
     def evictable(self: _Grid) -> int | None:

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
 from kvpolicy.budget import Schedule, Uniform
-from kvpolicy.errors import ParameterError, near_matches
+from kvpolicy.errors import ParameterError, parameter_error
 from kvpolicy.layout import TokenLayout
 from kvpolicy.observer import AttentionObserver
 from kvpolicy.slots import SlotShape, SlotStore
@@ -153,7 +153,8 @@ class EvictionPolicy(BaseModel, ABC):
         try:
             super().__init__(**parameters)
         except ValidationError as error:
-            raise _parameter_error(type(self), error) from None
+            name = f"policy {self.key or type(self).__name__!r}"
+            raise parameter_error(name, type(self), error) from None
 
     def observers(self, shape: SlotShape) -> Sequence[AttentionObserver]:
         """Make the observers of one layer of one generation; none by default."""
@@ -228,19 +229,3 @@ def _sortable(score: Tensor, position: Tensor) -> Tensor:
     bits = (score + 0.0).view(torch.int32)  # + 0.0 turns -0.0 into 0.0, which must tie with it
     bits = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
     return (bits.to(torch.int64) << 32) + position
-
-
-def _parameter_error(policy: type[EvictionPolicy], error: ValidationError) -> ParameterError:
-    first = error.errors()[0]
-    field = str(first["loc"][0]) if first["loc"] else ""
-    name = policy.key or policy.__name__
-    if first["type"] == "extra_forbidden":
-        known = near_matches(field, policy.model_fields)
-        return ParameterError(f"policy {name!r} has no parameter {field!r}: {known}")
-    if not field:
-        return ParameterError(f"policy {name!r}: {first['msg']}")
-    about = policy.model_fields[field].description
-    return ParameterError(
-        f"policy {name!r}: {field}={first['input']!r}: {first['msg']}"
-        + (f" ({about})" if about else "")
-    )

@@ -59,6 +59,8 @@ class Registry(Generic[Item]):
             UnknownNameError: nothing has this name; near matches are listed.
             ParameterError: the entry point can't be loaded.
         """
+        if not isinstance(name, str):
+            raise UnknownNameError(f"{self.kind} name {name!r} must be a string")
         if name in self._items:
             return self._items[name]
         point = self._entry_points().get(name)
