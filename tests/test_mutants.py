@@ -557,6 +557,26 @@ def lets_a_chunk_see_its_own_future(patch):
     return Pyramid(window=2, interval=3, kernel=3)
 
 
+@caught_by("stats")
+def understates_its_peak(patch):
+    patch.setattr(LayerCache, "_held", lambda self: self.layout.prefix + self.budget // 2)
+    return Random()
+
+
+@caught_by("stats")
+def spends_more_than_the_budget_on_some_layers(patch):
+    class Greedy(kvpolicy.Uniform):
+        def layers(self, budget, num_layers, *, floor=0, ceiling=None):
+            whole = super().layers(budget, num_layers, floor=floor, ceiling=ceiling)
+            return (*whole[:-1], whole[-1] + 1)
+
+    class Spends(Random):
+        def schedule(self):
+            return Greedy()
+
+    return Spends()
+
+
 @caught_by("round trip")
 def loses_a_parameter_in_json(patch):
     class Secretive(Random):

@@ -199,10 +199,6 @@ def _budget(case: Case) -> None:
                 head=head,
                 step=shot.step,
             )
-    assert trace.stats is not None
-    for layer, peak in enumerate(trace.stats.peak_tokens):
-        if peak > prefix + trace.budgets[layer]:
-            _fail(trace, f"stats() says that {peak} tokens were held", layer=layer)
 
 
 @_invariant(
@@ -375,6 +371,34 @@ def _full_use(case: Case) -> None:
                 head=head,
                 step=shot.step,
             )
+
+
+@_invariant("stats", "stats() tells what happened: budgets, peaks, evictions, tokens.")
+def _stats(case: Case) -> None:
+    trace, stream = case.trace, case.stream
+    stats = trace.stats
+    assert stats is not None
+    for layer in range(stream.layers):
+        counts = [int((shot.positions >= 0).sum(-1).max()) for shot in trace.of_layer(layer)]
+        lost = stream.tokens - counts[-1]
+        most = stream.layout.prefix + stats.budgets[layer]
+        # Within a call of many tokens a layer may have held more than at its end.
+        if not max(counts) <= stats.peak_tokens[layer] <= min(most, stream.tokens):
+            _fail(
+                trace,
+                f"peak_tokens says {stats.peak_tokens[layer]}; up to {max(counts)} were seen, and "
+                f"{most} are allowed",
+                layer=layer,
+            )
+        if stats.evictions[layer] != lost:
+            _fail(trace, f"evictions says {stats.evictions[layer]}; {lost} are gone", layer=layer)
+    if stats.seen != stream.tokens:
+        _fail(trace, f"seen says {stats.seen} after {stream.tokens} tokens", layer=0)
+    on_average = case.stream.budget
+    if stream.layout.evictable is not None:
+        on_average = min(on_average, stream.layout.evictable)
+    if sum(stats.budgets) != on_average * stream.layers:
+        _fail(trace, f"budgets {stats.budgets} are not {on_average} on average", layer=0)
 
 
 # -- what comparing runs shows ---------------------------------------------------------------------
