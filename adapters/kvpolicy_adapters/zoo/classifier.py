@@ -24,11 +24,11 @@ class FashionClassifier(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.body = nn.Sequential(
-            *_convolution(1, 24),
-            *_convolution(24, 32, stride=2),
-            *_convolution(32, 64),
-            *_convolution(64, 64, stride=2),
-            *_convolution(64, self.FEATURES),
+            *_convolution(1, 32),
+            *_convolution(32, 48, stride=2),
+            *_convolution(48, 64),
+            *_convolution(64, 96, stride=2),
+            *_convolution(96, self.FEATURES),
         )
         self.head = nn.Linear(self.FEATURES, _CLASSES)
 
