@@ -133,10 +133,11 @@ def _table(results: list[lab.Result], images: int, scored: int, budget: str) -> 
         "image; bits/px: of real test images under that cache, lower is better; difference: to "
         "full on the same images, with its 95% interval; Fréchet: distance of the drawn images to "
         "real ones, lower is better; class: drawn images that a classifier recognises.",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 0, 0, 1),
+        box=None,
+        padding=(0, 1, 0, 0),
         pad_edge=False,
-        width=79,
+        title_style="bold",
+        caption_justify="left",
     )
     table.add_column("policy", no_wrap=True)
     for heading in ("peak", "MB", "bits/px", "difference to full", "Fréchet", "class", "img/s"):
