@@ -59,6 +59,13 @@ class SlotStore:
         self.values = torch.zeros(*size, value.shape[-1], dtype=value.dtype, device=value.device)
         self.positions = torch.full(size, -1, dtype=torch.int32, device=key.device)
         self.fresh = shape.slots
+        self._index_heads()
+
+    def _index_heads(self) -> None:
+        """Indices ``[B, 1, 1]`` and ``[1, H, 1]`` that stand beside slots ``[B, H, T]``."""
+        device = self.positions.device
+        self._batch = torch.arange(self.shape.batch, device=device).view(-1, 1, 1)
+        self._head = torch.arange(self.shape.heads, device=device).view(1, -1, 1)
 
     @classmethod
     def holding(cls, shape: SlotShape, key: Tensor, value: Tensor) -> SlotStore:
@@ -122,9 +129,10 @@ class SlotStore:
             value: ``[B, H, T, Dv]``.
             first: position of the first token.
         """
-        into = slots.unsqueeze(-1)
-        self.keys.scatter_(2, into.expand_as(key), key)
-        self.values.scatter_(2, into.expand_as(value), value)
+        # Not scatter_: in bfloat16 on a CPU it copies the whole store to float32 and back.
+        where = (self._batch, self._head, slots)
+        self.keys.index_put_(where, key)
+        self.values.index_put_(where, value)
         count = slots.shape[-1]
         if count == 1:
             self.positions.scatter_(2, slots, first)
@@ -150,3 +158,4 @@ class SlotStore:
         self.keys = self.keys.index_select(0, index)
         self.values = self.values.index_select(0, index)
         self.positions = self.positions.index_select(0, index)
+        self._index_heads()
