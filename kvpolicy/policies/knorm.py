@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from kvpolicy.policy import CacheView, ScoredPolicy
@@ -21,4 +22,5 @@ class KNorm(ScoredPolicy):
 
     def score(self, view: CacheView) -> Tensor:
         """The shorter the key, the better."""
-        return -view.keys.float().norm(dim=-1)
+        norms: Tensor = torch.linalg.vector_norm(view.keys, dim=-1, dtype=torch.float32)
+        return -norms
