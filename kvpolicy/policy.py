@@ -149,6 +149,13 @@ class EvictionPolicy(BaseModel, ABC):
     #: Whether a head's decisions depend on other heads' attention (TOVA does).
     mixes_heads: ClassVar[bool] = False
 
+    @classmethod
+    def __pydantic_init_subclass__(cls, **options: Any) -> None:
+        super().__pydantic_init_subclass__(**options)
+        # A subclass of a registered policy is another policy, and must not go by its name.
+        if "key" not in cls.__dict__:
+            cls.key = ""
+
     def __init__(self, /, **parameters: Any) -> None:
         try:
             super().__init__(**parameters)
