@@ -53,10 +53,9 @@ def test_keeps_every_invariant(name, reclaim):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [1, 2])
 @pytest.mark.parametrize("name", POLICIES)
-def test_keeps_every_invariant_for_long(name, seed):
-    check_policy(small(name), examples=400, seed=seed)
+def test_keeps_every_invariant_for_long(name):
+    check_policy(small(name), examples=300, seed=1)
 
 
 @pytest.mark.parametrize(
