@@ -48,7 +48,7 @@ def small(name: str) -> kvpolicy.EvictionPolicy:
 @pytest.mark.parametrize("name", POLICIES)
 def test_keeps_every_invariant(name, reclaim):
     policy = small(name)
-    found = find_violation(policy, applicable(policy), examples=60, reclaim=reclaim)
+    found = find_violation(policy, applicable(policy), examples=40, reclaim=reclaim)
     assert found is None, str(found)
 
 
