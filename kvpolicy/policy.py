@@ -216,10 +216,10 @@ class ScoredPolicy(EvictionPolicy):
         """The ``count`` lowest scores among the unprotected, worst first."""
         score = self.score(view).to(torch.float32)
         protected = self.protect(view)
-        protected = view.pinned if protected is None else protected | view.pinned
-        score = score.masked_fill(view.empty, -torch.inf).masked_fill(
-            protected & ~view.empty, torch.inf
-        )
+        if protected is not None:
+            score = score.masked_fill(protected, torch.finfo(torch.float32).max)
+        # The prefix stands above what a policy protects, should that be more than fits.
+        score = score.masked_fill(view.pinned, torch.inf).masked_fill(view.empty, -torch.inf)
         rank = _sortable(score, view.positions)
         if count == 1:
             return rank.argmin(-1, keepdim=True)
