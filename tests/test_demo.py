@@ -38,7 +38,7 @@ def command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "kvpolicy", *arguments],
         cwd=cwd,
-        env=os.environ | {"COLUMNS": "80", "OMP_NUM_THREADS": "2"},
+        env=os.environ | {"COLUMNS": "80", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=600,
