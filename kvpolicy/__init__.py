@@ -21,7 +21,14 @@ from kvpolicy.errors import (
     ShapeError,
     UnknownNameError,
 )
-from kvpolicy.layout import RasterLayout, TextLayout, TokenLayout
+from kvpolicy.layout import (
+    AfterPrompt,
+    LateLayout,
+    RasterLayout,
+    SequenceLayout,
+    TextLayout,
+    TokenLayout,
+)
 from kvpolicy.observer import (
     AttentionObserver,
     AttentionReport,
@@ -36,6 +43,7 @@ from kvpolicy.registry import PolicySpec, available, create, register, spec
 from kvpolicy.slots import SlotShape, SlotStore
 
 __all__ = [
+    "AfterPrompt",
     "Arithmetic",
     "AttentionError",
     "AttentionObserver",
@@ -49,6 +57,7 @@ __all__ = [
     "EvictionPolicy",
     "KVPolicyError",
     "LastQuery",
+    "LateLayout",
     "LayoutError",
     "LineMass",
     "Need",
@@ -59,6 +68,7 @@ __all__ = [
     "RasterLayout",
     "Schedule",
     "ScoredPolicy",
+    "SequenceLayout",
     "ShapeError",
     "SlotShape",
     "SlotStore",

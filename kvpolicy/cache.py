@@ -11,7 +11,7 @@ from torch import Tensor
 from kvpolicy.budget import Budget, Schedule
 from kvpolicy.errors import BudgetError, ParameterError, ShapeError
 from kvpolicy.layer import LayerCache
-from kvpolicy.layout import TokenLayout
+from kvpolicy.layout import UNBOUND, LateLayout, TokenLayout
 from kvpolicy.policy import EvictionPolicy
 from kvpolicy.registry import create
 
@@ -64,7 +64,9 @@ class PolicyCache:
         policy: a policy, or its name in the registry.
         budget: evictable tokens a head of a layer may hold (see :class:`Budget`); None for as
             many as the layout has.
-        layout: where tokens sit.
+        layout: where tokens sit; or a :class:`LateLayout`, which says so once the first tokens are
+            out. Fractions of a budget are worked out then, and a budget that is too small is
+            refused then.
         num_layers: number of layers.
         reclaim: ``lazy``, a victim stays visible until its slot is overwritten, or ``eager``, it
             is hidden as soon as it is chosen.
@@ -81,7 +83,7 @@ class PolicyCache:
         policy: EvictionPolicy | str,
         budget: Budget | int | float | str | None = None,
         *,
-        layout: TokenLayout,
+        layout: TokenLayout | LateLayout,
         num_layers: int,
         reclaim: Reclaim = "lazy",
         schedule: Schedule | None = None,
@@ -89,7 +91,8 @@ class PolicyCache:
         self.policy = create(policy) if isinstance(policy, str) else policy
         if not isinstance(self.policy, EvictionPolicy):
             raise ParameterError(f"policy={policy!r} is neither an EvictionPolicy nor a name")
-        if not isinstance(layout, TokenLayout):
+        # A class has the attributes of its objects, and would pass for one of them.
+        if isinstance(layout, type) or not isinstance(layout, TokenLayout | LateLayout):
             raise ParameterError(
                 f"layout={layout!r} is not a TokenLayout: give RasterLayout(...) or TextLayout(...)"
             )
@@ -97,23 +100,35 @@ class PolicyCache:
             raise ParameterError(f"num_layers={num_layers!r} must be an integer, at least 1")
         if reclaim not in ("lazy", "eager"):
             raise ParameterError(f"reclaim={reclaim!r} must be 'lazy' or 'eager'")
-        self.layout = layout
         self.reclaim = reclaim
         schedule = self.policy.schedule() if schedule is None else schedule
         if not isinstance(schedule, Schedule):
             raise ParameterError(f"schedule={schedule!r} is not a Schedule, e.g. Uniform()")
-        budgets = _budgets(self.policy, budget, layout, num_layers, schedule)
+        self.schedule = schedule
+        late, known = (
+            (None, layout) if isinstance(layout, TokenLayout) else (layout, layout.preview())
+        )
+        self._late = late
+        self._budget = None if budget is None else Budget.parse(budget)
+        budgets = (0,) * num_layers if known is None else self._share(known, num_layers)
         self.layers = tuple(
             LayerCache(
                 self.policy,
-                layout,
+                UNBOUND if known is None else known,
                 layer=layer,
                 num_layers=num_layers,
                 budget=budget,
                 eager=reclaim == "eager",
+                bind=None if late is None else self._bind,
             )
             for layer, budget in enumerate(budgets)
         )
+
+    @property
+    def layout(self) -> TokenLayout | None:
+        """Where tokens sit, as the first layer knows it; None while that is unknown."""
+        layout = self.layers[0].layout
+        return None if layout is UNBOUND else layout
 
     def attend(
         self,
@@ -151,6 +166,33 @@ class PolicyCache:
             AttentionError: the attention is NaN.
         """
         return self._layer(layer).attend(query, key, value, scale=scale, visible=visible)
+
+    def _bind(
+        self, layer: int, seen: int, count: int, bound: TokenLayout | None
+    ) -> tuple[TokenLayout, int] | None:
+        """The layout that a layer has from now on, and its budget; see :class:`LateLayout`."""
+        assert self._late is not None
+        layout = self._late.at(seen, count, bound)
+        if layout is None:
+            return None
+        if bound is None:
+            return layout, self._share(layout, len(self.layers))[layer]
+        budget = self.layers[layer].budget
+        if layout is not bound and budget < (floor := self.policy.min_budget(layout)):
+            raise BudgetError(
+                f"layer {layer} has a budget of {budget} tokens since {bound!r}, too few for "
+                f"{self._name} on {layout!r}, which follows; the smallest budget that works is "
+                f"{floor}"
+            )
+        return layout, budget
+
+    def _share(self, layout: TokenLayout, num_layers: int) -> tuple[int, ...]:
+        """One budget a layer."""
+        return _budgets(self.policy, self._budget, layout, num_layers, self.schedule)
+
+    @property
+    def _name(self) -> str:
+        return self.policy.key or type(self.policy).__name__
 
     def _layer(self, layer: int) -> LayerCache:
         if type(layer) is not int or not 0 <= layer < len(self.layers):

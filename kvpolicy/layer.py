@@ -7,14 +7,14 @@ or out.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from kvpolicy.attention import attend
 from kvpolicy.errors import AttentionError, BudgetError, CacheStateError, LayoutError, ShapeError
-from kvpolicy.layout import TokenLayout
+from kvpolicy.layout import UNBOUND, TokenLayout
 from kvpolicy.observer import AttentionObserver, AttentionReport, Need
 from kvpolicy.policy import CacheView, EvictionPolicy
 from kvpolicy.slots import SlotShape, SlotStore
@@ -24,17 +24,22 @@ __all__ = ["LayerCache"]
 #: Queries that attend, and are observed, at once: bounds the memory of a long call.
 QUERY_CHUNK = 128
 
+#: Given a layer, its tokens so far, how many are about to come, and its layout so far (None if it
+#: has none): the layout from now on and the layer's budget; None while the layout is unknown.
+Bind = Callable[[int, int, int, TokenLayout | None], tuple[TokenLayout, int] | None]
+
 
 class LayerCache:
     """One layer's store, its observers, and the slots that it may reuse.
 
     Args:
         policy: the policy.
-        layout: where tokens sit.
+        layout: where tokens sit; ``UNBOUND`` until ``bind`` says so.
         layer: index of the layer, lowest first.
         num_layers: number of layers.
         budget: evictable tokens that a head may hold.
         eager: whether victims are hidden as soon as they are chosen.
+        bind: asked before each call where the layout is known late.
     """
 
     def __init__(
@@ -46,6 +51,7 @@ class LayerCache:
         num_layers: int,
         budget: int,
         eager: bool,
+        bind: Bind | None = None,
     ) -> None:
         self.policy = policy
         self.layout = layout
@@ -53,6 +59,7 @@ class LayerCache:
         self.num_layers = num_layers
         self.budget = budget
         self.eager = eager
+        self.bind = bind
         self.reset()
 
     @property
@@ -62,6 +69,8 @@ class LayerCache:
 
     def reset(self) -> None:
         """Back to the state before the first token."""
+        if self.bind is not None:
+            self.layout, self.budget = UNBOUND, 0
         self.store: SlotStore | None = None
         self.observers: Sequence[AttentionObserver] = ()
         self.need = Need.NONE
@@ -104,6 +113,10 @@ class LayerCache:
     ) -> Tensor:
         """Cache T tokens and attend from them; see :meth:`PolicyCache.attend`."""
         count = self._check(query, key, value, visible)
+        self._follow(count)
+        self._check_length(count)
+        if self.layout is UNBOUND:
+            return self._hold_all(query, key, value, scale=scale, visible=visible)
         if self.seen == 0 and count > self.capacity and self.layout.compresses_prompt:
             return self._compress_prompt(query, key, value, scale=scale, visible=visible)
         if self.store is None:
@@ -354,25 +367,7 @@ class LayerCache:
         shape = self._shape(key, count)
         prompt = SlotStore.holding(shape, key, value)
         self._watch(shape)
-        outputs = []
-        for first in range(0, count, QUERY_CHUNK):
-            last = min(first + QUERY_CHUNK, count)
-            turn = torch.arange(first, last, device=key.device)
-            allowed = torch.arange(last, device=key.device)[None, :] <= turn[:, None]
-            allowed = allowed[None, None]
-            if visible is not None:
-                rows = visible if visible.shape[2] == 1 else visible[:, :, first:last]
-                allowed = allowed & rows[..., :last]
-            output, mass = attend(
-                query[:, :, first:last],
-                key[:, :, :last],
-                value[:, :, :last],
-                scale=scale,
-                visible=allowed,
-                need_mass=self.need is not Need.NONE,
-            )
-            outputs.append(output)
-            self._observe(mass, first, count - last)
+        output = self._attend_in_full(query, key, value, scale=scale, visible=visible)
         view = self._view(prompt, count, 0)
         surplus = count - self.capacity
         gone = torch.zeros_like(prompt.positions, dtype=torch.bool)
@@ -385,7 +380,94 @@ class LayerCache:
             observer.mass = observer.mass.gather(2, kept)
         self.seen = count
         self.peak = max(self.peak, self.capacity)
+        return output
+
+    def _attend_in_full(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float | None,
+        visible: Tensor | None,
+    ) -> Tensor:
+        """Attend from the newest T tokens to a whole sequence of keys, in order of position."""
+        count, total = query.shape[2], key.shape[2]
+        outputs = []
+        for first in range(0, count, QUERY_CHUNK):
+            after = min(first + QUERY_CHUNK, count)
+            last = total - count + after
+            turn = torch.arange(total - count + first, last, device=key.device)
+            allowed = torch.arange(last, device=key.device)[None, :] <= turn[:, None]
+            allowed = allowed[None, None]
+            if visible is not None:
+                rows = visible if visible.shape[2] == 1 else visible[:, :, first:after]
+                allowed = allowed & rows[..., :last]
+            output, mass = attend(
+                query[:, :, first:after],
+                key[:, :, :last],
+                value[:, :, :last],
+                scale=scale,
+                visible=allowed,
+                need_mass=self.need is not Need.NONE,
+            )
+            outputs.append(output)
+            self._observe(mass, first, count - after)
         return torch.cat(outputs, dim=2)
+
+    # -- a layout that is known late -----------------------------------------------------------
+
+    def _follow(self, count: int) -> None:
+        """Take the layout that is known before the next tokens, and allocate the slots for it.
+
+        Nothing that was seen before has to be observed again: it is prefix, which no policy may
+        evict.
+        """
+        if self.bind is None:
+            return
+        bound = None if self.layout is UNBOUND else self.layout
+        known = self.bind(self.layer, self.seen, count, bound)
+        if known is None or known[0] is bound:
+            return
+        layout, budget = known
+        if bound is not None:
+            if layout.prefix != bound.prefix:
+                raise LayoutError(
+                    f"{layout!r} can't follow {bound!r}: slots have been allocated for "
+                    f"{bound.prefix} pinned tokens; keep the prefix, and say what comes behind it"
+                )
+            self.layout = layout
+            return
+        if self.seen > layout.prefix:
+            raise LayoutError(
+                f"{layout!r} came after {self.seen} tokens, but its prefix has {layout.prefix}: "
+                f"say where tokens sit before the first token behind the prefix is cached"
+            )
+        self.layout, self.budget = layout, budget
+        if self.store is None:
+            return
+        prefix = self.store
+        shape = self._shape(prefix.keys, self.capacity)
+        self.store = SlotStore(shape, prefix.keys, prefix.values)
+        self.store.write(self.store.take_fresh(self.seen), prefix.keys, prefix.values, 0)
+        self._watch(shape)
+
+    def _hold_all(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float | None,
+        visible: Tensor | None,
+    ) -> Tensor:
+        """Attend while the layout is unknown: every token is prefix, so every token is kept."""
+        held = [] if self.store is None else [self.store]
+        key = torch.cat([*(store.keys for store in held), key], dim=2)
+        value = torch.cat([*(store.values for store in held), value], dim=2)
+        self.store = SlotStore.holding(self._shape(key, key.shape[2]), key, value)
+        self.seen = self.peak = key.shape[2]
+        return self._attend_in_full(query, key, value, scale=scale, visible=visible)
 
     def _check(self, query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None) -> int:
         """Refuse wrong tensors before anything changes; returns T."""
@@ -418,12 +500,6 @@ class LayerCache:
             )
         if count == 0:
             raise ShapeError("no tokens: key is " + str(list(key.shape)))
-        length = self.layout.length
-        if length is not None and self.seen + count > length:
-            raise LayoutError(
-                f"position {self.seen + count - 1} is outside {self.layout!r}, which has {length} "
-                f"tokens; reset() the cache for a new sequence, or give the layout its real size"
-            )
         if self.store is not None:
             if batch != self.store.shape.batch:
                 raise CacheStateError(
@@ -447,6 +523,15 @@ class LayerCache:
                 f"visible is {given}; expected bool [{batch}, 1, {count}, {self.seen + count}]"
             )
         return count
+
+    def _check_length(self, count: int) -> None:
+        """Refuse more tokens than the layout has."""
+        length = self.layout.length
+        if length is not None and self.seen + count > length:
+            raise LayoutError(
+                f"position {self.seen + count - 1} is outside {self.layout!r}, which has {length} "
+                f"tokens; reset() the cache for a new sequence, or give the layout its real size"
+            )
 
     @property
     def _name(self) -> str:

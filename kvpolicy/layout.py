@@ -6,14 +6,24 @@ sequence, prefix included) as an ``int`` or as an integer tensor of any shape, a
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Annotated, Protocol, TypeVar, runtime_checkable
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from kvpolicy.errors import LayoutError, parameter_error
 
-__all__ = ["RasterLayout", "TextLayout", "TokenLayout"]
+__all__ = [
+    "AfterPrompt",
+    "LateLayout",
+    "RasterLayout",
+    "SequenceLayout",
+    "TextLayout",
+    "TokenLayout",
+]
 
 Position = TypeVar("Position", int, Tensor)
 
@@ -190,3 +200,138 @@ class TextLayout(_Layout):
     def compresses_prompt(self) -> bool:
         """A text prompt attends in full and is compressed to the budget afterwards."""
         return True
+
+
+class SequenceLayout(_Layout):
+    """Text and images in one sequence: a pinned prefix, then pieces, the last without an end.
+
+    A piece is cut into lines of its own length, and opens a line wherever it begins; the line
+    before it may therefore be short. Text behind the prefix is cut into lines too, so that every
+    policy treats it like rows of an image: nothing behind the prefix is pinned, because the slots
+    of pinned tokens are counted when the cache is allocated and can't grow with a conversation.
+
+    Example:
+        >>> layout = SequenceLayout(prefix=3, pieces=((3, 5), (20, 5), (26, 4)))
+        >>> layout.line(19), layout.line(20), layout.line(26), layout.column(26)
+        (3, 4, 6, 0)
+
+    Args:
+        prefix: pinned tokens before the first piece.
+        pieces: of each piece, the position of its first token and the tokens in one of its lines;
+            the first piece begins where the prefix ends.
+
+    Raises:
+        ParameterError: a field is missing, unknown, of the wrong type or out of range.
+        LayoutError: the pieces don't follow each other.
+    """
+
+    prefix: Count
+    pieces: Annotated[tuple[tuple[Count, Size], ...], Field(min_length=1)]
+
+    def __init__(self, /, **fields: object) -> None:
+        super().__init__(**fields)
+        starts = [start for start, _ in self.pieces]
+        if starts[0] != self.prefix or any(b <= a for a, b in pairwise(starts)):
+            raise LayoutError(
+                f"SequenceLayout: pieces={self.pieces} must begin at prefix={self.prefix}, and "
+                f"each must begin behind the one before"
+            )
+
+    @property
+    def line_length(self) -> int:
+        """Tokens in a line of the last piece, which is the one that tokens come to."""
+        return self.pieces[-1][1]
+
+    @property
+    def length(self) -> None:
+        """Unknown: the sequence may go on."""
+        return None
+
+    @property
+    def compresses_prompt(self) -> bool:
+        """The prompt of a picture is its prefix, which is pinned: there is nothing to compress."""
+        return False
+
+    def line(self, position: Position) -> Position:
+        """Line of a position, counted on from piece to piece; prefix lines are negative."""
+        start, length = self.pieces[0]
+        line = (position - start) // length
+        lines = 0
+        for (before, width), (start, length) in pairwise(self.pieces):
+            lines += -(-(start - before) // width)
+            line = _from(start, position, (position - start) // length + lines, line)
+        return line
+
+    def column(self, position: Position) -> Position:
+        """Column of a position in its line; meaningless inside the prefix."""
+        start, length = self.pieces[0]
+        column = (position - start) % length
+        for start, length in self.pieces[1:]:
+            column = _from(start, position, (position - start) % length, column)
+        return column
+
+    def is_line_start(self, position: int) -> bool:
+        """Whether the token at this position opens a line."""
+        return position >= self.prefix and self.column(position) == 0
+
+
+def _from(start: int, position: Position, here: Position, before: Position) -> Position:
+    """``here`` where the position has reached ``start``, else ``before``."""
+    if isinstance(position, Tensor):
+        return torch.where(position >= start, here, before)
+    return here if position >= start else before
+
+
+@runtime_checkable
+class LateLayout(Protocol):
+    """A layout that is known only once the first tokens of a sequence are out.
+
+    The cache asks before each call. As long as the answer is None, every token so far is prefix:
+    all are kept, and no budget is in force. The first layout that comes fixes the prefix, the
+    budget and the slots, which are allocated then. Later answers may say how the sequence goes on
+    behind that layout's end; they keep its prefix, and the budget stays as it is.
+    """
+
+    def preview(self) -> TokenLayout | None:
+        """What is known before the first token, to check budgets against; None for nothing."""
+
+    def at(self, seen: int, count: int, bound: TokenLayout | None) -> TokenLayout | None:
+        """The layout, if it is known before the tokens ``seen`` to ``seen + count - 1`` are cached.
+
+        Args:
+            seen: tokens that are cached.
+            count: tokens that are about to come, at least 1.
+            bound: the layout so far; None where there was none.
+
+        Returns:
+            The layout from now on (``bound`` itself where nothing changes), or None.
+        """
+
+
+@dataclass(frozen=True)
+class AfterPrompt:
+    """An image behind a prompt of any length: the tokens of the first call are its prefix.
+
+    Example:
+        >>> AfterPrompt(RasterLayout(rows=24, cols=24)).at(0, 17, None)
+        RasterLayout(rows=24, cols=24, line_break=0, prefix=17, suffix=0)
+
+    Args:
+        grid: the image, and the tokens around it that are not part of the first call.
+    """
+
+    grid: RasterLayout
+
+    def preview(self) -> RasterLayout:
+        """The image without its prompt."""
+        return self.grid
+
+    def at(self, seen: int, count: int, bound: TokenLayout | None) -> TokenLayout:
+        """The image behind the first call's tokens."""
+        if bound is not None:
+            return bound
+        return self.grid.model_copy(update={"prefix": self.grid.prefix + seen + count})
+
+
+#: What a layer holds to until its layout is known: everything is prefix.
+UNBOUND = TextLayout(sinks=2**62)
