@@ -3,7 +3,8 @@
 ``attach`` serves the causal language models of transformers, which many image generators are.
 """
 
+from kvpolicy_adapters import zoo
 from kvpolicy_adapters.attach import attach
 from kvpolicy_adapters.transformers_cache import TransformersCache
 
-__all__ = ["TransformersCache", "attach"]
+__all__ = ["TransformersCache", "attach", "zoo"]
