@@ -81,8 +81,13 @@ class Budget(BaseModel):
             return cls(kind="tokens", amount=Fraction(text))
         return cls(kind="fraction", amount=Fraction(text))
 
-    def tokens(self, layout: TokenLayout) -> int:
+    def tokens(self, layout: TokenLayout, *, goes_on: bool = False) -> int:
         """Tokens per layer for this layout, rounded down, at most the layout's evictable length.
+
+        Args:
+            layout: where tokens sit.
+            goes_on: whether tokens may follow behind the layout's end: more than its evictable
+                length is of use then.
 
         Raises:
             BudgetError: a fraction of a layout without a length, or less than one token.
@@ -99,7 +104,7 @@ class Budget(BaseModel):
             tokens = int(self.amount * layout.line_length)
         else:
             tokens = int(self.amount)
-        if evictable is not None:
+        if evictable is not None and not goes_on:
             tokens = min(tokens, evictable)
         if tokens < 1:
             raise BudgetError(

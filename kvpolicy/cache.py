@@ -188,7 +188,8 @@ class PolicyCache:
 
     def _share(self, layout: TokenLayout, num_layers: int) -> tuple[int, ...]:
         """One budget a layer."""
-        return _budgets(self.policy, self._budget, layout, num_layers, self.schedule)
+        goes_on = self._late is not None and self._late.goes_on
+        return _budgets(self.policy, self._budget, layout, num_layers, self.schedule, goes_on)
 
     @property
     def _name(self) -> str:
@@ -251,6 +252,7 @@ def _budgets(
     layout: TokenLayout,
     num_layers: int,
     schedule: Schedule,
+    goes_on: bool,
 ) -> tuple[int, ...]:
     """One budget a layer."""
     name = policy.key or type(policy).__name__
@@ -262,7 +264,7 @@ def _budgets(
             )
         average = layout.evictable
     else:
-        average = Budget.parse(budget).tokens(layout)
+        average = Budget.parse(budget).tokens(layout, goes_on=goes_on)
     floor = policy.min_budget(layout)
     if layout.evictable is not None:
         floor = min(floor, layout.evictable)
@@ -271,4 +273,5 @@ def _budgets(
             f"budget={budget} is {average} tokens per layer, too few for {name} on {layout!r}; "
             f"the smallest budget that works is {floor}"
         )
-    return schedule.layers(average, num_layers, floor=floor, ceiling=layout.evictable)
+    ceiling = None if goes_on else layout.evictable
+    return schedule.layers(average, num_layers, floor=floor, ceiling=ceiling)

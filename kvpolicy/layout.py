@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Annotated, Protocol, TypeVar, runtime_checkable
+from typing import Annotated, ClassVar, Protocol, TypeVar, runtime_checkable
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -290,7 +290,15 @@ class LateLayout(Protocol):
     all are kept, and no budget is in force. The first layout that comes fixes the prefix, the
     budget and the slots, which are allocated then. Later answers may say how the sequence goes on
     behind that layout's end; they keep its prefix, and the budget stays as it is.
+
+    Attributes:
+        goes_on: whether there may be such later answers. A budget given in tokens is then not cut
+            down to the first layout's length.
     """
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether the sequence may go on behind the layout that is known first."""
 
     def preview(self) -> TokenLayout | None:
         """What is known before the first token, to check budgets against; None for nothing."""
@@ -321,6 +329,7 @@ class AfterPrompt:
     """
 
     grid: RasterLayout
+    goes_on: ClassVar[bool] = False
 
     def preview(self) -> RasterLayout:
         """The image without its prompt."""

@@ -23,6 +23,7 @@ class AtLast:
 
     def __init__(self, layout: kvpolicy.TokenLayout, when: int, then: dict | None = None):
         self.layout, self.when, self.then = layout, when, then or {}
+        self.goes_on = bool(then)
 
     def preview(self):
         return None
@@ -270,3 +271,18 @@ def test_a_prefix_can_not_grow_once_slots_are_allocated():
     run(cache, stream(END), [PROMPT] + [1] * GRID.length)
     with pytest.raises(kvpolicy.LayoutError, match="allocated for 7 pinned tokens"):
         run(cache, stream(1), [1])
+
+
+def test_a_budget_in_tokens_may_be_larger_than_the_first_image():
+    """Where the sequence goes on, everything fits if the budget says so."""
+    tokens = END + 6 + 5 * 4
+    tensors = stream(tokens)
+    sizes = [PROMPT] + [1] * (tokens - PROMPT)
+    cache = make("linear", AtLast(KNOWN, PROMPT, {END: PIECES}), budget=tokens - PROMPT)
+    outputs, _ = run(cache, tensors, sizes)
+    assert cache.stats().evictions == (0, 0)
+    everything = make("full", kvpolicy.RasterLayout(rows=1, cols=tokens), budget=None)
+    torch.testing.assert_close(outputs, run(everything, tensors, sizes)[0], atol=1e-5, rtol=0)
+    closed = make("linear", AtLast(KNOWN, PROMPT), budget=tokens)
+    run(closed, stream(PROMPT + 1), [PROMPT, 1])
+    assert closed.stats().budgets == (GRID.length, GRID.length)
