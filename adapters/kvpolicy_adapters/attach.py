@@ -19,13 +19,15 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from kvpolicy import (
     Budget,
     EvictionPolicy,
+    LateLayout,
     ParameterError,
     PolicyCache,
     Schedule,
-    TextLayout,
     TokenLayout,
 )
 from kvpolicy.cache import Reclaim
+from kvpolicy_adapters.families import layout_of
+from kvpolicy_adapters.token_reader import telling
 from kvpolicy_adapters.transformers_cache import TransformersCache, marked_layer, policy_attention
 
 __all__ = ["attach"]
@@ -44,7 +46,7 @@ def attach(
     *,
     policy: EvictionPolicy | str = "linear",
     budget: Budget | int | float | str | None = None,
-    layout: TokenLayout | None = None,
+    layout: TokenLayout | LateLayout | None = None,
     reclaim: Reclaim = "lazy",
     schedule: Schedule | None = None,
 ) -> Iterator[TransformersCache]:
@@ -64,12 +66,14 @@ def attach(
         model: a causal language model of transformers that uses its attention interface.
         policy: a policy, or its name in the registry.
         budget: evictable tokens a head of a layer may hold; None for as many as the layout has.
-        layout: where tokens sit; text by default.
+        layout: where tokens sit; by default as the model's family has it, which is text where no
+            family recognises the model (see :mod:`kvpolicy_adapters.families`).
         reclaim: ``lazy`` or ``eager``.
         schedule: how layers share the budget; the policy's own by default.
 
     Raises:
         ParameterError: the model does not use transformers' attention interface.
+        LayoutError: the model's configuration does not describe its family's grid.
         BudgetError: the budget is too small for this policy on this layout.
         UnknownNameError: no policy has this name.
     """
@@ -83,10 +87,11 @@ def attach(
             f"{type(model).__name__} has no num_hidden_layers in its configuration: it is no "
             f"causal language model that attach() knows"
         )
+    layout = layout_of(model) if layout is None else layout
     policy_cache = PolicyCache(
         policy,
         budget,
-        layout=TextLayout() if layout is None else layout,
+        layout=layout,
         num_layers=num_layers,
         reclaim=reclaim,
         schedule=schedule,
@@ -94,7 +99,8 @@ def attach(
     cache = TransformersCache(policy_cache, model)
     _enter(model)
     try:
-        yield cache
+        with telling(model, cache, layout):
+            yield cache
     finally:
         cache.closed = True
         _leave(model)
