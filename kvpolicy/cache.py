@@ -254,7 +254,7 @@ def _budgets(
     schedule: Schedule,
     goes_on: bool,
 ) -> tuple[int, ...]:
-    """One budget a layer."""
+    """One budget a layer; ``goes_on`` as in :class:`LateLayout`."""
     name = policy.key or type(policy).__name__
     if budget is None:
         if layout.evictable is None:
@@ -263,8 +263,12 @@ def _budgets(
                 f"length, or a budget"
             )
         average = layout.evictable
+        goes_on = False
     else:
-        average = Budget.parse(budget).tokens(layout, goes_on=goes_on)
+        parsed = Budget.parse(budget)
+        # A fraction is of the layout that is known, and "everything" means all of that.
+        goes_on = goes_on and parsed.kind != "fraction"
+        average = parsed.tokens(layout, goes_on=goes_on)
     floor = policy.min_budget(layout)
     if layout.evictable is not None:
         floor = min(floor, layout.evictable)

@@ -232,6 +232,12 @@ def test_several_images_for_one_prompt(model):
     assert torch.equal(out, expected)
 
 
+def test_what_is_drawn_decodes_to_pixels(model):
+    with attach(model, policy=linear(), budget="1/2") as cache:
+        pixels = model.decode_image_tokens(draw(model, cache=cache))
+    assert pixels.shape == (2, 2 * SIDE, 2 * SIDE, 3)
+
+
 # -- driven as the original repository does --------------------------------------------------------
 
 

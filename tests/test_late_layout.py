@@ -286,3 +286,11 @@ def test_a_budget_in_tokens_may_be_larger_than_the_first_image():
     closed = make("linear", AtLast(KNOWN, PROMPT), budget=tokens)
     run(closed, stream(PROMPT + 1), [PROMPT, 1])
     assert closed.stats().budgets == (GRID.length, GRID.length)
+
+
+def test_everything_is_everything_that_is_known():
+    """Where layers share a budget unevenly, 1/1 of the first image is that, in every layer."""
+    for budget in ("1/1", None):
+        cache = make("pyramid", AtLast(KNOWN, PROMPT, {END: PIECES}), budget=budget)
+        run(cache, stream(END), [PROMPT] + [1] * GRID.length)
+        assert cache.stats().budgets == (GRID.length, GRID.length)
