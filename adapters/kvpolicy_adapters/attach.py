@@ -27,6 +27,7 @@ from kvpolicy import (
 )
 from kvpolicy.cache import Reclaim
 from kvpolicy_adapters.families import layout_of
+from kvpolicy_adapters.llamagen import official
 from kvpolicy_adapters.token_reader import telling
 from kvpolicy_adapters.transformers_cache import TransformersCache, marked_layer, policy_attention
 
@@ -42,7 +43,7 @@ _BEFORE: dict[int, str] = {}
 
 @contextmanager
 def attach(
-    model: PreTrainedModel,
+    model: nn.Module,
     *,
     policy: EvictionPolicy | str = "linear",
     budget: Budget | int | float | str | None = None,
@@ -63,7 +64,9 @@ def attach(
         cache.stats()
 
     Args:
-        model: a causal language model of transformers that uses its attention interface.
+        model: a causal language model of transformers that uses its attention interface; or the
+            ``Transformer`` of LlamaGen's own repository, whose ``generate`` then needs no cache
+            passed (see :func:`kvpolicy_adapters.llamagen.attach_official`).
         policy: a policy, or its name in the registry.
         budget: evictable tokens a head of a layer may hold; None for as many as the layout has.
         layout: where tokens sit; by default as the model's family has it, which is text where no
@@ -77,6 +80,12 @@ def attach(
         BudgetError: the budget is too small for this policy on this layout.
         UnknownNameError: no policy has this name.
     """
+    if official.recognises(model):
+        with official.attach_official(
+            model, policy=policy, budget=budget, layout=layout, reclaim=reclaim, schedule=schedule
+        ) as cache:
+            yield cache
+        return
     if not isinstance(model, PreTrainedModel):
         raise ParameterError(
             f"model is a {type(model).__name__}; attach() serves transformers' PreTrainedModel"

@@ -16,6 +16,7 @@ from kvpolicy.registry import Registry
 from kvpolicy_adapters.chameleon import Chameleon
 from kvpolicy_adapters.emu3 import Emu3
 from kvpolicy_adapters.janus import Janus
+from kvpolicy_adapters.llamagen.family import LlamaGenFamily
 
 __all__ = ["FAMILIES", "Family", "layout_of"]
 
@@ -38,8 +39,9 @@ FAMILIES: Registry[Family] = Registry("family", "kvpolicy.adapters")
 FAMILIES.add("chameleon", Chameleon())
 FAMILIES.add("emu3", Emu3())
 FAMILIES.add("janus", Janus())
+FAMILIES.add("llamagen", LlamaGenFamily())
 
-_SHIPPED = ("chameleon", "emu3", "janus")
+_SHIPPED = ("chameleon", "emu3", "janus", "llamagen")
 
 
 def layout_of(model: PreTrainedModel) -> TokenLayout | LateLayout:
