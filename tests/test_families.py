@@ -104,6 +104,13 @@ class Strips:
         return TokenReader(Opens())
 
 
+class Grabs(Strips):
+    """A family that takes every model for one of its own."""
+
+    def recognises(self, model):
+        return True
+
+
 @pytest.fixture
 def others(monkeypatch):
     """Give entry points of other packages for the length of a test."""
@@ -115,6 +122,7 @@ def others(monkeypatch):
         )
         monkeypatch.setattr(FAMILIES, "_items", dict(FAMILIES._items))
         monkeypatch.setattr(families, "STRIPS", Strips(), raising=False)
+        monkeypatch.setattr(families, "GRABS", Grabs(), raising=False)
 
     return give
 
@@ -137,7 +145,8 @@ def test_a_package_that_cannot_be_loaded_is_passed_over_with_a_warning(others):
 
 
 def test_shipped_families_are_asked_first(others):
-    others(aaa="kvpolicy_adapters.families:STRIPS")
+    others(aaa="kvpolicy_adapters.families:GRABS")
+    assert isinstance(layout_of(llama()), TokenReader)
     config = transformers.JanusConfig()
     assert isinstance(layout_of(of_config(config)), kvpolicy.AfterPrompt)
 
@@ -217,6 +226,19 @@ def test_tokens_inside_an_image_are_not_looked_at():
         reader.told(seen, Closed())
     with pytest.raises(AssertionError, match="looked at"):
         reader.told(12, Closed())
+
+
+def test_a_header_sees_the_text_since_the_image_before():
+    texts = []
+
+    class Listens(Opens):
+        def grid(self, text):
+            texts.append(list(text))
+            return super().grid(text)
+
+    reader = TokenReader(Listens())
+    reader.told(0, torch.tensor([[1, OPEN, *IMAGE, 19, 4]]))
+    assert texts == [[1], [1, OPEN], [19], [19, 4]]
 
 
 def test_beams_and_batches_that_are_selected_from():
