@@ -163,6 +163,7 @@ class LlamaGenCaptionEmbedding(nn.Module):
                 f"condition is {list(captions.shape)}; this t2i model takes embeddings of captions "
                 f"[B, {self.size[0]}, {self.size[1]}], padded on the left"
             )
+        captions = captions.to(self.uncond_embedding.dtype)
         hidden = functional.gelu(self.cap_proj["fc1"](captions), approximate="tanh")
         return self.cap_proj["fc2"](hidden)
 
