@@ -518,8 +518,9 @@ def state(model) -> dict[str, object]:
     """Everything that hangs on an object and its parts."""
     found: dict[str, object] = {}
     for name, module in model.named_modules():
-        for kind in (module.__dict__, module._buffers, module._parameters, module._modules):
-            found |= {f"{name}.{key}": value for key, value in kind.items()}
+        for kind in ("__dict__", "_buffers", "_parameters", "_modules"):
+            parts = getattr(module, kind)
+            found |= {f"{name}.{kind}.{key}": value for key, value in parts.items()}
     return {key: value for key, value in found.items() if not isinstance(value, dict)}
 
 

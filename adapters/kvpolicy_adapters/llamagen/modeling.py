@@ -49,7 +49,9 @@ def eager_attention_forward(
     """Plain attention, as transformers' attention interface calls it where asked for ``eager``."""
     group = query.shape[1] // key.shape[1]
     scores = query @ key.repeat_interleave(group, 1).transpose(2, 3) * scaling
-    if attention_mask is not None:
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    elif attention_mask is not None:
         scores = scores + attention_mask
     weights = scores.softmax(-1, dtype=torch.float32).type_as(query)
     output = weights @ value.repeat_interleave(group, 1)
@@ -190,8 +192,9 @@ class LlamaGen(PreTrainedModel):
     main_input_name = "input_ids"
     _no_split_modules = ["LlamaGenBlock"]  # noqa: RUF012 (its type in transformers)
     _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
+    # Its mask says which tokens of a caption are padding, and what can't take it would ignore it.
+    _supports_flash_attn = False
+    _supports_flex_attn = False
     _supports_attention_backend = True
 
     generate = generate
@@ -288,7 +291,7 @@ class LlamaGen(PreTrainedModel):
         )
 
     def _mask(self, x: Tensor, by_position: Tensor | None, cache: Cache | None, after: int) -> Any:
-        """What each new token may see, in the form that the attention in use wants."""
+        """What each new token may see, ``[B|1, 1, T, positions]``; None for all before it."""
         if by_position is None:
             return create_causal_mask(self.config, x, None, cache)
         if by_position.shape != (len(x), after):
@@ -296,12 +299,10 @@ class LlamaGen(PreTrainedModel):
                 f"attention_mask is {list(by_position.shape)}; expected [{len(x)}, {after}]: all "
                 f"tokens so far, those of the condition included"
             )
-        shown = by_position.to(device=x.device, dtype=torch.bool)
-
-        def shown_or_itself(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            return shown[batch, key] | (query == key)
-
-        return create_causal_mask(self.config, x, None, cache, and_mask_function=shown_or_itself)
+        shown = by_position.to(device=x.device, dtype=torch.bool)[:, None, None]
+        key = torch.arange(after, device=x.device)
+        query = key[-x.shape[1] :, None]
+        return (shown & (key < query)) | (key == query)
 
     def _rotation(self, device: torch.device) -> Tensor:
         """The rotation of every position, float32 ``[length, head_dim // 2, 2]``."""
