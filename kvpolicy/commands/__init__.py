@@ -1,0 +1,1 @@
+"""One file a command: what it asks, and how it prints what the lab gives."""

@@ -1,0 +1,31 @@
+"""``kvpolicy list``: the registry."""
+
+from __future__ import annotations
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+import kvpolicy
+from kvpolicy.commands.console import console
+
+__all__ = ["list_policies"]
+
+
+def list_policies() -> None:
+    """Print the registry: every policy that can be named."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for heading in ("policy", "what it does", "watches", "source"):
+        table.add_column(heading, no_wrap=heading != "what it does")
+    for name in kvpolicy.available():
+        spec = kvpolicy.spec(name)
+        parameters = ", ".join(
+            f"{field}={about.get('default', '(required)')}"
+            for field, about in spec.parameters.get("properties", {}).items()
+        )
+        about = Text(spec.summary)
+        if parameters:
+            about.append(f"\n{parameters}", style="dim")
+        watches = spec.needs.name.lower().replace("_", " ")
+        table.add_row(name, about, watches, spec.paper or "-")
+    console.print(table)
