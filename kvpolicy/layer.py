@@ -7,6 +7,7 @@ or out.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -160,6 +161,7 @@ class LayerCache:
             num_layers=self.num_layers,
             budget=self.budget,
             layout=self.layout,
+            may_be_empty=self.eager,
         )
 
     def _headroom(self, view: CacheView) -> int:
@@ -320,15 +322,15 @@ class LayerCache:
         """Hand the mass to the observers, after refusing NaN."""
         if mass is None:
             return
-        finite = mass.sum().isfinite()
+        total = mass.sum()
         if mass.device.type == "cpu":
-            if not finite:
+            if not math.isfinite(total.item()):
                 raise AttentionError(
                     f"layer {self.layer}: attention from position {first} is NaN; the model's "
                     f"queries or keys are not finite"
                 )
         else:
-            torch._assert_async(finite)
+            torch._assert_async(total.isfinite())
         report = AttentionReport(mass=mass, first=first, room=room, layout=self.layout)
         for observer in self.observers:
             observer.observe(report)

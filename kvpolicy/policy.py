@@ -40,6 +40,8 @@ class CacheView:
         num_layers: number of layers.
         budget: evictable tokens that a head of this layer may hold.
         layout: where tokens sit.
+        may_be_empty: whether slots can be empty: victims that are hidden before their slot is
+            reused (``reclaim="eager"``). Else all hold a token.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class CacheView:
         num_layers: int,
         budget: int,
         layout: TokenLayout,
+        may_be_empty: bool = True,
     ) -> None:
         self._store = store
         self._observers = observers
@@ -62,6 +65,7 @@ class CacheView:
         self.num_layers = num_layers
         self.budget = budget
         self.layout = layout
+        self.may_be_empty = may_be_empty
 
     @property
     def positions(self) -> Tensor:
@@ -219,11 +223,20 @@ class ScoredPolicy(EvictionPolicy):
         if protected is not None:
             score = score.masked_fill(protected, torch.finfo(torch.float32).max)
         # The prefix stands above what a policy protects, should that be more than fits.
-        score = score.masked_fill(view.pinned, torch.inf).masked_fill(view.empty, -torch.inf)
-        rank = _sortable(score, view.positions)
+        score = score.masked_fill(view.pinned, torch.inf)
+        if view.may_be_empty:
+            score = score.masked_fill(view.empty, -torch.inf)
         if count == 1:
-            return rank.argmin(-1, keepdim=True)
+            return _lowest(score, view.positions)
+        rank = _sortable(score, view.positions)
         return rank.topk(count, dim=-1, largest=False, sorted=True).indices
+
+
+def _lowest(score: Tensor, position: Tensor) -> Tensor:
+    """The slot with the lowest score, the oldest among equals: what ``_sortable`` ranks first."""
+    least = score.amin(-1, keepdim=True)
+    last = torch.iinfo(position.dtype).max
+    return position.masked_fill(score > least, last).argmin(-1, keepdim=True)
 
 
 def _sortable(score: Tensor, position: Tensor) -> Tensor:
