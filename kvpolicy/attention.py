@@ -19,6 +19,9 @@ def attend(
     scale: float | None = None,
     visible: Tensor | None = None,
     need_mass: bool = False,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Softmax attention of T queries over S slots; query heads may share KV heads.
 
@@ -29,6 +32,10 @@ def attend(
         scale: factor of the scores; ``1 / sqrt(D)`` by default.
         visible: bool, broadcastable to ``[B, H, T, S]``; False hides a slot from a query.
         need_mass: whether to return the mass.
+        bias: added to the scores, ``[B|1, H|G * H, T, S]`` (ALiBi and its like).
+        softcap: scores become ``softcap * tanh(scores / softcap)`` (Gemma 2, arXiv:2408.00118).
+        sinks: a learned logit of each query head, ``[G * H]``, that takes its share of the softmax
+            and gives nothing (gpt-oss, arXiv:2508.10925).
 
     Returns:
         The output ``[B, G * H, T, Dv]``, and the attention probabilities averaged over the G query
@@ -38,20 +45,32 @@ def attend(
     heads, slots = keys.shape[1], keys.shape[2]
     group = query_heads // heads
     scale = 1 / math.sqrt(dim) if scale is None else scale
-    if not need_mass and _fused_is_faster(query, group, visible):
-        if visible is not None and group > 1 and visible.shape[1] > 1:
-            visible = visible.repeat_interleave(group, dim=1)
+    plain = softcap is None and sinks is None
+    if not need_mass and plain and _fused_is_faster(query, group, visible):
         output = functional.scaled_dot_product_attention(
-            query, keys, values, attn_mask=visible, scale=scale, enable_gqa=group > 1
+            query,
+            keys,
+            values,
+            attn_mask=_fused_mask(visible, bias, query_heads, query.dtype),
+            scale=scale,
+            enable_gqa=group > 1,
         )
         return output, None
 
     scores = _scores(query, keys, group * count, scale)
+    shared = scores.view(batch, heads, group, count, slots)
+    if softcap is not None:
+        shared.div_(softcap).tanh_().mul_(softcap)
+    if bias is not None:
+        by_group = (heads, group) if bias.shape[1] == query_heads else (bias.shape[1], 1)
+        shared += bias.reshape(bias.shape[0], *by_group, *bias.shape[2:])
     if visible is not None:
-        shared = scores.view(batch, heads, group, count, slots)
         # The lowest finite number, not -inf: a query that sees nothing must not turn into NaN.
         shared.masked_fill_(~visible.unsqueeze(2), torch.finfo(torch.float32).min)
+    share = None if sinks is None else _share_left(shared, sinks)
     probabilities = _softmax(scores)
+    if share is not None:
+        probabilities = (probabilities.view_as(shared) * share).view_as(scores)
     output = torch.bmm(
         probabilities.to(values.dtype), values.reshape(batch * heads, slots, values.shape[-1])
     )
@@ -63,6 +82,20 @@ def attend(
     if visible is not None:
         mass = mass.masked_fill(~visible, 0.0)
     return output, mass
+
+
+def _fused_mask(
+    visible: Tensor | None, bias: Tensor | None, query_heads: int, dtype: torch.dtype
+) -> Tensor | None:
+    """One mask for the fused kernel, by query head where a term is by head."""
+    if visible is not None and 1 < visible.shape[1] < query_heads:
+        visible = visible.repeat_interleave(query_heads // visible.shape[1], dim=1)
+    if bias is None:
+        return visible
+    if 1 < bias.shape[1] < query_heads:
+        bias = bias.repeat_interleave(query_heads // bias.shape[1], dim=1)
+    bias = bias.to(dtype)
+    return bias if visible is None else bias.masked_fill(~visible, torch.finfo(dtype).min)
 
 
 def _fused_is_faster(query: Tensor, group: int, visible: Tensor | None) -> bool:
@@ -94,3 +127,13 @@ def _softmax(scores: Tensor) -> Tensor:
     if scores.requires_grad:
         return torch.softmax(scores, dim=-1)
     return torch.softmax(scores, dim=-1, out=scores)
+
+
+def _share_left(scores: Tensor, sinks: Tensor) -> Tensor:
+    """What learned sinks leave of the softmax over slots, ``[B, H, G, T, 1]``.
+
+    ``exp(s) / (sum exp(s) + exp(sink)) = softmax(s) * sigmoid(logsumexp(s) - sink)``.
+    """
+    heads, group = scores.shape[1:3]
+    sink = sinks.to(torch.float32).view(1, heads, group, 1, 1)
+    return torch.sigmoid(scores.logsumexp(-1, keepdim=True) - sink)

@@ -14,6 +14,7 @@ from kvpolicy.layer import LayerCache
 from kvpolicy.layout import UNBOUND, LateLayout, TokenLayout
 from kvpolicy.policy import EvictionPolicy
 from kvpolicy.registry import create
+from kvpolicy.terms import Terms
 
 __all__ = ["CacheStats", "PolicyCache", "Reclaim"]
 
@@ -139,6 +140,9 @@ class PolicyCache:
         *,
         scale: float | None = None,
         visible: Tensor | None = None,
+        bias: Tensor | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         """Cache T new tokens of one layer and attend from them to what the layer holds.
 
@@ -154,7 +158,11 @@ class PolicyCache:
             scale: factor of the scores; ``1 / sqrt(D)`` by default.
             visible: bool by position, broadcastable to ``[B, 1, T, seen + T]``: False hides the
                 token at a position (padding, a sliding window) from a query. Causality is
-                implied. None hides nothing.
+                implied. None hides nothing. In text, leading tokens that don't see themselves are
+                padding: pinned sinks and anchors are counted from the first token behind them.
+            bias: added to the scores, by position, ``[B|1, 1|H|G * H, T, seen + T]`` (ALiBi).
+            softcap: scores become ``softcap * tanh(scores / softcap)``.
+            sinks: learned logits ``[G * H]`` that take a share of the softmax and give nothing.
 
         Returns:
             Output ``[B, G * H, T, Dv]``.
@@ -165,7 +173,8 @@ class PolicyCache:
             CacheStateError: the batch size has changed since the last call.
             AttentionError: the attention is NaN.
         """
-        return self._layer(layer).attend(query, key, value, scale=scale, visible=visible)
+        terms = Terms(scale=scale, visible=visible, bias=bias, softcap=softcap, sinks=sinks)
+        return self._layer(layer).attend(query, key, value, terms)
 
     def _bind(
         self, layer: int, seen: int, count: int, bound: TokenLayout | None

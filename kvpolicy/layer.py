@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from kvpolicy.attention import attend
+from kvpolicy.checks import check_tokens
 from kvpolicy.errors import AttentionError, BudgetError, CacheStateError, LayoutError, ShapeError
 from kvpolicy.layout import UNBOUND, TokenLayout
 from kvpolicy.observer import AttentionObserver, AttentionReport, Need
 from kvpolicy.policy import CacheView, EvictionPolicy
 from kvpolicy.slots import SlotShape, SlotStore
+from kvpolicy.terms import Terms, by_slot
 
 __all__ = ["LayerCache"]
 
@@ -28,6 +31,17 @@ QUERY_CHUNK = 128
 #: Given a layer, its tokens so far, how many are about to come, and its layout so far (None if it
 #: has none): the layout from now on and the layer's budget; None while the layout is unknown.
 Bind = Callable[[int, int, int, TokenLayout | None], tuple[TokenLayout, int] | None]
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One attention over slots, as it was: what another layer's queries need to repeat it."""
+
+    queries: int
+    keys: Tensor
+    values: Tensor
+    visible: Tensor | None
+    bias: Tensor | None
 
 
 class LayerCache:
@@ -41,6 +55,9 @@ class LayerCache:
         budget: evictable tokens that a head may hold.
         eager: whether victims are hidden as soon as they are chosen.
         bind: asked before each call where the layout is known late.
+        window: newest tokens that a query sees, itself included (a sliding window, which the
+            caller's masks impose); None for all. Tokens behind it are the first to go.
+        lent: whether other layers attend to this layer's tokens, too (:meth:`attend_again`).
     """
 
     def __init__(
@@ -53,6 +70,8 @@ class LayerCache:
         budget: int,
         eager: bool,
         bind: Bind | None = None,
+        window: int | None = None,
+        lent: bool = False,
     ) -> None:
         self.policy = policy
         self.layout = layout
@@ -61,6 +80,8 @@ class LayerCache:
         self.budget = budget
         self.eager = eager
         self.bind = bind
+        self.window = window
+        self.lent = lent
         self.reset()
 
     @property
@@ -80,6 +101,10 @@ class LayerCache:
         self.queue: Tensor | None = None
         self.reused = 0
         self.peak = self.reports = 0
+        # Position of each sequence's first real token, [B]; None while nothing is padded.
+        self.start: Tensor | None = None
+        # What the newest call attended to, where other layers ask for it.
+        self.passes: list[Pass] = []
 
     @property
     def evictions(self) -> int:
@@ -98,50 +123,130 @@ class LayerCache:
             return
         index = index.to(self.store.keys.device)
         self.store.select_batch(index)
+        if self.start is not None:
+            self.start = self.start.index_select(0, index)
         for observer in self.observers:
             observer.mass = observer.mass.index_select(0, index)
         if self.queue is not None:
             self.queue = self.queue.index_select(0, index)
 
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scale: float | None,
-        visible: Tensor | None,
-    ) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, terms: Terms) -> Tensor:
         """Cache T tokens and attend from them; see :meth:`PolicyCache.attend`."""
-        count = self._check(query, key, value, visible)
+        count = check_tokens(query, key, value, terms, self.store, self.seen)
         self._follow(count)
         self._check_length(count)
+        self._find_start(terms, count)
+        self.passes = []
         if self.layout is UNBOUND:
-            return self._hold_all(query, key, value, scale=scale, visible=visible)
+            return self._hold_all(query, key, value, terms)
         if self.seen == 0 and count > self.capacity and self.layout.compresses_prompt:
-            return self._compress_prompt(query, key, value, scale=scale, visible=visible)
+            return self._compress_prompt(query, key, value, terms)
         if self.store is None:
             shape = self._shape(key, self.capacity)
             self.store = SlotStore(shape, key, value)
             self._watch(shape)
         if count == 1:
             self._make_room()
-            return self._run(query, key, value, scale=scale, visible=visible)
+            return self._run(query, key, value, terms)
         outputs = []
         done = 0
         while done < count:
             run = self._run_length(count - done)
             part = slice(done, done + run)
             done += run
-            rows = None
-            if visible is not None:
-                rows = visible if visible.shape[2] == 1 else visible[:, :, part]
-            outputs.append(
-                self._run(
-                    query[:, :, part], key[:, :, part], value[:, :, part], scale=scale, visible=rows
-                )
-            )
+            rows = terms.rows(part).places(slice(0, self.seen + run))
+            outputs.append(self._run(query[:, :, part], key[:, :, part], value[:, :, part], rows))
         return torch.cat(outputs, dim=2)
+
+    def attend_again(self, query: Tensor, terms: Terms) -> Tensor:
+        """Attend from another layer's T queries to what the newest T tokens attended to here.
+
+        Nothing is cached and nothing is observed: a layer that borrows keys and values has no say
+        in what the layer that owns them keeps.
+
+        Args:
+            query: ``[B, G * H, T, D]``, for the same tokens as the newest call of :meth:`attend`.
+            terms: scale, soft cap and sinks of the borrowing layer; masks are the owner's.
+
+        Returns:
+            Output ``[B, G * H, T, Dv]``.
+        """
+        count = sum(each.queries for each in self.passes)
+        if not self.passes or query.shape[2] != count:
+            raise CacheStateError(
+                f"layer {self.layer} lends its tokens to a query of {query.shape[2]} tokens, but "
+                f"its own newest call had {count}"
+            )
+        outputs = []
+        done = 0
+        for each in self.passes:
+            output, _ = attend(
+                query[:, :, done : done + each.queries],
+                each.keys,
+                each.values,
+                visible=each.visible,
+                bias=each.bias,
+                **terms.scoring(),
+            )
+            outputs.append(output)
+            done += each.queries
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+
+    def _attend(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        terms: Terms,
+        visible: Tensor | None,
+        bias: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend over slots; ``visible`` and ``bias`` are by slot."""
+        if self.lent:
+            self.passes.append(Pass(query.shape[2], keys, values, visible, bias))
+        return attend(
+            query,
+            keys,
+            values,
+            visible=visible,
+            bias=bias,
+            need_mass=self.need is not Need.NONE,
+            **terms.scoring(),
+        )
+
+    # -- tokens that nobody will look at again -----------------------------------------------------
+
+    def _find_start(self, terms: Terms, count: int) -> None:
+        """Find the padding before each sequence of text: tokens that don't see themselves.
+
+        Prefix and anchors of a text are counted from its first real token, so that a sequence
+        keeps what it would keep alone. An image's prompt is padded inside its pinned prefix, and
+        the grid that follows begins at one position for the whole batch.
+        """
+        if terms.visible is None or self.layout is UNBOUND or not self.layout.compresses_prompt:
+            return
+        if self.seen > 0 and (count == 1 or self.start is None):
+            return
+        own = terms.visible[..., self.seen :]
+        if own.shape[2] > 1:
+            own = own.diagonal(dim1=2, dim2=3)
+        hidden = (~own).flatten(1).view(own.shape[0], -1, count)[:, 0]
+        leading = hidden.to(torch.int32).cumprod(-1).sum(-1, dtype=torch.int32)
+        if self.start is None:
+            self.start = leading
+        else:
+            self.start = torch.where(self.start == self.seen, self.start + leading, self.start)
+
+    def _expire(self, store: SlotStore) -> None:
+        """Empty the slots of tokens that no query will see again: padding, and behind a window."""
+        if self.window is None and self.start is None:
+            return
+        positions = store.positions
+        if self.window is not None:
+            positions = positions.masked_fill(positions <= self.seen - self.window, -1)
+        if self.start is not None:
+            positions = positions.masked_fill(positions < self.start.view(-1, 1, 1), -1)
+        store.positions = positions
 
     # -- making room ---------------------------------------------------------------------------
 
@@ -161,7 +266,8 @@ class LayerCache:
             num_layers=self.num_layers,
             budget=self.budget,
             layout=self.layout,
-            may_be_empty=self.eager,
+            may_be_empty=self.eager or self.window is not None or self.start is not None,
+            start=self.start,
         )
 
     def _headroom(self, view: CacheView) -> int:
@@ -184,6 +290,7 @@ class LayerCache:
                 f"{self._name} wants {wanted} free slots at position {self.seen}, but layer "
                 f"{self.layer} may hold only {self.budget} evictable tokens; min_budget must say so"
             )
+        self._expire(store)
         victims = self._victims(view, count)
         # Victims of an earlier decision that were not reclaimed stay cached unless chosen again.
         self.queue, self.reused = victims, 0
@@ -230,44 +337,41 @@ class LayerCache:
 
     # -- a run of tokens without a decision ----------------------------------------------------
 
-    def _run(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scale: float | None,
-        visible: Tensor | None,
-    ) -> Tensor:
+    def _run(self, query: Tensor, key: Tensor, value: Tensor, terms: Terms) -> Tensor:
         """Write consecutive tokens and attend from them."""
         store = self.require_store()
         count = key.shape[2]
         before = store.handed_out
         slots, fresh = self._hand_out(count)
         reclaimed = slots[:, :, fresh:]
-        need_mass = self.need is not Need.NONE
         if count == 1:
             store.write(slots, key, value, self.seen)
             held = store.handed_out
-            output, mass = attend(
+            positions = store.positions[:, :, :held]
+            output, mass = self._attend(
                 query,
                 store.keys[:, :, :held],
                 store.values[:, :, :held],
-                scale=scale,
-                visible=self._visible(visible, held),
-                need_mass=need_mass,
+                terms,
+                self._visible(terms.visible, positions),
+                None if terms.bias is None else by_slot(terms.bias, positions),
             )
         else:
             # Token i reclaims its slot when its turn comes, so the queries before it still see
             # the victim: attend to the slots as they were, and to the new tokens beside them.
-            seen_by = self._visible_to_run(visible, before, slots, fresh)
-            output, beside = attend(
+            seen_by = self._visible_to_run(terms.visible, before, slots)
+            bias = None
+            if terms.bias is not None:
+                old = by_slot(terms.bias, store.positions[:, :, :before])
+                new = terms.bias[..., self.seen : self.seen + count]
+                bias = torch.cat([old, new.expand(*old.shape[:3], count)], dim=-1)
+            output, beside = self._attend(
                 query,
                 torch.cat([store.keys[:, :, :before], key], dim=2),
                 torch.cat([store.values[:, :, :before], value], dim=2),
-                scale=scale,
-                visible=seen_by,
-                need_mass=need_mass,
+                terms,
+                seen_by,
+                bias,
             )
             store.write(slots, key, value, self.seen)
             mass = None
@@ -291,16 +395,13 @@ class LayerCache:
         hidden = self.room - store.fresh if self.eager else 0
         return store.handed_out - hidden
 
-    def _visible(self, by_position: Tensor | None, held: int) -> Tensor | None:
-        """Which slots one query may see, ``[B, H, 1, held]``; None for all."""
-        positions = self.require_store().positions[:, :, :held]
+    def _visible(self, by_position: Tensor | None, positions: Tensor) -> Tensor | None:
+        """Which slots one query may see, ``[B, H, 1, S]``; None for all."""
         if by_position is not None:
-            return _by_slot(by_position, positions)
+            return by_slot(by_position, positions) & (positions >= 0).unsqueeze(2)
         return (positions >= 0).unsqueeze(2) if self.eager else None
 
-    def _visible_to_run(
-        self, by_position: Tensor | None, before: int, slots: Tensor, fresh: int
-    ) -> Tensor:
+    def _visible_to_run(self, by_position: Tensor | None, before: int, slots: Tensor) -> Tensor:
         """Which old slots and new tokens T queries may see, ``[B, H, T, before + T]``."""
         store = self.require_store()
         batch, heads, count = slots.shape
@@ -314,7 +415,7 @@ class LayerCache:
         old = old & (positions >= 0).unsqueeze(2)
         new = (turn[None, :] <= turn[:, None]).expand(batch, heads, count, count)
         if by_position is not None:
-            old = old & _by_slot(by_position, positions)
+            old = old & by_slot(by_position, positions)
             new = new & by_position[..., self.seen : self.seen + count]
         return torch.cat([old, new], dim=-1)
 
@@ -351,15 +452,7 @@ class LayerCache:
         self.observers = tuple(self.policy.observers(shape))
         self.need = max((observer.needs for observer in self.observers), default=Need.NONE)
 
-    def _compress_prompt(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scale: float | None,
-        visible: Tensor | None,
-    ) -> Tensor:
+    def _compress_prompt(self, query: Tensor, key: Tensor, value: Tensor, terms: Terms) -> Tensor:
         """Attend over a whole prompt, then keep of it what the policy does not evict.
 
         Queries attend in chunks, so that observing costs memory for chunk x length, never for
@@ -369,7 +462,9 @@ class LayerCache:
         shape = self._shape(key, count)
         prompt = SlotStore.holding(shape, key, value)
         self._watch(shape)
-        output = self._attend_in_full(query, key, value, scale=scale, visible=visible)
+        output = self._attend_in_full(query, key, value, terms)
+        self.seen = count
+        self._expire(prompt)
         view = self._view(prompt, count, 0)
         surplus = count - self.capacity
         gone = torch.zeros_like(prompt.positions, dtype=torch.bool)
@@ -380,19 +475,10 @@ class LayerCache:
         self.store.fill_from(prompt, kept)
         for observer in self.observers:
             observer.mass = observer.mass.gather(2, kept)
-        self.seen = count
         self.peak = max(self.peak, self.capacity)
         return output
 
-    def _attend_in_full(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scale: float | None,
-        visible: Tensor | None,
-    ) -> Tensor:
+    def _attend_in_full(self, query: Tensor, key: Tensor, value: Tensor, terms: Terms) -> Tensor:
         """Attend from the newest T tokens to a whole sequence of keys, in order of position."""
         count, total = query.shape[2], key.shape[2]
         outputs = []
@@ -402,16 +488,16 @@ class LayerCache:
             turn = torch.arange(total - count + first, last, device=key.device)
             allowed = torch.arange(last, device=key.device)[None, :] <= turn[:, None]
             allowed = allowed[None, None]
-            if visible is not None:
-                rows = visible if visible.shape[2] == 1 else visible[:, :, first:after]
-                allowed = allowed & rows[..., :last]
-            output, mass = attend(
+            rows = terms.rows(slice(first, after)).places(slice(0, last))
+            if rows.visible is not None:
+                allowed = allowed & rows.visible
+            output, mass = self._attend(
                 query[:, :, first:after],
                 key[:, :, :last],
                 value[:, :, :last],
-                scale=scale,
-                visible=allowed,
-                need_mass=self.need is not Need.NONE,
+                rows,
+                allowed,
+                rows.bias,
             )
             outputs.append(output)
             self._observe(mass, first, count - after)
@@ -454,77 +540,14 @@ class LayerCache:
         self.store.write(self.store.take_fresh(self.seen), prefix.keys, prefix.values, 0)
         self._watch(shape)
 
-    def _hold_all(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scale: float | None,
-        visible: Tensor | None,
-    ) -> Tensor:
+    def _hold_all(self, query: Tensor, key: Tensor, value: Tensor, terms: Terms) -> Tensor:
         """Attend while the layout is unknown: every token is prefix, so every token is kept."""
         held = [] if self.store is None else [self.store]
         key = torch.cat([*(store.keys for store in held), key], dim=2)
         value = torch.cat([*(store.values for store in held), value], dim=2)
         self.store = SlotStore.holding(self._shape(key, key.shape[2]), key, value)
         self.seen = self.peak = key.shape[2]
-        return self._attend_in_full(query, key, value, scale=scale, visible=visible)
-
-    def _check(self, query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None) -> int:
-        """Refuse wrong tensors before anything changes; returns T."""
-        for name, tensor in (("key", key), ("query", query), ("value", value)):
-            if not isinstance(tensor, Tensor):
-                raise ShapeError(f"{name} is {type(tensor).__name__}; expected a torch.Tensor")
-            if tensor.ndim != 4 or 0 in (*tensor.shape[1:2], tensor.shape[3]):
-                raise ShapeError(
-                    f"{name} is {list(tensor.shape)}; expected 4 dims [B, H, T, D], with heads and "
-                    f"head dim at least 1"
-                )
-            if not tensor.is_floating_point():
-                raise ShapeError(f"{name} is {tensor.dtype}; expected floating point")
-            if tensor.dtype != key.dtype or tensor.device != key.device:
-                raise ShapeError(
-                    f"{name} is {tensor.dtype} on {tensor.device}, but key is {key.dtype} on "
-                    f"{key.device}"
-                )
-        batch, heads, count, dim = key.shape
-        if value.shape[:3] != key.shape[:3]:
-            raise ShapeError(f"value is {list(value.shape)}, but key is {list(key.shape)}")
-        if (query.shape[0], query.shape[2], query.shape[3]) != (batch, count, dim):
-            raise ShapeError(
-                f"query is {list(query.shape)}, but key is {list(key.shape)}: batch, tokens and "
-                f"head dim must agree"
-            )
-        if query.shape[1] % heads:
-            raise ShapeError(
-                f"query has {query.shape[1]} heads, which is no multiple of the {heads} KV heads"
-            )
-        if count == 0:
-            raise ShapeError("no tokens: key is " + str(list(key.shape)))
-        if self.store is not None:
-            if batch != self.store.shape.batch:
-                raise CacheStateError(
-                    f"batch changed from {self.store.shape.batch} to {batch} after {self.seen} "
-                    f"tokens; use select_batch() to reorder a batch, reset() to start a new one"
-                )
-            self.store.check(key, value)
-        if visible is not None and not (
-            isinstance(visible, Tensor)
-            and visible.dtype == torch.bool
-            and visible.ndim == 4
-            and visible.shape[0] in (1, batch)
-            and visible.shape[1] in (1, heads)
-            and visible.shape[2] in (1, count)
-            and visible.shape[3] == self.seen + count
-        ):
-            given = (
-                f"{visible.dtype} {list(visible.shape)}" if isinstance(visible, Tensor) else visible
-            )
-            raise ShapeError(
-                f"visible is {given}; expected bool [{batch}, 1, {count}, {self.seen + count}]"
-            )
-        return count
+        return self._attend_in_full(query, key, value, terms)
 
     def _check_length(self, count: int) -> None:
         """Refuse more tokens than the layout has."""
@@ -538,12 +561,3 @@ class LayerCache:
     @property
     def _name(self) -> str:
         return self.policy.key or type(self.policy).__name__
-
-
-def _by_slot(by_position: Tensor, positions: Tensor) -> Tensor:
-    """Look each slot's position up: ``[B|1, H|1, T, P]`` by position to ``[B, H, T, S]``."""
-    batch, heads, slots = positions.shape
-    rows = by_position.shape[2]
-    index = positions.clamp(min=0).to(torch.int64).unsqueeze(2).expand(batch, heads, rows, slots)
-    table = by_position.expand(batch, heads, rows, by_position.shape[3])
-    return table.gather(3, index) & (positions >= 0).unsqueeze(2)

@@ -41,7 +41,8 @@ class CacheView:
         budget: evictable tokens that a head of this layer may hold.
         layout: where tokens sit.
         may_be_empty: whether slots can be empty: victims that are hidden before their slot is
-            reused (``reclaim="eager"``). Else all hold a token.
+            reused (``reclaim="eager"``), padding, tokens behind a sliding window. Else all hold a
+            token.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class CacheView:
         budget: int,
         layout: TokenLayout,
         may_be_empty: bool = True,
+        start: Tensor | None = None,
     ) -> None:
         self._store = store
         self._observers = observers
@@ -66,6 +68,7 @@ class CacheView:
         self.budget = budget
         self.layout = layout
         self.may_be_empty = may_be_empty
+        self._start = None if start is None else start.view(-1, 1, 1)
 
     @property
     def positions(self) -> Tensor:
@@ -95,7 +98,7 @@ class CacheView:
     @cached_property
     def pinned(self) -> Tensor:
         """Slots that hold the prefix, bool ``[B, H, S]``."""
-        return self.layout.is_pinned(self.positions)
+        return self.layout.is_pinned(self._from_start)
 
     @cached_property
     def lines(self) -> Tensor:
@@ -115,7 +118,12 @@ class CacheView:
     @cached_property
     def index(self) -> Tensor:
         """Place behind the prefix, ``[B, H, S]``: 0 for the first evictable token."""
-        return self.positions - self.layout.prefix
+        return self._from_start - self.layout.prefix
+
+    @cached_property
+    def _from_start(self) -> Tensor:
+        """Positions counted from each sequence's first real token; padding comes before it."""
+        return self.positions if self._start is None else self.positions - self._start
 
     def observer(self, kind: type[Observer]) -> Observer:
         """The observer of this kind that the policy made for this layer.

@@ -79,14 +79,15 @@ class _LayerWatch:
 
     # -- a call ------------------------------------------------------------------------------------
 
-    def watched(self, query, key, value, *, scale, visible):
+    def watched(self, query, key, value, terms):
         first = self.layer.seen
         if first == 0:
             self._restart()
         self.keys = key if first == 0 else torch.cat([self.keys, key], dim=2)
         self.values = value if first == 0 else torch.cat([self.values, value], dim=2)
+        visible, scale = terms.visible, terms.scale
         self.visible, self.scale = visible, scale or 1 / math.sqrt(query.shape[-1])
-        output = self.attend(query, key, value, scale=scale, visible=visible)
+        output = self.attend(query, key, value, terms)
         assert self.layer.seen == first + key.shape[2]
         self.look(first)
         held = self.layer.store.positions.clone()

@@ -21,7 +21,7 @@ FLOORS = (
     ("slots", "observer"),
     ("policy",),
     ("registry", "policies"),
-    ("kernels", "attention", "layer", "cache"),
+    ("kernels", "attention", "terms", "checks", "layer", "cache"),
     ("",),
     ("testing", "lab"),
     ("commands", "cli"),

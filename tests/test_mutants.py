@@ -548,8 +548,8 @@ def counts_reports_instead_of_queries(patch):
 def lets_a_chunk_see_its_own_future(patch):
     whole = LayerCache._visible_to_run
 
-    def visible(self, by_position, before, slots, fresh):
-        allowed = whole(self, by_position, before, slots, fresh)
+    def visible(self, by_position, before, slots):
+        allowed = whole(self, by_position, before, slots)
         allowed[..., before:] = True
         return allowed
 

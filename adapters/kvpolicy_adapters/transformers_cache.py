@@ -16,8 +16,9 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
-from kvpolicy import CacheStateError, CacheStats, ParameterError, PolicyCache
+from kvpolicy import CacheStateError, CacheStats, PolicyCache
 from kvpolicy.layer import LayerCache
+from kvpolicy.terms import Terms
 
 __all__ = ["TransformersCache", "policy_attention"]
 
@@ -175,14 +176,18 @@ def policy_attention(
     """
     layer = marked_layer(key)
     assert layer is not None
-    for term in ("softcap", "s_aux", "position_bias"):
-        if kwargs.get(term) is not None:
-            raise ParameterError(
-                f"{type(module).__name__} passes {term} to its attention, which kvpolicy does not "
-                f"serve"
-            )
-    visible = attention_mask
+    visible, bias = attention_mask, kwargs.get("position_bias")
     if visible is not None and visible.dtype != torch.bool:
-        visible = visible >= 0
-    output = layer.attend(query, key, value, scale=scaling, visible=visible)
+        # An additive mask hides with the lowest number, and may carry a bias besides (ALiBi).
+        bias = visible if bias is None else bias + visible
+        visible = visible > torch.finfo(visible.dtype).min / 2
+        bias = bias.masked_fill(~visible, 0.0)
+    terms = Terms(
+        scale=scaling,
+        visible=visible,
+        bias=bias,
+        softcap=kwargs.get("softcap"),
+        sinks=kwargs.get("s_aux"),
+    )
+    output = layer.attend(query, key, value, terms)
     return output.transpose(1, 2).contiguous(), None
