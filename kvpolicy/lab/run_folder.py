@@ -1,0 +1,389 @@
+"""The folder of an ablation: what was planned, what has finished, what has failed.
+
+::
+
+    plan.json                 the plan as it ran
+    subject.json              names of the subject's metrics and classes, and its grid
+    environment.json          versions, machine, threads
+    log.jsonl                 one line an event, only ever appended to
+    cells/<cell-id>/          written whole or not at all
+        cell.json             the cell, its figures, what its cache cost
+        scores.safetensors    one row an image (or another item)
+        images.safetensors    uint8 ``images [n, rows, cols]``, where the subject gives some
+        trace.safetensors     every decision, where it was asked for
+    failures/<cell-id>.json   the traceback of a cell that raised; gone once it succeeds
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from difflib import unified_diff
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors.numpy import load_file, save_file
+
+from kvpolicy.errors import ParameterError
+from kvpolicy.lab.files import UNFINISHED, whole_folder, write_whole
+from kvpolicy.lab.plan import Cell, Plan
+
+__all__ = [
+    "CellRecord",
+    "CellStats",
+    "Environment",
+    "Failure",
+    "FinishedCell",
+    "LeftOut",
+    "MetricInfo",
+    "RunFolder",
+    "SubjectInfo",
+    "open_run",
+]
+
+Arrays = dict[str, NDArray[Any]]
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def text(self) -> str:
+        """As JSON."""
+        return json.dumps(self.model_dump(mode="json"), indent=2) + "\n"
+
+
+class MetricInfo(_Record):
+    """What a figure means.
+
+    Attributes:
+        name: column of the tables, key of ``CellRecord.metrics``.
+        label: for people, with its unit: ``bits per pixel``.
+        better: which way it is better; None where it is neither (a size of the cache).
+        array: per-item array in ``scores.safetensors`` that it is computed from; None where there
+            is none.
+        timing: whether it is a matter of the machine, and not repeatable to the bit.
+        about: one sentence.
+    """
+
+    name: str
+    label: str
+    better: Literal["lower", "higher"] | None = "lower"
+    array: str | None = None
+    timing: bool = False
+    about: str = ""
+
+
+class LeftOut(_Record):
+    """A combination that can't be, and why: a policy that needs a larger budget, say."""
+
+    label: str
+    budget: str
+    reason: str
+
+
+class SubjectInfo(_Record):
+    """What a reader of a run needs to know about its subject.
+
+    Attributes:
+        name: the subject's own name.
+        metrics: what was measured; the first one is the main one.
+        class_names: of the items, where they have classes.
+        rows: of the image grid; None for text.
+        cols: of the image grid; None for text.
+        prefix: pinned tokens before the first one of the grid.
+        line_break: tokens that end a line.
+        num_layers: layers that have a cache.
+        left_out: combinations of the plan that can't be.
+    """
+
+    name: str
+    metrics: tuple[MetricInfo, ...]
+    class_names: tuple[str, ...] = ()
+    rows: int | None = None
+    cols: int | None = None
+    prefix: int = 0
+    line_break: int = 0
+    num_layers: int
+    left_out: tuple[LeftOut, ...] = ()
+
+
+class Environment(_Record):
+    """What the run ran on.
+
+    Attributes:
+        versions: of Python, kvpolicy, torch, transformers, numpy.
+        revision: of the git repository that kvpolicy runs from, if any; ends in ``+`` where files
+            were changed.
+        system: operating system and machine type.
+        processor: number of logical processors.
+        device: where tensors lay.
+        threads: of torch, in each worker.
+        executor: what ran the cells.
+    """
+
+    versions: dict[str, str]
+    revision: str | None = None
+    system: str
+    processors: int
+    device: str
+    threads: int
+    executor: str
+
+
+class CellStats(_Record):
+    """What the cache cost; see :class:`kvpolicy.CacheStats`.
+
+    Attributes:
+        budgets: evictable tokens a head may hold, per layer.
+        peak_tokens: most tokens that a head held at any instant, prefix included, per layer.
+        bytes: keys and values allocated for one sequence.
+        overhead_bytes: positions and observers beside them, for one sequence.
+        evictions: tokens that a head lost, per layer.
+    """
+
+    budgets: tuple[int, ...]
+    peak_tokens: tuple[int, ...]
+    bytes: int
+    overhead_bytes: int
+    evictions: tuple[int, ...]
+
+
+class CellRecord(_Record):
+    """``cell.json``: a finished cell.
+
+    Attributes:
+        cell: what was measured.
+        id: name of its folder.
+        parameters: all parameters of the policy, defaults included.
+        metrics: name to figure.
+        stats: what its cache cost.
+        seconds: that it took.
+    """
+
+    cell: Cell
+    id: str
+    parameters: dict[str, Any]
+    metrics: dict[str, float]
+    stats: CellStats
+    seconds: float
+
+
+class Failure(_Record):
+    """``failures/<cell-id>.json``: a cell that raised, or whose worker died.
+
+    Attributes:
+        cell: what was to be measured.
+        id: its name.
+        error: the exception, in one line.
+        traceback: all of it.
+        attempts: how often this cell has failed.
+    """
+
+    cell: Cell
+    id: str
+    error: str
+    traceback: str
+    attempts: int = 1
+
+
+class FinishedCell:
+    """A finished cell; arrays are read when asked for.
+
+    Attributes:
+        folder: where it lies.
+        record: ``cell.json``.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.record = _read(CellRecord, folder / "cell.json")
+
+    @property
+    def cell(self) -> Cell:
+        """What was measured."""
+        return self.record.cell
+
+    def scores(self) -> Arrays:
+        """Per-item arrays, by name."""
+        return load_file(self.folder / "scores.safetensors")
+
+    def images(self) -> NDArray[np.uint8] | None:
+        """What was drawn, uint8 ``[n, rows, cols]``; None for a subject that draws nothing."""
+        path = self.folder / "images.safetensors"
+        return load_file(path)["images"] if path.exists() else None
+
+    @property
+    def trace_path(self) -> Path | None:
+        """The recorded decisions, where there are some."""
+        path = self.folder / "trace.safetensors"
+        return path if path.exists() else None
+
+
+class RunFolder:
+    """The folder of one run; see the top of this file for what lies where.
+
+    Make it with :meth:`begin` to write, with :func:`open_run` to read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.plan = _read(Plan, path / "plan.json")
+
+    @classmethod
+    def begin(cls, path: Path, plan: Plan) -> RunFolder:
+        """Make the folder, or go on in one that has the same plan.
+
+        Raises:
+            ParameterError: it holds another plan (the message shows the difference), or is the
+                folder of something else.
+        """
+        file = path / "plan.json"
+        if file.exists():
+            held = _read(Plan, file)
+            if held != plan:
+                lines = unified_diff(
+                    held.text().splitlines(), plan.text().splitlines(), "there", "asked for", n=1
+                )
+                raise ParameterError(
+                    f"{path} holds the results of another plan; take another folder, or the same "
+                    f"plan:\n" + "\n".join(line.rstrip() for line in lines)
+                )
+        elif path.exists() and any(p.name not in _EARLY for p in path.iterdir()):
+            raise ParameterError(f"{path} is not empty, and holds no plan; take another folder")
+        for folder in (path, path / "cells", path / "failures"):
+            folder.mkdir(parents=True, exist_ok=True)
+        if not file.exists():
+            write_whole(file, plan.text())
+        for left in (*path.glob(f"*/*{UNFINISHED}"), *path.glob(f"*{UNFINISHED}")):
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink(missing_ok=True)
+        return cls(path)
+
+    @property
+    def environment(self) -> Environment:
+        """Versions and machine.
+
+        Raises:
+            ParameterError: the run has not begun, or the file is damaged.
+        """
+        return _read(Environment, self.path / "environment.json")
+
+    @property
+    def subject(self) -> SubjectInfo:
+        """The subject's metrics, classes and grid.
+
+        Raises:
+            ParameterError: the run has not begun, or the file is damaged.
+        """
+        return _read(SubjectInfo, self.path / "subject.json")
+
+    def describe(self, environment: Environment, subject: SubjectInfo) -> None:
+        """Write what the run ran on, and what about."""
+        write_whole(self.path / "environment.json", environment.text())
+        write_whole(self.path / "subject.json", subject.text())
+
+    def has(self, cell: Cell) -> bool:
+        """Whether the cell has finished."""
+        return (self.path / "cells" / cell.id / "cell.json").exists()
+
+    def finished(self) -> Iterator[FinishedCell]:
+        """Every finished cell, in the plan's order."""
+        for cell in self.plan.cells():
+            if self.has(cell):
+                yield FinishedCell(self.path / "cells" / cell.id)
+
+    def failures(self) -> list[Failure]:
+        """Every cell that has failed and not finished since, in the plan's order."""
+        files = [self.path / "failures" / f"{cell.id}.json" for cell in self.plan.cells()]
+        return [_read(Failure, file) for file in files if file.exists()]
+
+    def keep(
+        self,
+        record: CellRecord,
+        scores: Mapping[str, NDArray[Any]],
+        images: NDArray[np.uint8] | None = None,
+        trace: bytes | None = None,
+    ) -> None:
+        """Write a finished cell, whole or not at all; a failure of it is forgotten.
+
+        Raises:
+            OSError: it could not be written (a full disk); nothing of it is left.
+        """
+        folder = self.path / "cells" / record.id
+        if folder.exists():
+            return  # finished before: what stands is kept
+        with whole_folder(folder) as fresh:
+            save_file(
+                {name: np.ascontiguousarray(array) for name, array in scores.items()},
+                fresh / "scores.safetensors",
+            )
+            if images is not None:
+                save_file({"images": np.ascontiguousarray(images)}, fresh / "images.safetensors")
+            if trace is not None:
+                (fresh / "trace.safetensors").write_bytes(trace)
+            (fresh / "cell.json").write_text(record.text(), encoding="utf-8")
+        self.note("finished", cell=record.id, seconds=round(record.seconds, 3))
+        (self.path / "failures" / f"{record.id}.json").unlink(missing_ok=True)
+
+    def fail(self, cell: Cell, error: str, traceback: str) -> Failure:
+        """Write why a cell has no result."""
+        file = self.path / "failures" / f"{cell.id}.json"
+        before = _read(Failure, file).attempts if file.exists() else 0
+        failure = Failure(
+            cell=cell, id=cell.id, error=error, traceback=traceback, attempts=before + 1
+        )
+        write_whole(file, failure.text())
+        self.note("failed", cell=cell.id, error=error)
+        return failure
+
+    def note(self, event: str, **about: Any) -> None:
+        """Append a line to ``log.jsonl``; a line that a crash cut off ends before the new one."""
+        line = json.dumps({"time": round(time.time(), 3), "event": event, **about}) + "\n"
+        with (self.path / "log.jsonl").open("ab+") as log:
+            if log.tell():
+                log.seek(-1, 2)
+                if log.read(1) != b"\n":
+                    line = "\n" + line
+            log.write(line.encode())
+
+    def log(self) -> list[dict[str, Any]]:
+        """Every event so far, without lines that a crash cut off."""
+        path = self.path / "log.jsonl"
+        events = []
+        for line in path.read_text("utf-8").splitlines() if path.exists() else ():
+            try:
+                events.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue
+        return events
+
+
+#: What may lie in a folder in which a run has not got as far as its plan.
+_EARLY = {".lock", "cells", "failures", "plan.json" + UNFINISHED}
+
+
+def open_run(path: Path | str) -> RunFolder:
+    """Open the folder of a run to read it, finished or not.
+
+    Raises:
+        ParameterError: there is no run, or its plan is damaged.
+    """
+    path = Path(path)
+    if not (path / "plan.json").exists():
+        raise ParameterError(f"{path} is not the folder of a run: it has no plan.json")
+    return RunFolder(path)
+
+
+def _read(kind: type[Model], path: Path) -> Model:
+    try:
+        return kind.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError) as error:
+        raise ParameterError(f"{path} can't be read: {error}") from None
