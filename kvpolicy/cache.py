@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kvpolicy.budget import Budget, Schedule
-from kvpolicy.errors import BudgetError, ParameterError, ShapeError
+from kvpolicy.errors import BudgetError, CacheStateError, ParameterError, ShapeError
 from kvpolicy.layer import LayerCache
 from kvpolicy.layout import UNBOUND, LateLayout, TokenLayout
 from kvpolicy.policy import EvictionPolicy
@@ -36,6 +37,8 @@ class CacheStats:
         evictions: tokens that a head lost, per layer.
         reports: attention reports that reached observers, per layer.
         seen: tokens of the sequence so far.
+        left_alone: layers that need no policy, so that none of the above is theirs: their sliding
+            window is no larger than their budget, or they keep no keys and values of their own.
     """
 
     policy: str
@@ -46,6 +49,7 @@ class CacheStats:
     evictions: tuple[int, ...]
     reports: tuple[int, ...]
     seen: int
+    left_alone: tuple[int, ...] = ()
 
 
 class PolicyCache:
@@ -72,6 +76,11 @@ class PolicyCache:
         reclaim: ``lazy``, a victim stays visible until its slot is overwritten, or ``eager``, it
             is hidden as soon as it is chosen.
         schedule: how layers share the budget; the policy's own by default.
+        windows: of each layer, how many tokens its queries can see (a sliding window, which the
+            ``visible`` of each call imposes): None for all, 0 where it keeps no keys and values.
+            A layer that can see no more than the budget is left alone: it gets no slots, and the
+            others share the budget as if it were not there.
+        lent: layers whose tokens other layers attend to as well.
 
     Raises:
         BudgetError: the budget is too small for this policy on this layout.
@@ -88,6 +97,8 @@ class PolicyCache:
         num_layers: int,
         reclaim: Reclaim = "lazy",
         schedule: Schedule | None = None,
+        windows: Sequence[int | None] | None = None,
+        lent: Collection[int] = (),
     ) -> None:
         self.policy = create(policy) if isinstance(policy, str) else policy
         if not isinstance(self.policy, EvictionPolicy):
@@ -111,24 +122,34 @@ class PolicyCache:
         )
         self._late = late
         self._budget = None if budget is None else Budget.parse(budget)
-        budgets = (0,) * num_layers if known is None else self._share(known, num_layers)
+        windows = _checked(windows, num_layers)
+        average = None if known is None else self._average(known)
+        # Where the layout is not known yet, the budget may not be either: windows stay with us.
+        reach = 0 if known is None or average is None else known.prefix + average
+        self._left_alone = frozenset(
+            layer for layer, window in enumerate(windows) if window is not None and window <= reach
+        )
+        self._managed = tuple(n for n in range(num_layers) if n not in self._left_alone)
+        budgets = {} if known is None or average is None else self._share(known, average)
         self.layers = tuple(
             LayerCache(
                 self.policy,
                 UNBOUND if known is None else known,
                 layer=layer,
                 num_layers=num_layers,
-                budget=budget,
+                budget=budgets.get(layer, 0),
                 eager=reclaim == "eager",
                 bind=None if late is None else self._bind,
+                window=windows[layer] or None,
+                lent=layer in lent,
             )
-            for layer, budget in enumerate(budgets)
+            for layer in range(num_layers)
         )
 
     @property
     def layout(self) -> TokenLayout | None:
         """Where tokens sit, as the first layer knows it; None while that is unknown."""
-        layout = self.layers[0].layout
+        layout = self._first.layout
         return None if layout is UNBOUND else layout
 
     def attend(
@@ -185,7 +206,7 @@ class PolicyCache:
         if layout is None:
             return None
         if bound is None:
-            return layout, self._share(layout, len(self.layers))[layer]
+            return layout, self._share(layout, self._average(layout))[layer]
         budget = self.layers[layer].budget
         if layout is not bound and budget < (floor := self.policy.min_budget(layout)):
             raise BudgetError(
@@ -195,10 +216,27 @@ class PolicyCache:
             )
         return layout, budget
 
-    def _share(self, layout: TokenLayout, num_layers: int) -> tuple[int, ...]:
-        """One budget a layer."""
-        goes_on = self._late is not None and self._late.goes_on
-        return _budgets(self.policy, self._budget, layout, num_layers, self.schedule, goes_on)
+    @property
+    def _goes_on(self) -> bool:
+        """Whether the layout may go on; see :class:`LateLayout`."""
+        return self._late is not None and self._late.goes_on
+
+    def _average(self, layout: TokenLayout) -> int:
+        """Tokens a layer, before layers share them."""
+        return _average(self.policy, self._budget, layout, self._goes_on)
+
+    def _share(self, layout: TokenLayout, average: int) -> dict[int, int]:
+        """The budget of each layer that the policy manages."""
+        if not self._managed:
+            return {}
+        open_end = self._goes_on and self._budget is not None and self._budget.kind != "fraction"
+        budgets = self.schedule.layers(
+            average,
+            len(self._managed),
+            floor=_floor(self.policy, layout),
+            ceiling=None if open_end else layout.evictable,
+        )
+        return dict(zip(self._managed, budgets, strict=True))
 
     @property
     def _name(self) -> str:
@@ -207,12 +245,22 @@ class PolicyCache:
     def _layer(self, layer: int) -> LayerCache:
         if type(layer) is not int or not 0 <= layer < len(self.layers):
             raise ParameterError(f"layer={layer!r} is not one of the {len(self.layers)} layers")
+        if layer in self._left_alone:
+            raise CacheStateError(
+                f"layer {layer} is left alone: it sees no more tokens than its budget, or keeps "
+                f"none; the layers under the policy are {list(self._managed)}"
+            )
         return self.layers[layer]
+
+    @property
+    def _first(self) -> LayerCache:
+        """The first layer to see a token."""
+        return self.layers[self._managed[0] if self._managed else 0]
 
     @property
     def seen(self) -> int:
         """Tokens of the sequence so far (in the first layer, which is the first to see them)."""
-        return self.layers[0].seen
+        return self._first.seen
 
     def positions(self, layer: int) -> Tensor:
         """Positions that a layer holds, int64 ``[B, H, S]``, -1 = empty (a copy).
@@ -236,6 +284,7 @@ class PolicyCache:
             evictions=tuple(layer.evictions for layer in self.layers),
             reports=tuple(layer.reports for layer in self.layers),
             seen=self.seen,
+            left_alone=tuple(sorted(self._left_alone)),
         )
 
     def reset(self) -> None:
@@ -255,15 +304,10 @@ class PolicyCache:
             layer.select_batch(index)
 
 
-def _budgets(
-    policy: EvictionPolicy,
-    budget: Budget | int | float | str | None,
-    layout: TokenLayout,
-    num_layers: int,
-    schedule: Schedule,
-    goes_on: bool,
-) -> tuple[int, ...]:
-    """One budget a layer; ``goes_on`` as in :class:`LateLayout`."""
+def _average(
+    policy: EvictionPolicy, budget: Budget | None, layout: TokenLayout, goes_on: bool
+) -> int:
+    """Tokens a layer; ``goes_on`` as in :class:`LateLayout`."""
     name = policy.key or type(policy).__name__
     if budget is None:
         if layout.evictable is None:
@@ -271,20 +315,31 @@ def _budgets(
                 f"budget=None means everything, but {layout!r} has no length; give the layout a "
                 f"length, or a budget"
             )
-        average = layout.evictable
-        goes_on = False
-    else:
-        parsed = Budget.parse(budget)
-        # A fraction is of the layout that is known, and "everything" means all of that.
-        goes_on = goes_on and parsed.kind != "fraction"
-        average = parsed.tokens(layout, goes_on=goes_on)
-    floor = policy.min_budget(layout)
-    if layout.evictable is not None:
-        floor = min(floor, layout.evictable)
+        return layout.evictable
+    # A fraction is of the layout that is known, and "everything" means all of that.
+    average = budget.tokens(layout, goes_on=goes_on and budget.kind != "fraction")
+    floor = _floor(policy, layout)
     if average < floor:
         raise BudgetError(
             f"budget={budget} is {average} tokens per layer, too few for {name} on {layout!r}; "
             f"the smallest budget that works is {floor}"
         )
-    ceiling = None if goes_on else layout.evictable
-    return schedule.layers(average, num_layers, floor=floor, ceiling=ceiling)
+    return average
+
+
+def _floor(policy: EvictionPolicy, layout: TokenLayout) -> int:
+    """The smallest budget of a layer, which never has to be more than the layout has."""
+    floor = policy.min_budget(layout)
+    return floor if layout.evictable is None else min(floor, layout.evictable)
+
+
+def _checked(windows: Sequence[int | None] | None, num_layers: int) -> tuple[int | None, ...]:
+    """One window a layer."""
+    if windows is None:
+        return (None,) * num_layers
+    if len(windows) != num_layers:
+        raise ParameterError(f"windows has {len(windows)} entries for {num_layers} layers")
+    for window in windows:
+        if window is not None and (type(window) is not int or window < 0):
+            raise ParameterError(f"windows={windows!r} must hold None or integers, at least 0")
+    return tuple(windows)

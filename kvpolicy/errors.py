@@ -17,6 +17,7 @@ __all__ = [
     "CacheStateError",
     "KVPolicyError",
     "LayoutError",
+    "ModelError",
     "ParameterError",
     "ShapeError",
     "UnknownNameError",
@@ -51,6 +52,10 @@ class CacheStateError(KVPolicyError, RuntimeError):
 
 class AttentionError(KVPolicyError, FloatingPointError):
     """Attention gave NaN: decisions made from it would be meaningless."""
+
+
+class ModelError(KVPolicyError, TypeError):
+    """A model can't be put under a policy; the message says why, and what would serve it."""
 
 
 class UnknownNameError(KVPolicyError, LookupError):

@@ -27,6 +27,7 @@ from kvpolicy import (
 )
 from kvpolicy.cache import Reclaim
 from kvpolicy_adapters.families import layout_of
+from kvpolicy_adapters.kept import kept_by
 from kvpolicy_adapters.llamagen import official
 from kvpolicy_adapters.token_reader import telling
 from kvpolicy_adapters.transformers_cache import TransformersCache, marked_layer, policy_attention
@@ -75,7 +76,8 @@ def attach(
         schedule: how layers share the budget; the policy's own by default.
 
     Raises:
-        ParameterError: the model does not use transformers' attention interface.
+        ParameterError: the model is no model of transformers.
+        ModelError: no policy can serve this model; the message says why, and what would.
         LayoutError: the model's configuration does not describe its family's grid.
         BudgetError: the budget is too small for this policy on this layout.
         UnknownNameError: no policy has this name.
@@ -90,22 +92,19 @@ def attach(
         raise ParameterError(
             f"model is a {type(model).__name__}; attach() serves transformers' PreTrainedModel"
         )
-    num_layers = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
-    if num_layers is None:
-        raise ParameterError(
-            f"{type(model).__name__} has no num_hidden_layers in its configuration: it is no "
-            f"causal language model that attach() knows"
-        )
+    kept = kept_by(model)
     layout = layout_of(model) if layout is None else layout
     policy_cache = PolicyCache(
         policy,
         budget,
         layout=layout,
-        num_layers=num_layers,
+        num_layers=len(kept.layers),
         reclaim=reclaim,
         schedule=schedule,
+        windows=kept.windows,
+        lent=kept.lent,
     )
-    cache = TransformersCache(policy_cache, model)
+    cache = TransformersCache(policy_cache, model, kept.layers)
     _enter(model)
     try:
         with telling(model, cache, layout):
@@ -142,11 +141,6 @@ def _enter(model: PreTrainedModel) -> None:
         if attachment is None:
             attachment = _Attachment(model)
             model.set_attn_implementation(_NAME)
-            if model.config._attn_implementation != _NAME:
-                raise ParameterError(
-                    f"{type(model).__name__} does not use transformers' attention interface, so "
-                    f"no policy can be attached to it"
-                )
             _ATTACHED[id(model)] = attachment
             for config, before in zip(attachment.configs, attachment.before, strict=True):
                 _BEFORE[id(config)] = before

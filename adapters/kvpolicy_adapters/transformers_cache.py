@@ -9,6 +9,8 @@ finds the mark. The mark travels with the tensor, so threads and models can't mi
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
-from kvpolicy import CacheStateError, CacheStats, PolicyCache
+from kvpolicy import CacheStateError, CacheStats, ModelError, PolicyCache
 from kvpolicy.layer import LayerCache
 from kvpolicy.terms import Terms
 
@@ -47,13 +49,15 @@ class PolicyLayer(CacheLayerMixin):
 
         Raises:
             CacheStateError: the ``attach`` block that made the cache has ended.
+            ModelError: the keys of the layer before never came to an attention function.
         """
         if self.cache.closed:
             raise CacheStateError(
                 "this cache's attach() block has ended; attach the model again for a new cache"
             )
+        self.cache.expect(self)
         marked = key_states.view_as(key_states)
-        setattr(marked, _MARK, self.layer)
+        setattr(marked, _MARK, self)
         return marked, value_states
 
     def get_seq_length(self) -> int:
@@ -75,6 +79,7 @@ class PolicyLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget everything."""
+        self.cache.expected = None
         self.layer.reset()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -109,15 +114,44 @@ class PolicyLayer(CacheLayerMixin):
 class TransformersCache(Cache):
     """The cache that ``attach`` gives: pass it as ``past_key_values``.
 
+    Args:
+        policy_cache: the cache of the layers that the policy manages.
+        model: the model.
+        own: transformers' own cache layers, of which those that the policy leaves alone are used.
+
     Attributes:
         policy_cache: the :class:`kvpolicy.PolicyCache` behind it.
         closed: whether its ``attach`` block has ended.
     """
 
-    def __init__(self, policy_cache: PolicyCache, model: PreTrainedModel) -> None:
+    def __init__(
+        self, policy_cache: PolicyCache, model: PreTrainedModel, own: Sequence[Any] = ()
+    ) -> None:
         self.policy_cache = policy_cache
         self.closed = False
-        super().__init__(layers=[PolicyLayer(self, layer) for layer in policy_cache.layers])
+        self.expected: PolicyLayer | None = None
+        self._name = type(model).__name__
+        left_alone = policy_cache.stats().left_alone
+        super().__init__(
+            layers=[
+                own[index] if index in left_alone else PolicyLayer(self, layer)
+                for index, layer in enumerate(policy_cache.layers)
+            ]
+        )
+
+    def expect(self, layer: PolicyLayer) -> None:
+        """Note that a layer's keys are on their way to its attention.
+
+        Raises:
+            ModelError: those of the layer before never arrived.
+        """
+        if self.expected is not None:
+            raise ModelError(
+                f"{self._name} did not pass layer {self.expected.layer.layer}'s keys on to "
+                f"transformers' attention interface as its cache gave them, so the policy never "
+                f"saw its attention; kvpolicy can't serve this model"
+            )
+        self.expected = layer
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -139,11 +173,20 @@ class TransformersCache(Cache):
         return self.policy_cache.positions(layer)
 
     def stats(self) -> CacheStats:
-        """What the generation has cost so far."""
-        return self.policy_cache.stats()
+        """What the generation has cost so far, the layers that are left alone included."""
+        stats = self.policy_cache.stats()
+        if not stats.left_alone:
+            return stats
+        peaks, extra = list(stats.peak_tokens), 0
+        for index in stats.left_alone:
+            keys, values = (getattr(self.layers[index], name, None) for name in ("keys", "values"))
+            if keys is not None and values is not None:
+                peaks[index] = keys.shape[2]
+                extra += keys.nbytes + values.nbytes
+        return replace(stats, peak_tokens=tuple(peaks), bytes=stats.bytes + extra)
 
 
-def marked_layer(key: Tensor) -> LayerCache | None:
+def marked_layer(key: Tensor) -> PolicyLayer | None:
     """The layer whose new keys these are, or None where they came through no policy cache."""
     return getattr(key, _MARK, None)
 
@@ -166,13 +209,12 @@ def policy_attention(
         value: the new values ``[B, H, T, Dv]``.
         attention_mask: by position, bool (True = visible) or additive ``[B, 1, T, seen + T]``.
         scaling: factor of the scores.
-        kwargs: what else the model passes; soft-capping and learned sinks are refused.
+        kwargs: what else the model passes: ``softcap``, ``s_aux`` (learned sinks) and
+            ``position_bias`` are served.
 
     Returns:
         The output ``[B, T, Hq, Dv]`` and no weights.
 
-    Raises:
-        ParameterError: the model's attention has a term that slots don't serve.
     """
     layer = marked_layer(key)
     assert layer is not None
@@ -189,5 +231,9 @@ def policy_attention(
         softcap=kwargs.get("softcap"),
         sinks=kwargs.get("s_aux"),
     )
-    output = layer.attend(query, key, value, terms)
+    if layer.cache.expected is layer:
+        layer.cache.expected = None
+        output = layer.layer.attend(query, key, value, terms)
+    else:
+        output = layer.layer.attend_again(query, terms)
     return output.transpose(1, 2).contiguous(), None

@@ -1,0 +1,115 @@
+"""What each layer of a transformers model keeps between steps, and whether a policy can serve it.
+
+transformers' own ``DynamicCache`` knows: it makes one cache layer for each layer of the model, by
+what the configuration says of it. A policy takes the place of those that keep every token's key
+and value; the others are left as they are.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import (
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionCacheLayerMixin,
+)
+
+from kvpolicy.errors import ModelError
+
+__all__ = ["Kept", "kept_by"]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The layers of one model, lowest first.
+
+    Attributes:
+        layers: transformers' own cache layers, new.
+        windows: tokens that a query of each layer can see; None for all of them, 0 where a layer
+            keeps no keys and values (recurrent state, or keys and values of another layer).
+        lent: layers whose keys and values others attend to as well.
+    """
+
+    layers: list[Any]
+    windows: tuple[int | None, ...]
+    lent: frozenset[int]
+
+
+def kept_by(model: PreTrainedModel) -> Kept:
+    """Find out what a model keeps.
+
+    Raises:
+        ModelError: no policy can serve this model; the message says why, and what would.
+    """
+    name = type(model).__name__
+    if model.config.is_encoder_decoder:
+        raise ModelError(
+            f"{name} is an encoder-decoder: it keeps a second cache, of its encoder's tokens, "
+            f"which no policy manages; attach() serves decoder-only models"
+        )
+    if not _uses_interface(model):
+        if model._is_stateful:
+            raise ModelError(
+                f"{name} keeps a recurrent state instead of keys and values (state space, linear "
+                f"attention): there is nothing to evict; attach() serves models with attention "
+                f"layers"
+            )
+        raise ModelError(
+            f"{name} does not use transformers' attention interface, so its attention can't be "
+            f"watched from outside; a model that sets _supports_attention_backend would do, or "
+            f"kvpolicy.PolicyCache called from its own attention"
+        )
+    config = model.config.get_text_config(decoder=True)
+    if getattr(config, "num_hidden_layers", None) is None:
+        raise ModelError(
+            f"{name} has no num_hidden_layers in its configuration: it is no causal language model "
+            f"that attach() knows"
+        )
+    layers = DynamicCache(config=model.config).layers
+    windows = tuple(_window(name, index, layer) for index, layer in enumerate(layers))
+    if all(window == 0 for window in windows):
+        raise ModelError(
+            f"{name} keeps a state of fixed size (linear attention, state space) and no keys and "
+            f"values: there is nothing to evict; attach() serves models with attention layers"
+        )
+    modes = getattr(config, "kv_sharing_modes", None)
+    if modes is None:  # transformers before 5.20 says only how many layers borrow
+        borrow = getattr(config, "num_kv_shared_layers", None)
+        modes = ["store" if borrow else None] * len(layers)
+    return Kept(layers, windows, frozenset(i for i, mode in enumerate(modes) if mode == "store"))
+
+
+def _uses_interface(model: PreTrainedModel) -> bool:
+    """Whether some part of a model looks its attention function up in transformers' registry.
+
+    Not every model that does so says so: hybrids leave the flag unset. A part that computes its
+    attention itself after all is found out by the cache, in the first forward pass.
+    """
+    parts = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    return any(
+        part._supports_attention_backend
+        or hasattr(sys.modules[type(part).__module__], "ALL_ATTENTION_FUNCTIONS")
+        for part in parts
+    )
+
+
+def _window(name: str, index: int, layer: Any) -> int | None:
+    """How many tokens a query of this layer can see."""
+    if type(layer) is DynamicLayer:
+        return None
+    if type(layer) is DynamicSlidingWindowLayer:
+        return int(layer.sliding_window)
+    keys_and_values = isinstance(layer, DynamicLayer)
+    if not keys_and_values and (
+        isinstance(layer, LinearAttentionCacheLayerMixin) or type(layer).__name__ == "DummyLayer"
+    ):
+        return 0
+    raise ModelError(
+        f"{name}: layer {index} keeps a {type(layer).__name__}, which is more than the keys and "
+        f"values of its tokens (compressed latents, an index, or a recurrent state beside them), "
+        f"so no policy can manage it; attach() serves layers that keep keys and values per head"
+    )
