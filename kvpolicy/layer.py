@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -156,6 +156,12 @@ class LayerCache:
             done += run
             rows = terms.rows(part).places(slice(0, self.seen + run))
             outputs.append(self._run(query[:, :, part], key[:, :, part], value[:, :, part], rows))
+            if self.lent and run == 1 and done < count:
+                # The slots themselves: the next token of this call overwrites one.
+                latest = self.passes[-1]
+                self.passes[-1] = replace(
+                    latest, keys=latest.keys.clone(), values=latest.values.clone()
+                )
         return torch.cat(outputs, dim=2)
 
     def attend_again(self, query: Tensor, terms: Terms) -> Tensor:
@@ -225,7 +231,7 @@ class LayerCache:
         """
         if terms.visible is None or self.layout is UNBOUND or not self.layout.compresses_prompt:
             return
-        if self.seen > 0 and (count == 1 or self.start is None):
+        if self.seen > 0 and self.start is None:
             return
         own = terms.visible[..., self.seen :]
         if own.shape[2] > 1:

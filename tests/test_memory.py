@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import kvpolicy
-from kvpolicy.layer import LayerCache
+from kvpolicy.layer import QUERY_CHUNK, LayerCache
 
 LAYERS, BATCH, HEADS, GROUP = 2, 2, 2, 2
 ROWS = COLS = 40
@@ -221,3 +221,28 @@ def test_what_a_policy_hoards_is_found():
     before = sum(storages(cache).values())
     object.__setattr__(cache.layers[1], "copy", cache.layers[1].require_store().keys.clone())
     assert sum(storages(cache).values()) == before + keys_of_a_layer(cache)
+
+
+# -- a long prompt ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["h2o", "snapkv", "tova"])
+def test_observing_a_prompt_costs_chunk_times_length(name):
+    def largest(length: int) -> int:
+        cache = kvpolicy.PolicyCache(name, 64, layout=kvpolicy.TextLayout(), num_layers=1)
+        query, key, value = torch.randn(3, 1, HEADS, length, 8)
+        with Allocations() as watch:
+            cache.attend(0, query, key, value)
+        return watch.largest
+
+    short, long = largest(1024), largest(4096)
+    # Probabilities of one chunk of queries, float32, and nothing larger: 4 x as long, 4 x as much.
+    assert long <= HEADS * QUERY_CHUNK * 4096 * 4
+    assert long <= 4.1 * short
+
+
+def test_the_guard_of_long_prompts_bites():
+    query, key, value = torch.randn(3, 1, HEADS, 4096, 8)
+    with Allocations() as watch:
+        kvpolicy.attend(query, key, value, need_mass=True)
+    assert watch.largest > HEADS * QUERY_CHUNK * 4096 * 4
