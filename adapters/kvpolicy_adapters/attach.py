@@ -8,12 +8,18 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvpolicy import (
@@ -36,10 +42,8 @@ __all__ = ["attach"]
 
 _NAME = "kvpolicy"
 _LOCK = threading.Lock()
-#: Per attached model: how many blocks are open, and what its configurations said before.
-_ATTACHED: dict[int, _Attachment] = {}
-#: Per configuration (by id, alive while attached): the implementation it had.
-_BEFORE: dict[int, str] = {}
+#: By the id of its configuration, which is alive while attached.
+_ATTACHED: dict[int, _Attached] = {}
 
 
 @contextmanager
@@ -105,58 +109,82 @@ def attach(
         lent=kept.lent,
     )
     cache = TransformersCache(policy_cache, model, kept.layers)
-    _enter(model)
+    entered = _enter(model)
     try:
         with telling(model, cache, layout):
             yield cache
     finally:
         cache.closed = True
-        _leave(model)
+        _leave(entered)
 
 
-class _Attachment:
-    """The open blocks of one model."""
+@dataclass
+class _Attached:
+    """A configuration that some open block has changed.
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.open = 0
-        self.configs = [module.config for module in _models(model)]
-        self.before = [config._attn_implementation for config in self.configs]
+    Models may share one (a causal model and the model inside it do), so blocks are counted here.
+    """
+
+    config: PreTrainedConfig
+    before: str
+    blocks: int = 0
 
 
-def _models(model: PreTrainedModel) -> list[PreTrainedModel]:
-    """The model and those inside it, one for each distinct configuration."""
-    found = {
-        id(module.config): module
-        for module in model.modules()
-        if isinstance(module, PreTrainedModel)
-    }
+def _configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
+    """The distinct configurations of a model and of all that is inside it."""
+    found: dict[int, PreTrainedConfig] = {}
+    queue = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
+    for config in queue:
+        if id(config) not in found:
+            found[id(config)] = config
+            parts = (getattr(config, name, None) for name in config.sub_configs)
+            queue.extend(part for part in parts if part is not None)
     return list(found.values())
 
 
-def _enter(model: PreTrainedModel) -> None:
+def _enter(model: PreTrainedModel) -> list[PreTrainedConfig]:
+    """Attach a model; what :func:`_leave` wants back."""
     with _LOCK:
         AttentionInterface.register(_NAME, _attention)
         AttentionMaskInterface.register(_NAME, _mask)
-        attachment = _ATTACHED.get(id(model))
-        if attachment is None:
-            attachment = _Attachment(model)
+        configs = _configs(model)
+        for config in configs:
+            _ATTACHED.setdefault(
+                id(config), _Attached(config, config._attn_implementation)
+            ).blocks += 1
+        try:
             model.set_attn_implementation(_NAME)
-            _ATTACHED[id(model)] = attachment
-            for config, before in zip(attachment.configs, attachment.before, strict=True):
-                _BEFORE[id(config)] = before
-        attachment.open += 1
+            if model.config._attn_implementation != _NAME:
+                raise ParameterError(
+                    f"{type(model).__name__} does not use transformers' attention interface, so "
+                    f"no policy can be attached to it"
+                )
+        except BaseException:
+            _restore(configs)
+            raise
+        return configs
 
 
-def _leave(model: PreTrainedModel) -> None:
+def _leave(configs: Iterable[PreTrainedConfig]) -> None:
     with _LOCK:
-        attachment = _ATTACHED[id(model)]
-        attachment.open -= 1
-        if attachment.open:
-            return
-        del _ATTACHED[id(model)]
-        for config, before in zip(attachment.configs, attachment.before, strict=True):
-            config._attn_implementation = before
-            del _BEFORE[id(config)]
+        _restore(configs)
+
+
+def _restore(configs: Iterable[PreTrainedConfig]) -> None:
+    """Give back what no other block needs."""
+    for config in configs:
+        attached = _ATTACHED[id(config)]
+        attached.blocks -= 1
+        if not attached.blocks:
+            # Not through the property, which would also set the configurations inside this one.
+            config._attn_implementation_internal = attached.before
+            del _ATTACHED[id(config)]
+
+
+def _before(config: Any) -> str:
+    """The implementation that a configuration had before it was attached."""
+    attached = _ATTACHED.get(id(config))
+    return "sdpa" if attached is None else attached.before
 
 
 def _attention(
@@ -170,7 +198,7 @@ def _attention(
     """The registered attention function: the policy's, or the one the model had before."""
     if marked_layer(key) is not None:
         return policy_attention(module, query, key, value, attention_mask, **kwargs)
-    before = _BEFORE.get(id(module.config), "sdpa")
+    before = _before(module.config)
     if before == "eager":
         function = sys.modules[type(module).__module__].eager_attention_forward
     else:
@@ -180,5 +208,4 @@ def _attention(
 
 def _mask(*args: Any, config: Any, **kwargs: Any) -> Any:
     """The registered mask function: the one the model had before."""
-    before = _BEFORE.get(id(config), "sdpa")
-    return AttentionMaskInterface()[before](*args, config=config, **kwargs)
+    return AttentionMaskInterface()[_before(config)](*args, config=config, **kwargs)
