@@ -1,0 +1,154 @@
+"""The floor of a decode step: the least work that still is a model with so many cached tokens.
+
+Each layer writes the newest key and value into the next of a fixed number of slots and attends over
+all of them, with whichever attention is the fastest here. Nothing is chosen and nothing observed.
+With no slots, attention is left out.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import Cache
+from transformers.cache_utils import CacheLayerMixin
+
+__all__ = ["FloorCache", "fastest", "floor_attention", "skip_attention"]
+
+_TRIALS = 15
+#: The fastest attention of each case, measured when it first comes.
+_FASTEST: dict[tuple[Any, ...], Callable[[Tensor, Tensor, Tensor], Tensor]] = {}
+
+
+class FloorLayer(CacheLayerMixin):
+    """Slots that are written in turn."""
+
+    is_compileable = False
+    is_sliding = False
+
+    def __init__(self, slots: int) -> None:
+        super().__init__()
+        self.slots = slots
+        self.seen = 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocate."""
+        batch, heads, _, dim = key_states.shape
+        self.keys = key_states.new_zeros(batch, heads, self.slots, dim)
+        self.values = value_states.new_zeros(batch, heads, self.slots, value_states.shape[-1])
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Write the newest tokens over the oldest, and give all slots."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        if self.slots:
+            for token in range(key_states.shape[2]):
+                slot = (self.seen + token) % self.slots
+                self.keys[:, :, slot] = key_states[:, :, token]
+                self.values[:, :, slot] = value_states[:, :, token]
+        self.seen += key_states.shape[2]
+        return self.keys, self.values
+
+    def get_seq_length(self) -> int:
+        """Tokens so far."""
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """No mask is made."""
+        return self.seen + query_length, 0
+
+    def get_max_length(self) -> int:
+        """No end."""
+        return -1
+
+    def get_max_cache_shape(self) -> int:
+        """No end."""
+        return -1
+
+
+class FloorCache(Cache):
+    """A fixed number of slots in each layer.
+
+    Args:
+        num_layers: layers.
+        slots: slots of each; 0 to keep nothing.
+    """
+
+    def __init__(self, num_layers: int, slots: int) -> None:
+        super().__init__(layers=[FloorLayer(slots) for _ in range(num_layers)])
+
+    def skip(self, count: int) -> None:
+        """Go on by so many tokens."""
+        for layer in self.layers:
+            layer.seen += count
+
+
+def floor_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention of the newest tokens over all slots; returns ``[B, T, Hq, D]``."""
+    case = (*query.shape, *key.shape, query.dtype, query.device, torch.get_num_threads())
+    if case not in _FASTEST:
+        _FASTEST[case] = fastest(query, key, value)
+    return _FASTEST[case](query, key, value).transpose(1, 2).contiguous(), None
+
+
+def skip_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """No attention: the query itself, in the output's shape."""
+    return query.transpose(1, 2).contiguous(), None
+
+
+def fastest(query: Tensor, key: Tensor, value: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """The candidate with the smallest median time, in alternation with the others."""
+    seconds: dict[Callable[..., Tensor], list[float]] = {_fused: [], _products: []}
+    for _ in range(_TRIALS):
+        for candidate, times in seconds.items():
+            begun = time.perf_counter()
+            candidate(query, key, value)
+            if query.is_cuda:
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - begun)
+    return min(seconds, key=lambda candidate: statistics.median(seconds[candidate]))
+
+
+def _fused(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """torch's scaled_dot_product_attention."""
+    shared = query.shape[1] != key.shape[1]
+    return functional.scaled_dot_product_attention(query, key, value, enable_gqa=shared)
+
+
+def _products(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Two batched products and a softmax."""
+    batch, query_heads, count, dim = query.shape
+    heads, slots = key.shape[1:3]
+    rows = query_heads // heads * count
+    scores = torch.baddbmm(
+        query.new_empty(batch * heads, rows, slots),
+        query.reshape(batch * heads, rows, dim),
+        key.view(batch * heads, slots, dim).transpose(1, 2),
+        beta=0,
+        alpha=dim**-0.5,
+    )
+    chances = scores.softmax(-1, dtype=torch.float32).to(value.dtype)
+    output = torch.bmm(chances, value.view(batch * heads, slots, -1))
+    return output.view(batch, query_heads, count, -1)
