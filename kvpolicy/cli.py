@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 from rich.console import Console
 
+from kvpolicy.commands.bench import bench
 from kvpolicy.commands.demo import demo
 from kvpolicy.commands.list_policies import list_policies
 from kvpolicy.errors import KVPolicyError
@@ -20,6 +21,7 @@ app = typer.Typer(
 )
 app.command("list")(list_policies)
 app.command("demo")(demo)
+app.command("bench")(bench)
 
 
 def main() -> None:

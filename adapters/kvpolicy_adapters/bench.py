@@ -17,7 +17,6 @@ from torch import Tensor
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
-    Cache,
     DynamicCache,
     LlamaConfig,
     LlamaForCausalLM,
@@ -84,6 +83,7 @@ class LlamaBench:
         if layers is not None and not 1 <= layers <= real.layers:
             raise ParameterError(f"layers={layers}: {name} has {real.layers}; give 1 to that many")
         self.dimensions = Dimensions(**{**vars(real), "layers": layers or real.layers})
+        self.real_layers = real.layers
         sizes = self.dimensions
         config = LlamaConfig(
             hidden_size=sizes.hidden,
@@ -95,12 +95,12 @@ class LlamaBench:
             vocab_size=sizes.vocab,
             max_position_embeddings=self.layout.length,
             tie_word_embeddings=False,
-            attn_implementation="sdpa",
-            dtype=dtype,
         )
+        config._attn_implementation = "sdpa"
         torch.manual_seed(seed)
         with torch.device(device):
-            self.model = LlamaForCausalLM(config).to(dtype).eval()
+            model: Any = LlamaForCausalLM(config).eval()
+        self.model: LlamaForCausalLM = model.to(dtype)
 
     def twin(self) -> LlamaForCausalLM:
         """A model of its own with the same weights, so that contenders don't share settings."""
@@ -124,7 +124,7 @@ class LlamaBench:
 class LlamaDecoder:
     """What decoders share: a model, a cache, and filling it without the model."""
 
-    cache: Cache
+    cache: Any = None
 
     def __init__(self, bench: LlamaBench, workload: Workload) -> None:
         self.bench = bench
@@ -141,8 +141,13 @@ class LlamaDecoder:
         self.seen += token.shape[1]
         return output
 
+    def release(self) -> None:
+        """Give the cache back."""
+        self.cache = None
+
     def close(self) -> None:
-        """Nothing to give back but memory."""
+        """Give the cache back."""
+        self.release()
 
     def _tokens(self, heads: int, count: int) -> Tensor:
         """Random queries, keys or values ``[B, heads, count, D]``."""
@@ -191,7 +196,6 @@ class BaselineDecoder(LlamaDecoder):
                 key, value = self._tokens(heads, count), self._tokens(heads, count)
                 self.cache.update(key, value, layer)
         else:
-            assert isinstance(self.cache, FloorCache)
             self.cache.skip(count)
         self.seen += count
 
@@ -244,6 +248,10 @@ class PolicyDecoder(LlamaDecoder):
     def cache_bytes(self) -> int:
         """Bytes of keys and values."""
         return self.cache.stats().bytes
+
+    def release(self) -> None:
+        """Give the slots back."""
+        self.cache.reset()
 
     def close(self) -> None:
         """Detach."""

@@ -49,6 +49,8 @@ class FloorLayer(CacheLayerMixin):
         """Write the newest tokens over the oldest, and give all slots."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None
+        assert self.values is not None
         if self.slots:
             for token in range(key_states.shape[2]):
                 slot = (self.seen + token) % self.slots
@@ -83,11 +85,12 @@ class FloorCache(Cache):
     """
 
     def __init__(self, num_layers: int, slots: int) -> None:
-        super().__init__(layers=[FloorLayer(slots) for _ in range(num_layers)])
+        self.slots_of = [FloorLayer(slots) for _ in range(num_layers)]
+        super().__init__(layers=[*self.slots_of])
 
     def skip(self, count: int) -> None:
         """Go on by so many tokens."""
-        for layer in self.layers:
+        for layer in self.slots_of:
             layer.seen += count
 
 
@@ -118,7 +121,9 @@ def skip_attention(
     return query.transpose(1, 2).contiguous(), None
 
 
-def fastest(query: Tensor, key: Tensor, value: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def fastest(
+    query: Tensor, key: Tensor, value: Tensor
+) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """The candidate with the smallest median time, in alternation with the others."""
     seconds: dict[Callable[..., Tensor], list[float]] = {_fused: [], _products: []}
     for _ in range(_TRIALS):
@@ -132,7 +137,7 @@ def fastest(query: Tensor, key: Tensor, value: Tensor) -> Callable[[Tensor, Tens
 
 
 def _fused(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """torch's scaled_dot_product_attention."""
+    """The fused kernel behind scaled_dot_product_attention."""
     shared = query.shape[1] != key.shape[1]
     return functional.scaled_dot_product_attention(query, key, value, enable_gqa=shared)
 

@@ -148,15 +148,25 @@ class Decoder(Protocol):
     def cache_bytes(self) -> int:
         """Bytes allocated for keys and values."""
 
+    def release(self) -> None:
+        """Give the cache back; ``restart`` makes another."""
+
     def close(self) -> None:
         """Give everything back."""
 
 
 class BenchModel(Protocol):
-    """A model of some shape, with random weights."""
+    """A model of some shape, with random weights.
+
+    Attributes:
+        layout: where its tokens sit.
+        dimensions: its sizes.
+        real_layers: layers that the shape has, where the model has been given fewer.
+    """
 
     layout: RasterLayout
     dimensions: Dimensions
+    real_layers: int
 
     def decoder(self, contender: Contender, workload: Workload) -> Decoder:
         """A decoder of one contender; all of them share the weights.
@@ -186,6 +196,9 @@ class Session(Protocol):
 
     def cache_bytes(self) -> int:
         """Bytes allocated for keys and values."""
+
+    def release(self) -> None:
+        """Give the cache back; ``restart`` makes another."""
 
     def close(self) -> None:
         """Give everything back."""

@@ -60,6 +60,10 @@ class LocalSession:
         """Bytes allocated for keys and values."""
         return self.decoder.cache_bytes()
 
+    def release(self) -> None:
+        """Give the cache back until the next image."""
+        self.decoder.release()
+
     def close(self) -> None:
         """Give everything back."""
         self.decoder.close()

@@ -1,0 +1,257 @@
+"""A whole bench: who takes part, the rounds, the memory, and the files."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kvpolicy.budget import Budget
+from kvpolicy.errors import ParameterError, near_matches
+from kvpolicy.lab.bench.contender import (
+    BASELINES,
+    BenchModel,
+    Contender,
+    Session,
+    Workload,
+)
+from kvpolicy.lab.bench.machine import Machine
+from kvpolicy.lab.bench.peers import PRESSES, PeerSession, peer
+from kvpolicy.lab.bench.report import conditions, grids, markdown, plot
+from kvpolicy.lab.bench.rounds import Plan, Rounds, lines_of_round
+from kvpolicy.lab.bench.session import LocalSession
+from kvpolicy.lab.bench.summary import Summary, summarise
+from kvpolicy.lab.files import write_whole
+from kvpolicy.layout import RasterLayout
+from kvpolicy.registry import create
+
+__all__ = ["Bench", "capacity_of", "enlist", "plan_of"]
+
+_LLAMAGEN = "llamagen official"
+
+
+def enlist(
+    policies: Sequence[str],
+    baselines: Sequence[str],
+    *,
+    compiled: bool,
+    presses: bool,
+    llamagen: bool,
+) -> list[Contender]:
+    """Who takes part, in the order of the tables.
+
+    Raises:
+        UnknownNameError: there is no such policy.
+        ParameterError: there is no such baseline, or nobody is left.
+    """
+    entries: list[Contender] = []
+    for name in dict.fromkeys(policies):
+        create(name)
+        entries.append(Contender(name, "policy", policy=name))
+        if compiled and name != "full":
+            entries.append(Contender(f"{name} compiled", "policy", policy=name, compiled=True))
+    for name in dict.fromkeys(baselines):
+        if name not in BASELINES:
+            raise ParameterError(f"no baseline is called {name!r}; {near_matches(name, BASELINES)}")
+        entries.append(Contender(name, name))
+        if compiled and name == "static":
+            entries.append(Contender("static compiled", "static", compiled=True))
+    if presses:
+        entries += [peer(f"kvpress {press}") for press in PRESSES]
+    if llamagen:
+        entries.append(peer(_LLAMAGEN))
+    if not entries:
+        raise ParameterError("nobody takes part: name policies, baselines or both")
+    return entries
+
+
+def capacity_of(budget: str, layout: RasterLayout) -> int:
+    """Slots that a budget makes, prefix included.
+
+    Raises:
+        BudgetError: this is no budget.
+    """
+    return layout.prefix + Budget.parse(budget).tokens(layout)
+
+
+def plan_of(
+    layout: RasterLayout,
+    *,
+    steps: int | None,
+    rounds: int,
+    every: int,
+    minutes: float | None,
+    whole_images: bool,
+) -> Plan:
+    """Cut an image into lines."""
+    lines = layout.rows if steps is None else -(-steps // layout.line_length)
+    return Plan(
+        lines=max(1, min(lines, layout.rows)),
+        line_length=layout.line_length,
+        rounds=rounds,
+        every=every,
+        minutes=minutes,
+        whole_images=whole_images,
+    )
+
+
+@dataclass
+class Bench:
+    """One bench.
+
+    Attributes:
+        model: whose step is timed.
+        workload: what is decoded.
+        plan: for how long.
+        contenders: who decodes.
+        machine: where.
+        real_layers: layers of the shape, where the model has fewer.
+        command: as the user wrote it.
+        environment: Python that has kvpress; None without it.
+        checkout: LlamaGen's repository; None without it.
+    """
+
+    model: BenchModel
+    workload: Workload
+    plan: Plan
+    contenders: list[Contender]
+    machine: Machine
+    real_layers: int
+    command: str
+    environment: Path | None = None
+    checkout: Path | None = None
+
+    def session(self, contender: Contender, *, watched: bool = False) -> Session:
+        """A session of one contender, in a process of its own where it must be.
+
+        Raises:
+            BudgetError: the budget is too small for this policy.
+            PeerError: the other process could not begin.
+        """
+        options: dict[str, Any]
+        if contender.kind == "peer" and contender.name != _LLAMAGEN:
+            assert self.environment is not None
+            press = contender.name.partition(" ")[2]
+            worker, python, options = "kvpress_worker", self.environment, {"press": press}
+        elif contender.kind == "peer":
+            python, options = Path(sys.executable), {"checkout": str(self.checkout)}
+            worker = "llamagen_worker"
+        elif watched:
+            python, worker = Path(sys.executable), "own_worker"
+            options = {"contender": asdict(contender)}
+        else:
+            return LocalSession(self.model, contender, self.workload)
+        return PeerSession(
+            contender,
+            worker,
+            python,
+            self.workload,
+            self.model.dimensions,
+            self.model.layout,
+            options=options,
+            watched=watched,
+        )
+
+    def measure(self, advance: Callable[[int], object], keep: Callable[[Rounds], object]) -> Rounds:
+        """Warm up, and measure until the rounds are done, the time is up, or Ctrl-C."""
+        with ExitStack() as stack:
+            sessions = []
+            for contender in self.contenders:
+                sessions.append(self.session(contender))
+                stack.callback(sessions[-1].close)
+            rounds = Rounds(sessions, self.plan, advance)
+            rounds.warm_up()
+            if self.plan.whole_images:
+                for session in sessions:
+                    session.release()
+            rounds.run(lambda: keep(rounds))
+        return rounds
+
+    def watch_memory(self, advance: Callable[[int], object]) -> dict[str, int]:
+        """Peak growth of each contender during one image, in a process of its own, in bytes."""
+        grown: dict[str, int] = {}
+        chosen = set(lines_of_round(self.plan, 0))
+        for contender in self.contenders:
+            session = self.session(contender, watched=True)
+            assert isinstance(session, PeerSession)
+            try:
+                session.restart()
+                session.run(self.plan.line_length)
+                session.watch()
+                session.restart()
+                for line in range(self.plan.lines):
+                    if line in chosen:
+                        session.run(self.plan.line_length)
+                    else:
+                        session.skip(self.plan.line_length)
+                grown[contender.name] = session.memory()
+            finally:
+                session.close()
+            advance(1)
+        return grown
+
+    def summarise(self, rounds: Rounds, memory: dict[str, int]) -> Summary:
+        """Work everything out."""
+        return summarise(
+            rounds.blocks,
+            self.contenders,
+            plan=self.plan,
+            workload=self.workload,
+            dimensions=self.model.dimensions,
+            prefix=self.model.layout.prefix,
+            machine=self.machine,
+            cache_bytes=rounds.cache_bytes,
+            memory=memory,
+        )
+
+    def write(self, out: Path, rounds: Rounds, memory: dict[str, int]) -> Summary:
+        """Write results.json, tables.md and steps.png."""
+        summary = self.summarise(rounds, memory)
+        content: dict[str, Any] = {
+            "command": self.command,
+            "workload": self.workload.as_dict(),
+            "real_layers": self.real_layers,
+            "plan": asdict(self.plan),
+            "machine": self.machine.as_dict(),
+            "rounds_finished": rounds.finished,
+            "interrupted": rounds.interrupted,
+            **summary.as_dict(),
+            "blocks": [block.as_dict() for block in rounds.blocks],
+        }
+        write_whole(out / "results.json", json.dumps(content, indent=1) + "\n")
+        write_whole(
+            out / "tables.md",
+            markdown(grids(summary, self.contenders), self.facts(rounds), self.command),
+        )
+        figure = plot(summary, self.workload, self.plan, self.model.layout.prefix)
+        figure.savefig(out / "steps.png", dpi=160)
+        return summary
+
+    def facts(self, rounds: Rounds) -> list[str]:
+        """The conditions of this run."""
+        facts = conditions(
+            self.workload, self.plan, self.machine, self.real_layers, rounds.finished
+        )
+        if rounds.interrupted:
+            facts.append("interrupted: what was finished counts")
+        return facts
+
+
+def torch_device(name: str) -> str:
+    """Check a device's name.
+
+    Raises:
+        ParameterError: torch knows no such device, or has none.
+    """
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        first = str(error).splitlines()[0]
+        raise ParameterError(f"device={name!r} can't be used: {first}") from None
+    return name

@@ -1,0 +1,1 @@
+"""Scripts that run in another process, and import torch and what they measure."""
