@@ -11,6 +11,7 @@ from kvpolicy import policies
 from kvpolicy.attention import attend
 from kvpolicy.budget import Arithmetic, Budget, PerLayer, Schedule, Uniform
 from kvpolicy.cache import CacheStats, PolicyCache
+from kvpolicy.composition import Decide, Observe, Part, Parts, Protect, Score
 from kvpolicy.errors import (
     AttentionError,
     BudgetError,
@@ -34,14 +35,18 @@ from kvpolicy.observer import (
     AttentionObserver,
     AttentionReport,
     CumulativeMass,
+    FadingMass,
     LastQuery,
     LineMass,
     Need,
     WindowMass,
 )
-from kvpolicy.policy import CacheView, EvictionPolicy, ScoredPolicy
+from kvpolicy.parts import available_parts, register_part
+from kvpolicy.policies.compose import compose
+from kvpolicy.policy import EvictionPolicy, ScoredPolicy
 from kvpolicy.registry import PolicySpec, available, create, register, spec
 from kvpolicy.slots import SlotShape, SlotStore
+from kvpolicy.view import CacheView
 
 __all__ = [
     "AfterPrompt",
@@ -55,7 +60,9 @@ __all__ = [
     "CacheStats",
     "CacheView",
     "CumulativeMass",
+    "Decide",
     "EvictionPolicy",
+    "FadingMass",
     "KVPolicyError",
     "LastQuery",
     "LateLayout",
@@ -63,12 +70,17 @@ __all__ = [
     "LineMass",
     "ModelError",
     "Need",
+    "Observe",
     "ParameterError",
+    "Part",
+    "Parts",
     "PerLayer",
     "PolicyCache",
     "PolicySpec",
+    "Protect",
     "RasterLayout",
     "Schedule",
+    "Score",
     "ScoredPolicy",
     "SequenceLayout",
     "ShapeError",
@@ -81,8 +93,11 @@ __all__ = [
     "WindowMass",
     "attend",
     "available",
+    "available_parts",
+    "compose",
     "create",
     "policies",
     "register",
+    "register_part",
     "spec",
 ]

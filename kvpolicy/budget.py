@@ -6,7 +6,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -130,6 +130,9 @@ class Schedule(BaseModel, ABC):
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    #: Name among the schedules; set by :func:`kvpolicy.register_part`.
+    key: ClassVar[str] = ""
 
     def __init__(self, /, **parameters: Any) -> None:
         try:

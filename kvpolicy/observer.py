@@ -21,6 +21,7 @@ __all__ = [
     "AttentionObserver",
     "AttentionReport",
     "CumulativeMass",
+    "FadingMass",
     "LastQuery",
     "LineMass",
     "Need",
@@ -107,6 +108,35 @@ class CumulativeMass(_SlotMass):
     def observe(self, report: AttentionReport) -> None:
         """Add the queries' mass."""
         self._add(report.mass)
+
+
+class FadingMass(_SlotMass):
+    """Mass from every query so far, the older the less: ``sum over q of 2^(-age(q) / h) A[q, j]``.
+
+    Args:
+        shape: the store's shape.
+        half_life: queries ``h`` until a mass counts half.
+
+    Raises:
+        ParameterError: the half-life is not positive.
+    """
+
+    needs: ClassVar[Need] = Need.MASS
+
+    def __init__(self, shape: SlotShape, half_life: float) -> None:
+        if not half_life > 0:
+            raise ParameterError(f"FadingMass: half_life={half_life} must be positive")
+        super().__init__(shape)
+        self.keep = 0.5 ** (1 / half_life)
+
+    def observe(self, report: AttentionReport) -> None:
+        """Let the reading fade, and add the queries' mass."""
+        mass, count = report.mass, report.count
+        self.mass *= self.keep**count
+        if count > 1:
+            ages = torch.arange(count - 1, -1, -1, device=mass.device)
+            mass = mass * (self.keep**ages).view(-1, 1)
+        self._add(mass)
 
 
 class LineMass(_SlotMass):

@@ -10,138 +10,21 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from torch import Tensor
 
 from kvpolicy.budget import Schedule, Uniform
+from kvpolicy.composition import Parts
 from kvpolicy.errors import ParameterError, parameter_error
 from kvpolicy.layout import TokenLayout
 from kvpolicy.observer import AttentionObserver
-from kvpolicy.slots import SlotShape, SlotStore
+from kvpolicy.slots import SlotShape
+from kvpolicy.view import CacheView
 
 __all__ = ["CacheView", "EvictionPolicy", "ScoredPolicy"]
-
-Observer = TypeVar("Observer", bound=AttentionObserver)
-
-
-class CacheView:
-    """What a policy may read when it decides: one layer, just before a token is written.
-
-    Tensors have one entry for each slot that has ever held a token (S of them here); slots that
-    are still untouched are free without a decision, and a policy does not see them.
-
-    Attributes:
-        seen: tokens of the sequence so far, which is the position of the token about to come.
-        room: slots that can be handed out without a decision.
-        layer: index of the layer, lowest first.
-        num_layers: number of layers.
-        budget: evictable tokens that a head of this layer may hold.
-        layout: where tokens sit.
-        may_be_empty: whether slots can be empty: victims that are hidden before their slot is
-            reused (``reclaim="eager"``), padding, tokens behind a sliding window. Else all hold a
-            token.
-    """
-
-    def __init__(
-        self,
-        store: SlotStore,
-        observers: Sequence[AttentionObserver],
-        *,
-        seen: int,
-        room: int,
-        layer: int,
-        num_layers: int,
-        budget: int,
-        layout: TokenLayout,
-        may_be_empty: bool = True,
-        start: Tensor | None = None,
-    ) -> None:
-        self._store = store
-        self._observers = observers
-        self.seen = seen
-        self.room = room
-        self.layer = layer
-        self.num_layers = num_layers
-        self.budget = budget
-        self.layout = layout
-        self.may_be_empty = may_be_empty
-        self._start = None if start is None else start.view(-1, 1, 1)
-
-    @property
-    def positions(self) -> Tensor:
-        """Positions of the cached tokens, ``[B, H, S]``, int32, -1 = empty."""
-        return self._store.positions[:, :, : self.handed_out]
-
-    @property
-    def handed_out(self) -> int:
-        """Slots of each head that have ever held a token: S."""
-        return self._store.handed_out
-
-    @property
-    def keys(self) -> Tensor:
-        """Cached keys, rotation included, ``[B, H, S, D]``."""
-        return self._store.keys[:, :, : self.handed_out]
-
-    @property
-    def values(self) -> Tensor:
-        """Cached values, ``[B, H, S, Dv]``."""
-        return self._store.values[:, :, : self.handed_out]
-
-    @cached_property
-    def empty(self) -> Tensor:
-        """Slots that hold nothing, bool ``[B, H, S]``."""
-        return self.positions < 0
-
-    @cached_property
-    def pinned(self) -> Tensor:
-        """Slots that hold the prefix, bool ``[B, H, S]``."""
-        return self.layout.is_pinned(self._from_start)
-
-    @cached_property
-    def lines(self) -> Tensor:
-        """Line of each cached token, ``[B, H, S]``; the prefix has negative lines."""
-        return self.layout.line(self.positions)
-
-    @property
-    def line(self) -> int:
-        """Line of the token about to come."""
-        return self.layout.line(self.seen)
-
-    @cached_property
-    def age(self) -> Tensor:
-        """Tokens since each cached one, ``[B, H, S]``: 1 for the newest, 0 for the one to come."""
-        return self.seen - self.positions
-
-    @cached_property
-    def index(self) -> Tensor:
-        """Place behind the prefix, ``[B, H, S]``: 0 for the first evictable token."""
-        return self._from_start - self.layout.prefix
-
-    @cached_property
-    def _from_start(self) -> Tensor:
-        """Positions counted from each sequence's first real token; padding comes before it."""
-        return self.positions if self._start is None else self.positions - self._start
-
-    def observer(self, kind: type[Observer]) -> Observer:
-        """The observer of this kind that the policy made for this layer.
-
-        Raises:
-            ParameterError: the policy made none of this kind.
-        """
-        for observer in self._observers:
-            if isinstance(observer, kind):
-                return observer
-        made = [type(observer).__name__ for observer in self._observers]
-        raise ParameterError(
-            f"the policy asks for {kind.__name__}, but its observers() made {made or 'none'}"
-        )
-
-    def observed(self, kind: type[AttentionObserver]) -> Tensor:
-        """The reading of that observer, ``[B, H, S]``, float32."""
-        return self.observer(kind).mass[:, :, : self.handed_out]
 
 
 class EvictionPolicy(BaseModel, ABC):
@@ -158,8 +41,6 @@ class EvictionPolicy(BaseModel, ABC):
 
     #: Registry name; set by :func:`kvpolicy.register`.
     key: ClassVar[str] = ""
-    #: Whether a head's decisions depend on other heads' attention (TOVA does).
-    mixes_heads: ClassVar[bool] = False
 
     @classmethod
     def __pydantic_init_subclass__(cls, **options: Any) -> None:
@@ -174,6 +55,11 @@ class EvictionPolicy(BaseModel, ABC):
         except ValidationError as error:
             name = f"policy {self.key or type(self).__name__!r}"
             raise parameter_error(name, type(self), error) from None
+
+    @property
+    def mixes_heads(self) -> bool:
+        """Whether a head's decisions depend on other heads' attention (TOVA's do)."""
+        return False
 
     def observers(self, shape: SlotShape) -> Sequence[AttentionObserver]:
         """Make the observers of one layer of one generation; none by default."""
@@ -210,19 +96,65 @@ class EvictionPolicy(BaseModel, ABC):
 
 
 class ScoredPolicy(EvictionPolicy):
-    """A policy that ranks tokens: override :meth:`score`, and :meth:`protect` where needed.
+    """A policy that ranks tokens.
+
+    Name its ``parts``, or override :meth:`score`, and any other method that no part says: what is
+    not said is the default of :class:`Parts`.
 
     Victims are the unprotected tokens with the lowest scores; among equal scores the older
     position goes first. Empty slots go before any token.
     """
 
+    @cached_property
+    def parts(self) -> Parts:
+        """The five choices that this policy is made of."""
+        return Parts()
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.parts.score is None and type(self).score is ScoredPolicy.score:
+            raise ValueError("override score(view), or name a score in parts")
+        return self
+
+    def __copy__(self) -> Self:
+        """A copy makes its own parts: its parameters may be about to change."""
+        made = super().__copy__()
+        made.__dict__.pop("parts", None)
+        return made
+
+    @property
+    def mixes_heads(self) -> bool:
+        """Whether the score does."""
+        return self.parts.score is not None and self.parts.score.mixes_heads
+
+    def observers(self, shape: SlotShape) -> Sequence[AttentionObserver]:
+        """What the parts watch."""
+        return () if self.parts.observe is None else (self.parts.observe.observer(shape),)
+
+    def schedule(self) -> Schedule:
+        """How the parts share the budget."""
+        return self.parts.schedule
+
+    def min_budget(self, layout: TokenLayout) -> int:
+        """What the parts protect, and what a decision makes room for."""
+        return self.parts.min_budget(layout)
+
+    def headroom(self, view: CacheView) -> int:
+        """When the parts decide."""
+        return self.parts.decide.headroom(view)
+
     def protect(self, view: CacheView) -> Tensor | None:
         """Tokens that may not go besides the prefix, bool ``[B, H, S]``; None for no others."""
-        return None
+        mask: Tensor | None = None
+        for part in self.parts.protect:
+            mask = part.mask(view) if mask is None else mask | part.mask(view)
+        return mask
 
-    @abstractmethod
     def score(self, view: CacheView) -> Tensor:
         """How much each token is worth, ``[B, H, S]``; higher = keep. NaN is not allowed."""
+        if self.parts.score is None:
+            raise ParameterError(f"{self!r} has no score")
+        return self.parts.score.worth(view)
 
     def victims(self, view: CacheView, count: int) -> Tensor:
         """The ``count`` lowest scores among the unprotected, worst first."""

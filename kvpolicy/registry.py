@@ -130,13 +130,31 @@ def available() -> tuple[str, ...]:
 
 
 def create(name: str, **parameters: Any) -> EvictionPolicy:
-    """Make a policy by name.
+    """Make a policy by name, or change parts of it: ``linear/observe=cumulative_mass``.
+
+    Args:
+        name: a name in the registry; behind it, each after a ``/``, what :func:`kvpolicy.compose`
+            is to change.
+        **parameters: of the policy.
 
     Raises:
         UnknownNameError: no policy has this name; near matches are listed.
-        ParameterError: a parameter is unknown or out of range.
+        ParameterError: a parameter or a part is unknown or out of range.
     """
-    return POLICIES.get(name)(**parameters)
+    if not isinstance(name, str) or "=" not in name:
+        return POLICIES.get(name)(**parameters)
+    base, *changes = name.split("/")
+    POLICIES.get(base)
+    chosen: dict[str, str] = {}
+    for change in changes:
+        kind, equals, part = change.partition("=")
+        if not equals or kind in chosen:
+            raise ParameterError(
+                f"policy {name!r}: {change!r} must be one of protect=..., observe=..., score=..., "
+                f"decide=..., schedule=..., each once"
+            )
+        chosen[kind] = part
+    return POLICIES.get("compose")(base=create(base, **parameters), **chosen)
 
 
 def spec(name: str) -> PolicySpec:

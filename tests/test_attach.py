@@ -20,6 +20,8 @@ SMALL = {
     "linear": {"anchors": 3},
     "pyramid": {"window": 2, "interval": 3, "kernel": 1},
     "snapkv": {"window": 2, "interval": 3, "kernel": 1},
+    "rkv": {"window": 2, "interval": 3, "kernel": 1},
+    "ssd": {"recent": 2, "window": 3},
 }
 
 

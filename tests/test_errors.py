@@ -316,9 +316,12 @@ def test_victims_of_the_wrong_shape_are_refused():
 
 
 def test_a_policy_that_asks_for_an_observer_it_did_not_make_is_told():
-    class Confused(kvpolicy.policies.H2O):
+    class Confused(kvpolicy.ScoredPolicy):
         def observers(self, shape):
             return (kvpolicy.LastQuery(shape),)
+
+        def score(self, view):
+            return view.observed(kvpolicy.CumulativeMass)
 
     made = PolicyCache(Confused(), 4, layout=GRID, num_layers=1)
     with pytest.raises(ParameterError, match=r"asks for CumulativeMass.*made \['LastQuery'\]"):

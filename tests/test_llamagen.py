@@ -30,6 +30,8 @@ SMALL = {
     "linear": {"anchors": 3},
     "pyramid": {"window": 2, "interval": 3},
     "snapkv": {"window": 2, "interval": 3},
+    "rkv": {"window": 2, "interval": 3},
+    "ssd": {"recent": 2, "window": 3},
 }
 
 

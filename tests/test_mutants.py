@@ -15,12 +15,17 @@ from pydantic import Field
 
 import kvpolicy
 import kvpolicy.layer
-from kvpolicy import CumulativeMass, LineMass, Need, SlotStore
+from kvpolicy import CumulativeMass, FadingMass, LineMass, Need, SlotStore
 from kvpolicy.layer import LayerCache
-from kvpolicy.policies import H2O, Full, Linear, Pyramid, Random, StreamingLLM
+from kvpolicy.parts import RecentTokens
+from kvpolicy.policies import H2O, RKV, SSD, Full, Linear, Pyramid, Random, StreamingLLM
+from kvpolicy.policies.rkv import NotRedundant
+from kvpolicy.policies.ssd import ByHead
 from kvpolicy.testing import INVARIANTS, PolicyCheckError, check_policy, find_violation
 
 SMALL_LINEAR = {"anchors": 3, "recent_lines": 1}
+SMALL_RKV = {"window": 2, "interval": 3, "kernel": 3}
+SMALL_SSD = {"recent": 2, "window": 3, "half_life": 3.0}
 MUTANTS: dict[str, tuple[str, Callable[[pytest.MonkeyPatch], kvpolicy.EvictionPolicy]]] = {}
 
 
@@ -69,6 +74,13 @@ def scores_with_nan(patch):
             return mass / mass.round().clamp(min=0)  # 0 / 0 where the mass is nothing
 
     return Shares()
+
+
+@caught_by("pins")
+def protects_a_token_too_few_for_a_decision_of_many(patch):
+    """A composition that asks for less than it protects and makes room for."""
+    patch.setattr(RecentTokens, "most", lambda self, budget, layout, column: 0)
+    return kvpolicy.compose("streaming_llm", protect="window:3", decide="every:2")
 
 
 @caught_by("runs")
@@ -419,6 +431,22 @@ def copies_the_layer_below(patch):
     return Copies()
 
 
+@caught_by("independence")
+def tells_heads_apart_by_what_all_do(patch):
+    whole = ByHead.is_local
+    patch.setattr(ByHead, "is_local", lambda self, view: whole(self, view).all(1, keepdim=True))
+    return SSD(**SMALL_SSD)
+
+
+@caught_by("independence")
+def compares_keys_across_heads(patch):
+    whole = NotRedundant.redundancy
+    patch.setattr(
+        NotRedundant, "redundancy", lambda self, view: whole(self, view).mean(1, keepdim=True)
+    )
+    return RKV(**SMALL_RKV)
+
+
 # -- 8: determinism --------------------------------------------------------------------------------
 
 
@@ -555,6 +583,20 @@ def lets_a_chunk_see_its_own_future(patch):
 
     patch.setattr(LayerCache, "_visible_to_run", visible)
     return Pyramid(window=2, interval=3, kernel=3)
+
+
+@caught_by("chunks")
+def lets_mass_fade_by_reports_instead_of_queries(patch):
+    class PerReport(FadingMass):
+        def observe(self, report):
+            self.mass *= self.keep
+            self._add(report.mass)
+
+    class Hasty(SSD):
+        def observers(self, shape):
+            return (PerReport(shape, self.half_life),)
+
+    return Hasty(**SMALL_SSD)
 
 
 @caught_by("stats")

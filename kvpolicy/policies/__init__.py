@@ -1,18 +1,24 @@
 """The strategies that ship with kvpolicy, one file each. Importing this registers them."""
 
+from kvpolicy.policies.compose import Compose
 from kvpolicy.policies.full import Full
 from kvpolicy.policies.h2o import H2O
 from kvpolicy.policies.knorm import KNorm
 from kvpolicy.policies.linear import Linear
 from kvpolicy.policies.pyramid import Pyramid
 from kvpolicy.policies.random import Random
+from kvpolicy.policies.rkv import RKV
 from kvpolicy.policies.snapkv import SnapKV
+from kvpolicy.policies.ssd import SSD
 from kvpolicy.policies.streaming_llm import StreamingLLM
 from kvpolicy.policies.tova import TOVA
 
 __all__ = [
     "H2O",
+    "RKV",
+    "SSD",
     "TOVA",
+    "Compose",
     "Full",
     "KNorm",
     "Linear",

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import cached_property
 
 from pydantic import Field
-from torch import Tensor
 
-from kvpolicy.observer import AttentionObserver, CumulativeMass
-from kvpolicy.policy import CacheView, ScoredPolicy
+from kvpolicy.composition import Parts
+from kvpolicy.parts import Mass, RecentShare, WatchAll
+from kvpolicy.policy import ScoredPolicy
 from kvpolicy.registry import register
-from kvpolicy.slots import SlotShape
 
 __all__ = ["H2O"]
 
@@ -28,14 +27,11 @@ class H2O(ScoredPolicy):
         0.5, ge=0, le=1, description="share of the budget that is a recent window"
     )
 
-    def observers(self, shape: SlotShape) -> Sequence[AttentionObserver]:
-        """Mass from every query so far."""
-        return (CumulativeMass(shape),)
-
-    def protect(self, view: CacheView) -> Tensor:
-        """The recent window."""
-        return view.age < self.recent * view.budget
-
-    def score(self, view: CacheView) -> Tensor:
-        """Cumulative mass."""
-        return view.observed(CumulativeMass)
+    @cached_property
+    def parts(self) -> Parts:
+        """A share of the budget; cumulative mass; every token."""
+        return Parts(
+            protect=(RecentShare(share=self.recent),),
+            observe=WatchAll(),
+            score=Mass(),
+        )

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from functools import cached_property
 
-from kvpolicy.policy import CacheView, ScoredPolicy
+from kvpolicy.composition import Parts
+from kvpolicy.parts import ShortKeys
+from kvpolicy.policy import ScoredPolicy
 from kvpolicy.registry import register
 
 __all__ = ["KNorm"]
@@ -16,11 +17,10 @@ class KNorm(ScoredPolicy):
     """Keep the tokens with the smallest keys.
 
     ``score(j) = -|k_j|`` (Devoto et al., "A Simple and Effective L2 Norm-Based Strategy for KV
-    Cache Compression", arXiv:2406.11430, section 3). Nothing is observed. Rotation keeps a key's
-    length, so the cached keys will do.
+    Cache Compression", arXiv:2406.11430, section 3). Nothing is observed.
     """
 
-    def score(self, view: CacheView) -> Tensor:
-        """The shorter the key, the better."""
-        norms: Tensor = torch.linalg.vector_norm(view.keys, dim=-1, dtype=torch.float32)
-        return -norms
+    @cached_property
+    def parts(self) -> Parts:
+        """Short keys; every token."""
+        return Parts(score=ShortKeys())

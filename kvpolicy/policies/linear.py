@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import cached_property
 
 from pydantic import Field
-from torch import Tensor
 
-from kvpolicy.layout import TokenLayout
-from kvpolicy.observer import AttentionObserver, LineMass
-from kvpolicy.policy import CacheView, ScoredPolicy
+from kvpolicy.composition import Parts
+from kvpolicy.parts import Anchors, EachLine, Mass, RecentLines, WatchLine
+from kvpolicy.policy import ScoredPolicy
 from kvpolicy.registry import register
-from kvpolicy.slots import SlotShape
 
 __all__ = ["Linear"]
 
@@ -34,22 +32,12 @@ class Linear(ScoredPolicy):
         1, ge=0, description="finished lines that are kept whole, beside the current one"
     )
 
-    def observers(self, shape: SlotShape) -> Sequence[AttentionObserver]:
-        """Mass from the last finished line."""
-        return (LineMass(shape),)
-
-    def min_budget(self, layout: TokenLayout) -> int:
-        """The anchors, the recent lines and the current line."""
-        return self.anchors + (self.recent_lines + 1) * layout.line_length
-
-    def headroom(self, view: CacheView) -> int:
-        """A whole line where one begins."""
-        return view.layout.line_length if view.layout.is_line_start(view.seen) else 1
-
-    def protect(self, view: CacheView) -> Tensor:
-        """Anchors, and the lines near the current one."""
-        return (view.index < self.anchors) | (view.lines >= view.line - self.recent_lines)
-
-    def score(self, view: CacheView) -> Tensor:
-        """Mass from the last finished line."""
-        return view.observed(LineMass)
+    @cached_property
+    def parts(self) -> Parts:
+        """Anchors and lines; mass of the last line; once a line."""
+        return Parts(
+            protect=(Anchors(count=self.anchors), RecentLines(count=self.recent_lines)),
+            observe=WatchLine(),
+            score=Mass(),
+            decide=EachLine(),
+        )

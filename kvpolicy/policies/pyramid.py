@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Self
+from functools import cached_property
 
-from pydantic import Field, model_validator
-from torch import Tensor
+from pydantic import Field
 
-from kvpolicy.budget import Arithmetic, Schedule
-from kvpolicy.layout import TokenLayout
-from kvpolicy.observer import AttentionObserver, WindowMass
-from kvpolicy.policies.windowed import check_window, pool
-from kvpolicy.policy import CacheView, ScoredPolicy
+from kvpolicy.budget import Arithmetic
+from kvpolicy.composition import Parts
+from kvpolicy.parts import Every, PooledMass, RecentTokens, WatchWindow
+from kvpolicy.parts.score import Kernel
+from kvpolicy.policy import ScoredPolicy
 from kvpolicy.registry import register
-from kvpolicy.slots import SlotShape
 
 __all__ = ["Pyramid"]
 
@@ -25,41 +22,22 @@ class Pyramid(ScoredPolicy):
 
     ``score(j) = mean over j's neighbours i of the sum over the last window queries q of A[q, i]``,
     with budgets that fall linearly with the layer (Cai et al., "PyramidKV: Dynamic KV Cache
-    Compression based on Pyramidal Information Funneling", arXiv:2406.02069, sections 3.2 and 3.3).
-    The paper compresses a prompt; while decoding, the same decision is made again every
-    ``interval`` tokens, and neighbours are those among the tokens still cached.
+    Compression based on Pyramidal Information Funneling", arXiv:2406.02069, sections 3.2 and 3.3):
+    the parts of ``snapkv``, with another schedule.
     """
 
     beta: float = Field(20.0, ge=1, le=1e6, description="steepness: the top layer gets 1/beta")
     window: int = Field(8, ge=1, description="last queries that vote, and are protected")
     interval: int = Field(8, ge=1, description="tokens between decisions")
-    kernel: int = Field(5, ge=1, description="neighbours pooled over, odd")
+    kernel: Kernel = Field(5, description="neighbours pooled over, odd")
 
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        check_window(self.window, self.interval, self.kernel)
-        return self
-
-    def observers(self, shape: SlotShape) -> Sequence[AttentionObserver]:
-        """Mass from the last queries before each decision."""
-        return (WindowMass(shape, self.window),)
-
-    def schedule(self) -> Schedule:
-        """Arithmetic."""
-        return Arithmetic(beta=self.beta)
-
-    def min_budget(self, layout: TokenLayout) -> int:
-        """The window, and the tokens that come before the next decision."""
-        return self.window + self.interval
-
-    def headroom(self, view: CacheView) -> int:
-        """Room for the tokens until the next decision, once there is none left."""
-        return self.interval if view.room == 0 else 1
-
-    def protect(self, view: CacheView) -> Tensor:
-        """The tokens of the window."""
-        return view.age <= self.window
-
-    def score(self, view: CacheView) -> Tensor:
-        """Pooled mass from the window."""
-        return pool(view.observed(WindowMass), view.positions, self.kernel)
+    @cached_property
+    def parts(self) -> Parts:
+        """A window; its queries' mass, pooled; every few tokens; less in higher layers."""
+        return Parts(
+            protect=(RecentTokens(count=self.window),),
+            observe=WatchWindow(queries=self.window),
+            score=PooledMass(kernel=self.kernel, window=self.window),
+            decide=Every(tokens=self.interval),
+            schedule=Arithmetic(beta=self.beta),
+        )

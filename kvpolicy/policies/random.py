@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from kvpolicy.policy import CacheView, ScoredPolicy
+from kvpolicy.composition import Parts, Score
+from kvpolicy.parts import register_part
+from kvpolicy.policy import ScoredPolicy
 from kvpolicy.registry import register
+from kvpolicy.view import CacheView
 
-__all__ = ["Random"]
+__all__ = ["Lots", "Random"]
+
+
+@register_part("lots")
+class Lots(Score):
+    """Lots drawn by hashing: the same on every device, and independent of the batch."""
+
+    seed: int = Field(0, ge=0, lt=2**31, description="seed of the priorities")
+
+    def worth(self, view: CacheView) -> Tensor:
+        """A hash of seed, layer, head and position in [0, 2**24), exact in float32."""
+        heads = torch.arange(view.positions.shape[1], device=view.positions.device).view(1, -1, 1)
+        key = ((self.seed * 1009 + view.layer) * 1009 + heads) * 1_000_003 + view.positions
+        return (_mix(key) >> 40).to(torch.float32)
 
 
 @register("random")
@@ -17,17 +35,15 @@ class Random(ScoredPolicy):
     """Keep a random subset of the tokens, each as likely as the others.
 
     Every (layer, head, position) draws a fixed priority from the seed and the highest are kept,
-    which is a uniform sample without replacement at every moment. Drawing by hashing makes it the
-    same on every device and independent of the batch.
+    which is a uniform sample without replacement at every moment.
     """
 
     seed: int = Field(0, ge=0, lt=2**31, description="seed of the priorities")
 
-    def score(self, view: CacheView) -> Tensor:
-        """A hash of seed, layer, head and position in [0, 2**24), exact in float32."""
-        heads = torch.arange(view.positions.shape[1], device=view.positions.device).view(1, -1, 1)
-        key = ((self.seed * 1009 + view.layer) * 1009 + heads) * 1_000_003 + view.positions
-        return (_mix(key) >> 40).to(torch.float32)
+    @cached_property
+    def parts(self) -> Parts:
+        """Lots; every token."""
+        return Parts(score=Lots(seed=self.seed))
 
 
 def _mix(key: Tensor) -> Tensor:

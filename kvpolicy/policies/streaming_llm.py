@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from pydantic import Field
-from torch import Tensor
+from functools import cached_property
 
-from kvpolicy.layout import TokenLayout
-from kvpolicy.policy import CacheView, ScoredPolicy
+from pydantic import Field
+
+from kvpolicy.composition import Parts
+from kvpolicy.parts import Anchors, Recency
+from kvpolicy.policy import ScoredPolicy
 from kvpolicy.registry import register
 
 __all__ = ["StreamingLLM"]
@@ -23,14 +25,7 @@ class StreamingLLM(ScoredPolicy):
 
     sinks: int = Field(4, ge=0, description="first tokens behind the prefix that are never evicted")
 
-    def min_budget(self, layout: TokenLayout) -> int:
-        """The sinks and one recent token."""
-        return self.sinks + 1
-
-    def protect(self, view: CacheView) -> Tensor:
-        """The sinks."""
-        return view.index < self.sinks
-
-    def score(self, view: CacheView) -> Tensor:
-        """The more recent, the better."""
-        return -view.age
+    @cached_property
+    def parts(self) -> Parts:
+        """Sinks; recency; every token."""
+        return Parts(protect=(Anchors(count=self.sinks),), score=Recency())

@@ -19,9 +19,8 @@ import torch
 from torch import Tensor
 
 from kvpolicy.layout import TokenLayout
-from kvpolicy.policies.linear import Linear
-from kvpolicy.policies.streaming_llm import StreamingLLM
-from kvpolicy.policy import EvictionPolicy
+from kvpolicy.parts import Anchors, EachLine, RecentLines, WatchLine
+from kvpolicy.policy import EvictionPolicy, ScoredPolicy
 from kvpolicy.testing.drive import Trace, drive
 from kvpolicy.testing.failure import PolicyCheckError
 from kvpolicy.testing.streams import Stream, Tokens
@@ -121,8 +120,20 @@ def _always(policy: EvictionPolicy) -> bool:
     return True
 
 
+def _recent_lines(policy: EvictionPolicy) -> int:
+    """Finished lines that a policy keeps whole, by its parts; -1 if it keeps none."""
+    parts = policy.parts.protect if isinstance(policy, ScoredPolicy) else ()
+    return max((part.count for part in parts if isinstance(part, RecentLines)), default=-1)
+
+
 def _by_lines(policy: EvictionPolicy) -> bool:
-    return isinstance(policy, Linear)
+    """Whether a policy decides once a line, by what the last line looked at, and keeps lines."""
+    return (
+        isinstance(policy, ScoredPolicy)
+        and _recent_lines(policy) >= 0
+        and isinstance(policy.parts.observe, WatchLine)
+        and isinstance(policy.parts.decide, EachLine)
+    )
 
 
 def _invariant(
@@ -208,10 +219,9 @@ def _budget(case: Case) -> None:
 def _pins(case: Case) -> None:
     trace, policy = case.trace, case.policy
     pinned = case.stream.layout.prefix
-    if isinstance(policy, Linear):
-        pinned += policy.anchors
-    elif isinstance(policy, StreamingLLM):
-        pinned += policy.sinks
+    if isinstance(policy, ScoredPolicy):
+        anchors = (part.count for part in policy.parts.protect if isinstance(part, Anchors))
+        pinned += max(anchors, default=0)
     for shot in trace.snapshots:
         must = torch.arange(case.stream.tokens) < min(pinned, shot.seen)
         lost = _first((shot.present(case.stream.tokens) == 0) & must)
@@ -248,16 +258,14 @@ def _pins(case: Case) -> None:
     _by_lines,
 )
 def _line_locality(case: Case) -> None:
-    assert isinstance(case.policy, Linear)
+    recent_lines = _recent_lines(case.policy)
     layout: TokenLayout = case.stream.layout
     positions = torch.arange(case.stream.tokens)
     for shot in case.trace.snapshots:
         # A compressed prompt has made room for the line of the token to come.
         compressed = shot.step == 0 and case.trace.compressed(shot.layer)
         current = layout.line(shot.seen if compressed else shot.seen - 1)
-        must = (layout.line(positions) >= current - case.policy.recent_lines) & (
-            positions < shot.seen
-        )
+        must = (layout.line(positions) >= current - recent_lines) & (positions < shot.seen)
         lost = _first((shot.present(case.stream.tokens) == 0) & must)
         if lost is not None:
             batch, head, position = lost

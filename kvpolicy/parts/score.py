@@ -1,0 +1,111 @@
+"""What a token is worth."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from pydantic import AfterValidator, Field
+from torch import Tensor
+from torch.nn import functional
+
+from kvpolicy.composition import Score
+from kvpolicy.parts.named import register_part
+from kvpolicy.view import CacheView
+
+__all__ = ["HeadMean", "Kernel", "Mass", "PooledMass", "Recency", "ShortKeys", "pool"]
+
+Pooling = Literal["mean", "max"]
+
+
+def _odd(kernel: int) -> int:
+    if kernel % 2 == 0:
+        raise ValueError("must be odd, for there to be a middle")
+    return kernel
+
+
+#: How many neighbours are pooled over.
+Kernel = Annotated[int, Field(ge=1), AfterValidator(_odd)]
+
+
+@register_part("mass")
+class Mass(Score):
+    """The mass observed."""
+
+    needs_mass: ClassVar[bool] = True
+
+    def worth(self, view: CacheView) -> Tensor:
+        """As it is."""
+        return view.mass
+
+
+@register_part("head_mean")
+class HeadMean(Score):
+    """The mean over the heads of the mass observed.
+
+    All heads decide alike, so a slot holds the same position in every head, and heads can be
+    averaged slot by slot.
+    """
+
+    needs_mass: ClassVar[bool] = True
+    mixes_heads: ClassVar[bool] = True
+
+    def worth(self, view: CacheView) -> Tensor:
+        """The same for every head."""
+        return view.mass.mean(1, keepdim=True).expand_as(view.mass)
+
+
+@register_part("pooled")
+class PooledMass(Score):
+    """The mass of a token and its neighbours, among the cached tokens behind the window."""
+
+    needs_mass: ClassVar[bool] = True
+
+    kernel: Kernel = Field(5, description="neighbours pooled over, odd")
+    window: int = Field(8, ge=0, description="newest tokens, which are no one's neighbours")
+    how: Pooling = Field("mean", description="mean or max of the neighbours")
+
+    def worth(self, view: CacheView) -> Tensor:
+        """Pooled in the order of positions."""
+        return pool(view, view.mass, self.kernel, self.window, self.how)
+
+
+@register_part("recency")
+class Recency(Score):
+    """The more recent, the better."""
+
+    def worth(self, view: CacheView) -> Tensor:
+        """Minus the age."""
+        return -view.age
+
+
+@register_part("short_keys")
+class ShortKeys(Score):
+    """The shorter the key, the better. Rotation keeps a key's length, so cached keys will do."""
+
+    def worth(self, view: CacheView) -> Tensor:
+        """Minus the norm."""
+        norms: Tensor = torch.linalg.vector_norm(view.keys, dim=-1, dtype=torch.float32)
+        return -norms
+
+
+def pool(view: CacheView, mass: Tensor, kernel: int, window: int, how: Pooling) -> Tensor:
+    """Pool each token's mass with its neighbours', in the order of positions.
+
+    The newest ``window`` tokens count as zero, and so does what is beyond either end.
+
+    Args:
+        view: says where tokens sit.
+        mass: ``[B, H, S]``, not negative.
+        kernel: neighbours, the token itself included, odd.
+        window: newest tokens that are left out.
+        how: mean or max.
+
+    Returns:
+        ``[B, H, S]``.
+    """
+    mass = mass.masked_fill((view.age <= window) | view.empty, 0.0)
+    order = view.positions.argsort(dim=-1)
+    pooling = functional.avg_pool1d if how == "mean" else functional.max_pool1d
+    pooled: Tensor = pooling(mass.gather(2, order), kernel, stride=1, padding=kernel // 2)
+    return pooled.new_empty(pooled.shape).scatter_(2, order, pooled)

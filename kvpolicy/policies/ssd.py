@@ -1,0 +1,66 @@
+"""SSD: heads that look at what is near, and heads that look at a few tokens wherever they are."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from kvpolicy.composition import Parts, Score
+from kvpolicy.parts import RecentTokens, WatchFading, register_part
+from kvpolicy.policy import ScoredPolicy
+from kvpolicy.registry import register
+from kvpolicy.view import CacheView
+
+__all__ = ["SSD", "ByHead"]
+
+
+@register_part("by_head")
+class ByHead(Score):
+    """Recency in heads whose mass lies on the newest tokens, mass in the others."""
+
+    needs_mass: ClassVar[bool] = True
+
+    window: int = Field(28, ge=1, description="newest tokens")
+    local: float = Field(0.5, ge=0, le=1, description="share of the mass that makes a head local")
+
+    def worth(self, view: CacheView) -> Tensor:
+        """Minus the age, or the mass."""
+        return torch.where(self.is_local(view), -view.age.to(torch.float32), view.mass)
+
+    def is_local(self, view: CacheView) -> Tensor:
+        """Which heads are, bool ``[B, H, 1]``; mass on the prefix does not count."""
+        mass = view.mass.masked_fill(view.pinned | view.empty, 0.0)
+        near = mass.masked_fill(view.age > self.window, 0.0)
+        return near.sum(-1, keepdim=True) >= self.local * mass.sum(-1, keepdim=True)
+
+
+@register("ssd", paper="arXiv:2510.18716")
+class SSD(ScoredPolicy):
+    """Let heads that look near keep what is recent, and the others their semantic sinks.
+
+    ``score(j) = j`` in a spatial-locality head, and the mass of ``j`` in a semantic-sink head
+    ("SSD: Spatial-Semantic Head Decoupling for Efficient Autoregressive Image Generation",
+    arXiv:2510.18716). What the paper leaves open is chosen here: a head is local while at least
+    ``local`` of the mass that it gives tokens behind the prefix goes to the newest ``window`` of
+    them; mass fades with a half-life of ``half_life`` queries, so that a head may change its kind;
+    every head keeps the newest ``recent`` tokens; and all heads have the same budget, so a local
+    head's window is as long as that.
+    """
+
+    recent: int = Field(28, ge=1, description="newest tokens that every head keeps")
+    window: int = Field(28, ge=1, description="newest tokens that a local head looks at")
+    local: float = Field(0.5, ge=0, le=1, description="share of the mass that makes a head local")
+    half_life: float = Field(28.0, gt=0, le=1e6, description="queries until a mass counts half")
+
+    @cached_property
+    def parts(self) -> Parts:
+        """The newest tokens; fading mass, or recency, by head; every token."""
+        return Parts(
+            protect=(RecentTokens(count=self.recent),),
+            observe=WatchFading(half_life=self.half_life),
+            score=ByHead(window=self.window, local=self.local),
+        )
