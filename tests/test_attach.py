@@ -21,7 +21,7 @@ SMALL = {
     "pyramid": {"window": 2, "interval": 3, "kernel": 1},
     "snapkv": {"window": 2, "interval": 3, "kernel": 1},
     "rkv": {"window": 2, "interval": 3, "kernel": 1},
-    "ssd": {"recent": 2, "window": 3},
+    "ssd": {"window": 3},
 }
 
 

@@ -17,7 +17,7 @@ SMALL = {
     "pyramid": {"window": 2, "interval": 3},
     "snapkv": {"window": 2, "interval": 3},
     "rkv": {"window": 2, "interval": 3},
-    "ssd": {"recent": 2, "window": 3},
+    "ssd": {"window": 3},
 }
 VOCAB = 40
 IMAGES = range(4, 20)

@@ -18,7 +18,7 @@ SMALL = {
     "pyramid": {"window": 2, "interval": 3},
     "snapkv": {"window": 2, "interval": 3},
     "rkv": {"window": 2, "interval": 3},
-    "ssd": {"recent": 2, "window": 3},
+    "ssd": {"window": 3},
 }
 PAD, BOS, EOS = 0, 1, 2
 BOI, WRAPPER, EOI, EOL, EOF = 16, 17, 18, 19, 20

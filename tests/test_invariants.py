@@ -25,7 +25,7 @@ SMALL = {
     "pyramid": {"window": 2, "interval": 3, "kernel": 3},
     "snapkv": {"window": 2, "interval": 3, "kernel": 3},
     "rkv": {"window": 2, "interval": 3, "kernel": 3},
-    "ssd": {"recent": 2, "window": 3, "half_life": 3.0},
+    "ssd": {"window": 3, "half_life": 3.0},
 }
 POLICIES = kvpolicy.available()
 DESIGN = {

@@ -31,7 +31,7 @@ SMALL = {
     "pyramid": {"window": 2, "interval": 3},
     "snapkv": {"window": 2, "interval": 3},
     "rkv": {"window": 2, "interval": 3},
-    "ssd": {"recent": 2, "window": 3},
+    "ssd": {"window": 3},
 }
 
 

@@ -25,7 +25,7 @@ from kvpolicy.testing import INVARIANTS, PolicyCheckError, check_policy, find_vi
 
 SMALL_LINEAR = {"anchors": 3, "recent_lines": 1}
 SMALL_RKV = {"window": 2, "interval": 3, "kernel": 3}
-SMALL_SSD = {"recent": 2, "window": 3, "half_life": 3.0}
+SMALL_SSD = {"window": 3, "half_life": 3.0}
 MUTANTS: dict[str, tuple[str, Callable[[pytest.MonkeyPatch], kvpolicy.EvictionPolicy]]] = {}
 
 

@@ -8,7 +8,6 @@ from typing import ClassVar
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.nn import functional
 
 from kvpolicy.composition import Parts, Score
 from kvpolicy.parts import Every, RecentTokens, WatchWindow, register_part
@@ -18,6 +17,9 @@ from kvpolicy.registry import register
 from kvpolicy.view import CacheView
 
 __all__ = ["RKV", "NotRedundant"]
+
+#: Keys that are compared with all others at once: bounds the memory of a decision.
+ROWS = 64
 
 
 @register_part("not_redundant")
@@ -43,15 +45,19 @@ class NotRedundant(Score):
 
         Each token spares the newest of those that are like it: of many alike, the newest stays.
         """
-        keys = functional.normalize(view.keys.to(torch.float32), dim=-1)
-        keys = keys.masked_fill(view.empty.unsqueeze(-1), 0.0)
-        cosine = keys @ keys.transpose(2, 3)
-        cosine.diagonal(dim1=2, dim2=3).zero_()
-        positions = view.positions.unsqueeze(2).expand_as(cosine)
-        newest = positions.masked_fill(cosine <= self.similar, -1).max(-1, keepdim=True)
-        spared = newest.values >= 0
-        cosine.scatter_(3, newest.indices, cosine.gather(3, newest.indices).masked_fill(spared, 0))
-        mean = cosine.sum(2) / (~view.empty).sum(-1, keepdim=True)
+        norms = torch.linalg.vector_norm(view.keys, dim=-1, dtype=torch.float32).clamp(min=1e-8)
+        total = torch.zeros_like(norms)
+        for first in range(0, view.handed_out, ROWS):
+            rows = slice(first, first + ROWS)
+            cosine = (view.keys[:, :, rows] @ view.keys.transpose(2, 3)).to(torch.float32)
+            cosine /= norms[:, :, rows, None] * norms.unsqueeze(2)
+            cosine.diagonal(first, dim1=2, dim2=3).zero_()
+            cosine.masked_fill_(view.empty[:, :, rows, None] | view.empty.unsqueeze(2), 0.0)
+            alike = view.positions.unsqueeze(2).masked_fill(cosine <= self.similar, -1)
+            newest, place = alike.max(-1, keepdim=True)
+            cosine.scatter_(3, place, cosine.gather(3, place).masked_fill(newest >= 0, 0.0))
+            total += cosine.sum(2)
+        mean = total / (~view.empty).sum(-1, keepdim=True)
         return mean.masked_fill(view.empty, -torch.inf).softmax(-1)
 
 

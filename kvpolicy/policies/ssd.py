@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from kvpolicy.composition import Parts, Score
-from kvpolicy.parts import RecentTokens, WatchFading, register_part
+from kvpolicy.parts import RecentShare, WatchFading, register_part
 from kvpolicy.policy import ScoredPolicy
 from kvpolicy.registry import register
 from kvpolicy.view import CacheView
@@ -47,20 +47,22 @@ class SSD(ScoredPolicy):
     arXiv:2510.18716). What the paper leaves open is chosen here: a head is local while at least
     ``local`` of the mass that it gives tokens behind the prefix goes to the newest ``window`` of
     them; mass fades with a half-life of ``half_life`` queries, so that a head may change its kind;
-    every head keeps the newest ``recent`` tokens; and all heads have the same budget, so a local
+    every head keeps a recent window, as in ``h2o``; and all heads have the same budget, so a local
     head's window is as long as that.
     """
 
-    recent: int = Field(28, ge=1, description="newest tokens that every head keeps")
+    recent: float = Field(
+        0.5, ge=0, le=1, description="share of the budget that is a recent window in every head"
+    )
     window: int = Field(28, ge=1, description="newest tokens that a local head looks at")
     local: float = Field(0.5, ge=0, le=1, description="share of the mass that makes a head local")
-    half_life: float = Field(28.0, gt=0, le=1e6, description="queries until a mass counts half")
+    half_life: float = Field(1024.0, gt=0, le=1e6, description="queries until a mass counts half")
 
     @cached_property
     def parts(self) -> Parts:
-        """The newest tokens; fading mass, or recency, by head; every token."""
+        """A share of the budget; fading mass, or recency, by head; every token."""
         return Parts(
-            protect=(RecentTokens(count=self.recent),),
+            protect=(RecentShare(share=self.recent),),
             observe=WatchFading(half_life=self.half_life),
             score=ByHead(window=self.window, local=self.local),
         )
