@@ -82,6 +82,8 @@ class LayerCache:
         self.bind = bind
         self.window = window
         self.lent = lent
+        # Where processes share a layer's heads, the index of the first one here.
+        self.first_head = 0
         self.reset()
 
     @property
@@ -274,6 +276,7 @@ class LayerCache:
             layout=self.layout,
             may_be_empty=self.eager or self.window is not None or self.start is not None,
             start=self.start,
+            first_head=self.first_head,
         )
 
     def _headroom(self, view: CacheView) -> int:

@@ -34,6 +34,8 @@ class CacheView:
         may_be_empty: whether slots can be empty: victims that are hidden before their slot is
             reused (``reclaim="eager"``), padding, tokens behind a sliding window. Else all hold a
             token.
+        first_head: index of head 0 here among all KV heads of the layer: not 0 where processes
+            share a layer's heads (tensor parallelism).
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class CacheView:
         layout: TokenLayout,
         may_be_empty: bool = True,
         start: Tensor | None = None,
+        first_head: int = 0,
     ) -> None:
         self._store = store
         self._observers = observers
@@ -59,6 +62,7 @@ class CacheView:
         self.budget = budget
         self.layout = layout
         self.may_be_empty = may_be_empty
+        self.first_head = first_head
         self._start = None if start is None else start.view(-1, 1, 1)
 
     @property

@@ -16,12 +16,12 @@ transformers = pytest.importorskip("transformers", reason="the adapters need tra
 
 IMAGE = kvpolicy.RasterLayout(rows=6, cols=5, prefix=3)
 TEXT = kvpolicy.TextLayout(sinks=1)
-#: Policy, budget, layout, and how to generate.
+#: Budget, layout, and how to generate.
 JOBS = {
-    "linear": (kvpolicy.create("linear", anchors=3), 14, IMAGE, {}),
-    "h2o": (kvpolicy.create("h2o"), 9, TEXT, {"num_beams": 3}),
-    "random": (kvpolicy.create("random"), 11, TEXT, {}),
-    "snapkv": (kvpolicy.create("snapkv", window=2, interval=3), 8, IMAGE, {}),
+    "linear": (14, IMAGE, {}),
+    "h2o": (9, TEXT, {"num_beams": 3}),
+    "random": (11, TEXT, {}),
+    "snapkv": (8, IMAGE, {}),
 }
 
 
@@ -41,7 +41,8 @@ def generate(model, cache=None, **options):
 
 
 def block(model, name):
-    policy, budget, layout, _ = JOBS[name]
+    budget, layout, _ = JOBS[name]
+    policy = tiny_models.policy(name)
     return kvpolicy_adapters.attach(model, policy=policy, budget=budget, layout=layout)
 
 
@@ -78,7 +79,7 @@ def test_threads_with_caches_of_one_model_and_one_without():
     alone = {}
     for name in JOBS:
         with block(model, name) as cache:
-            alone[name] = (generate(model, cache, **JOBS[name][3]), cache.stats())
+            alone[name] = (generate(model, cache, **JOBS[name][2]), cache.stats())
         assert min(cache.stats().evictions) > 0
     together = {}
     with ExitStack() as blocks:
@@ -86,7 +87,7 @@ def test_threads_with_caches_of_one_model_and_one_without():
 
         def draw(name):
             caches[name].reset()
-            drawn = generate(model, caches[name], **JOBS[name][3])
+            drawn = generate(model, caches[name], **JOBS[name][2])
             together[name] = (drawn, caches[name].stats())
 
         def draw_without():
@@ -109,11 +110,11 @@ def test_threads_that_open_and_close_blocks_on_models_with_one_configuration():
     alone = {}
     for at, name in enumerate(JOBS):
         with block(models[at % 2], name) as cache:
-            alone[name] = generate(models[at % 2], cache, **JOBS[name][3])
+            alone[name] = generate(models[at % 2], cache, **JOBS[name][2])
 
     def draw(at, name):
         with block(models[at % 2], name) as cache:
-            assert torch.equal(generate(models[at % 2], cache, **JOBS[name][3]), alone[name]), name
+            assert torch.equal(generate(models[at % 2], cache, **JOBS[name][2]), alone[name]), name
 
     def draw_without():
         assert [torch.equal(*pair) for pair in zip(map(generate, models), plain, strict=True)] == [
@@ -166,7 +167,7 @@ def test_a_failed_attach_changes_nothing():
     with (
         pytest.raises(kvpolicy.BudgetError, match="smallest budget that works is 13"),
         kvpolicy_adapters.attach(
-            model, policy=kvpolicy.create("linear", anchors=3), budget=12, layout=IMAGE
+            model, policy=tiny_models.policy("linear"), budget=12, layout=IMAGE
         ),
     ):
         pass

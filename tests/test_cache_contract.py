@@ -16,12 +16,6 @@ NEW = 14
 IMAGE = kvpolicy.RasterLayout(rows=6, cols=5, prefix=6)
 TEXT = kvpolicy.TextLayout(sinks=1, length=36, line_length=5)
 LAYOUTS = {"image": IMAGE, "text": TEXT}
-# Pooling makes neighbours tie but for rounding; without it, calls of any size decide alike.
-SMALL = {
-    "linear": {"anchors": 3},
-    "pyramid": {"window": 2, "interval": 3, "kernel": 1, "beta": 2.0},
-    "snapkv": {"window": 2, "interval": 3, "kernel": 1},
-}
 BUDGET = 13
 EVERY = kvpolicy.available()
 EVICTING = [name for name in EVERY if name != "full"]
@@ -42,13 +36,9 @@ def layout(request):
     return LAYOUTS[request.param]
 
 
-def make(name: str) -> kvpolicy.EvictionPolicy:
-    return kvpolicy.create(name, **SMALL.get(name, {}))
-
-
 def attach(model, layout, name="h2o", budget=BUDGET, **options):
     return kvpolicy_adapters.attach(
-        model, policy=make(name), budget=budget, layout=layout, **options
+        model, policy=tiny_models.policy(name), budget=budget, layout=layout, **options
     )
 
 

@@ -35,6 +35,7 @@ from kvpolicy.cache import Reclaim
 from kvpolicy_adapters.families import layout_of
 from kvpolicy_adapters.kept import kept_by
 from kvpolicy_adapters.llamagen import official
+from kvpolicy_adapters.tensor_parallel import HeadSplit
 from kvpolicy_adapters.token_reader import telling
 from kvpolicy_adapters.transformers_cache import TransformersCache, marked_layer, policy_attention
 
@@ -108,6 +109,10 @@ def attach(
         windows=kept.windows,
         lent=kept.lent,
     )
+    split = HeadSplit.of(model)
+    split.check(policy_cache.policy)
+    for layer in policy_cache.layers:
+        layer.first_head = split.first_head(model)
     cache = TransformersCache(policy_cache, model, kept.layers)
     entered = _enter(model)
     try:

@@ -25,7 +25,8 @@ class Lots(Score):
 
     def worth(self, view: CacheView) -> Tensor:
         """A hash of seed, layer, head and position in [0, 2**24), exact in float32."""
-        heads = torch.arange(view.positions.shape[1], device=view.positions.device).view(1, -1, 1)
+        first, count = view.first_head, view.positions.shape[1]
+        heads = torch.arange(first, first + count, device=view.positions.device).view(1, -1, 1)
         key = ((self.seed * 1009 + view.layer) * 1009 + heads) * 1_000_003 + view.positions
         return (_mix(key) >> 40).to(torch.float32)
 

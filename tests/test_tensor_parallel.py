@@ -1,0 +1,81 @@
+"""transformers' tensor parallelism: each process holds its own heads' tokens, and decides alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tensor_parallel_jobs as jobs
+import tiny_models
+import torch
+
+import kvpolicy
+
+pytest.importorskip("transformers.distributed", reason="tensor parallelism of transformers")
+
+RANKS = 2
+#: KV heads of each model; four query heads.
+MODELS = {"grouped": 2, "not grouped": 4}
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory):
+    """What two processes report, by rank."""
+    models, out = tmp_path_factory.mktemp("models"), tmp_path_factory.mktemp("out")
+    for name, heads in MODELS.items():
+        tiny_models.llama(heads).save_pretrained(models / name)
+    worker = Path(jobs.__file__)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    run = subprocess.run(
+        [*torchrun, f"--nproc-per-node={RANKS}", worker, models, out],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )
+    assert run.returncode == 0, run.stderr[-8000:]
+    return [json.loads((out / f"{rank}.json").read_text()) for rank in range(RANKS)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_processes_decide_as_one_would(reports, name):
+    alone = jobs.results(tiny_models.llama(MODELS[name]))
+    share = MODELS[name] // RANKS
+    assert len(alone) == len(jobs.policies()) * len(jobs.SETTINGS) >= 21
+    for rank, report in enumerate(reports):
+        together = report[name]["results"]
+        assert together.keys() == alone.keys()
+        for job, expected in alone.items():
+            got = together[job]
+            assert got["tokens"] == expected["tokens"], job
+            assert got["evictions"] == list(expected["evictions"]), job
+            assert min(got["evictions"]) > 0
+            assert got["bytes"] * RANKS == expected["bytes"], job
+            for mine, whole in zip(got["positions"], expected["positions"], strict=True):
+                heads = torch.tensor(whole)[:, rank * share : (rank + 1) * share]
+                assert torch.equal(torch.tensor(mine), heads), job
+
+
+@pytest.mark.slow
+def test_a_policy_costs_no_communication(reports):
+    for report in reports:
+        for name in MODELS:
+            plain, ours = report[name]["collectives"]
+            assert ours == plain > 0
+
+
+@pytest.mark.slow
+def test_a_policy_that_mixes_heads_is_refused_by_name(reports):
+    assert kvpolicy.create("tova").mixes_heads
+    for report in reports:
+        for name in MODELS:
+            assert report[name]["refused"] == (
+                "policy 'tova' decides for all heads of a layer together, but tensor parallelism "
+                "gives each of 2 processes only its own heads; use a policy that decides per head, "
+                "e.g. 'h2o', or load the model with device_map instead of tp_plan"
+            )
