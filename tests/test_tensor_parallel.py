@@ -22,10 +22,10 @@ RANKS = 2
 MODELS = {"grouped": 2, "not grouped": 4}
 
 
-@pytest.fixture(scope="module")
-def reports(tmp_path_factory):
+def run_processes(folder: Path) -> list[dict]:
     """What two processes report, by rank."""
-    models, out = tmp_path_factory.mktemp("models"), tmp_path_factory.mktemp("out")
+    models, out = folder / "models", folder / "out"
+    out.mkdir()
     for name, heads in MODELS.items():
         tiny_models.llama(heads).save_pretrained(models / name)
     worker = Path(jobs.__file__)
@@ -42,40 +42,34 @@ def reports(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MODELS)
-def test_processes_decide_as_one_would(reports, name):
-    alone = jobs.results(tiny_models.llama(MODELS[name]))
-    share = MODELS[name] // RANKS
-    assert len(alone) == len(jobs.policies()) * len(jobs.SETTINGS) >= 21
-    for rank, report in enumerate(reports):
-        together = report[name]["results"]
-        assert together.keys() == alone.keys()
-        for job, expected in alone.items():
-            got = together[job]
-            assert got["tokens"] == expected["tokens"], job
-            assert got["evictions"] == list(expected["evictions"]), job
-            assert min(got["evictions"]) > 0
-            assert got["bytes"] * RANKS == expected["bytes"], job
-            for mine, whole in zip(got["positions"], expected["positions"], strict=True):
-                heads = torch.tensor(whole)[:, rank * share : (rank + 1) * share]
-                assert torch.equal(torch.tensor(mine), heads), job
-
-
-@pytest.mark.slow
-def test_a_policy_costs_no_communication(reports):
-    for report in reports:
-        for name in MODELS:
-            plain, ours = report[name]["collectives"]
-            assert ours == plain > 0
-
-
-@pytest.mark.slow
-def test_a_policy_that_mixes_heads_is_refused_by_name(reports):
+def test_processes_decide_as_one_would(tmp_path):
+    """One test, because the processes take half a minute to start and to run every policy."""
     assert kvpolicy.create("tova").mixes_heads
-    for report in reports:
-        for name in MODELS:
+    for rank, report in enumerate(run_processes(tmp_path)):
+        assert report.keys() == MODELS.keys()
+        for name, heads in MODELS.items():
+            check_decisions(report[name]["results"], heads, rank)
+            plain, ours = report[name]["collectives"]
+            assert ours == plain > 0, "a policy costs no communication"
             assert report[name]["refused"] == (
                 "policy 'tova' decides for all heads of a layer together, but tensor parallelism "
                 "gives each of 2 processes only its own heads; use a policy that decides per head, "
                 "e.g. 'h2o', or load the model with device_map instead of tp_plan"
             )
+
+
+def check_decisions(together: dict, heads: int, rank: int) -> None:
+    """Tokens are the single process's, and the slots are those of this rank's heads."""
+    alone = jobs.results(tiny_models.llama(heads))
+    share = heads // RANKS
+    assert len(alone) == len(jobs.policies()) * len(jobs.SETTINGS) >= 21
+    assert together.keys() == alone.keys()
+    for job, expected in alone.items():
+        got = together[job]
+        assert got["tokens"] == expected["tokens"], job
+        assert got["evictions"] == list(expected["evictions"]), job
+        assert min(got["evictions"]) > 0
+        assert got["bytes"] * RANKS == expected["bytes"], job
+        for mine, whole in zip(got["positions"], expected["positions"], strict=True):
+            mine_of_whole = torch.tensor(whole)[:, rank * share : (rank + 1) * share]
+            assert torch.equal(torch.tensor(mine), mine_of_whole), job
