@@ -16,11 +16,19 @@ from torch import Tensor
 
 from kvpolicy.attention import attend
 from kvpolicy.checks import check_tokens
-from kvpolicy.errors import AttentionError, BudgetError, CacheStateError, LayoutError, ShapeError
+from kvpolicy.errors import (
+    AttentionError,
+    BudgetError,
+    CacheStateError,
+    LayoutError,
+    ParameterError,
+    ShapeError,
+)
 from kvpolicy.layout import UNBOUND, TokenLayout
 from kvpolicy.observer import AttentionObserver, AttentionReport, Need
 from kvpolicy.policy import CacheView, EvictionPolicy
 from kvpolicy.slots import SlotShape, SlotStore
+from kvpolicy.step import Step
 from kvpolicy.terms import Terms, by_slot
 
 __all__ = ["LayerCache"]
@@ -103,6 +111,9 @@ class LayerCache:
         self.queue: Tensor | None = None
         self.reused = 0
         self.peak = self.reports = 0
+        # The step that compiled code is about to make, or is making; None between steps.
+        self.step: Step | None = None
+        self._step: Step | None = None
         # Position of each sequence's first real token, [B]; None while nothing is padded.
         self.start: Tensor | None = None
         # What the newest call attended to, where other layers ask for it.
@@ -125,6 +136,7 @@ class LayerCache:
             return
         index = index.to(self.store.keys.device)
         self.store.select_batch(index)
+        self._step = None  # its tensors have the batch that was
         if self.start is not None:
             self.start = self.start.index_select(0, index)
         for observer in self.observers:
@@ -134,6 +146,8 @@ class LayerCache:
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, terms: Terms) -> Tensor:
         """Cache T tokens and attend from them; see :meth:`PolicyCache.attend`."""
+        if self.step is not None:
+            return self.step.attend(query, key, value, terms)
         count = check_tokens(query, key, value, terms, self.store, self.seen)
         self._follow(count)
         self._check_length(count)
@@ -397,6 +411,68 @@ class LayerCache:
                 observer.forget(reclaimed)
         self._observe(mass, first, self.room)
         return output
+
+    # -- a step in three parts, the middle one compiled -------------------------------------------
+
+    def begin_step(self, hide: Callable[[SlotStore], Tensor | None] | None = None) -> None:
+        """Decide for the next token, and say where it goes (see :mod:`kvpolicy.step`).
+
+        Args:
+            hide: asked once for the slots of padding, bool ``[B, 1, S]``, that are to be hidden
+                from every step; None for none.
+
+        Raises:
+            CacheStateError: no token has come yet, or a step has begun and not ended.
+            ParameterError: other layers attend to this layer's tokens.
+        """
+        if self.step is not None:
+            raise CacheStateError(f"layer {self.layer}: a step has begun that has not ended")
+        if self.lent:
+            raise ParameterError(
+                f"layer {self.layer} lends its tokens to other layers, which a compiled step does "
+                f"not serve; decode without compile_decode"
+            )
+        store = self.require_store()
+        self._follow(1)
+        self._check_length(1)
+        self._make_room()
+        if self._step is None or self._step.store is not store:
+            need_mass = self.need is not Need.NONE
+            self._step = Step(
+                store,
+                need_mass=need_mass,
+                window=self.window,
+                start=self.start,
+                hidden=None if hide is None else hide(store),
+            )
+        self.begun_with = store.fresh, self.reused
+        slots, fresh = self._hand_out(1)
+        self.reclaims = fresh == 0
+        self._step.aim(slots, self.seen)
+        self.step = self._step
+
+    def end_step(self, done: bool = True) -> None:
+        """Account for the token, and report what it attended to.
+
+        Args:
+            done: whether the model has run; if not, the slot is taken back.
+        """
+        step, self.step = self.step, None
+        if step is None:
+            return
+        if not done:
+            step.store.fresh, self.reused = self.begun_with
+            return
+        first = self.seen
+        self.seen += 1
+        self.peak = max(self.peak, self._held())
+        if self.reclaims:
+            for observer in self.observers:
+                observer.forget(step.slots)
+        mass = step.mass
+        if mass is not None:
+            mass = mass[..., : step.store.handed_out]
+        self._observe(mass, first, self.room)
 
     def _held(self) -> int:
         """Tokens that each head holds now."""

@@ -129,16 +129,20 @@ class SlotStore:
             value: ``[B, H, T, Dv]``.
             first: position of the first token.
         """
-        # Not scatter_: in bfloat16 on a CPU it copies the whole store to float32 and back.
-        where = (self._batch, self._head, slots)
-        self.keys.index_put_(where, key)
-        self.values.index_put_(where, value)
+        self.put(slots, key, value)
         count = slots.shape[-1]
         if count == 1:
             self.positions.scatter_(2, slots, first)
         else:
             positions = torch.arange(first, first + count, device=slots.device, dtype=torch.int32)
             self.positions.scatter_(2, slots, positions.expand_as(slots))
+
+    def put(self, slots: Tensor, key: Tensor, value: Tensor) -> None:
+        """Put keys and values into slots; whoever calls sees to the positions."""
+        # Not scatter_: in bfloat16 on a CPU it copies the whole store to float32 and back.
+        where = (self._batch, self._head, slots)
+        self.keys.index_put_(where, key)
+        self.values.index_put_(where, value)
 
     def clear(self, slots: Tensor) -> None:
         """Empty slots ``[B, H, N]``: nothing attends to them any more."""

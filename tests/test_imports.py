@@ -21,7 +21,7 @@ FLOORS = (
     ("slots", "observer"),
     ("view", "composition", "policy"),
     ("registry", "parts", "policies"),
-    ("kernels", "attention", "terms", "checks", "layer", "cache"),
+    ("kernels", "attention", "terms", "checks", "step", "layer", "cache"),
     ("",),
     ("testing", "lab"),
     ("commands", "cli"),

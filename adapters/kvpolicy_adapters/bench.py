@@ -27,6 +27,7 @@ from kvpolicy import Budget, ParameterError, RasterLayout, create
 from kvpolicy.lab.bench.contender import Contender, Decoder, Dimensions, Workload
 from kvpolicy_adapters.attach import attach
 from kvpolicy_adapters.bench_floor import FloorCache, floor_attention, skip_attention
+from kvpolicy_adapters.compiled import compile_decode
 
 __all__ = ["SHAPES", "LlamaBench"]
 
@@ -171,7 +172,8 @@ class BaselineDecoder(LlamaDecoder):
         elif self.kind not in ("dynamic", "static"):
             raise ParameterError(f"no baseline is called {self.kind!r}")
         if contender.compiled:
-            self.forward = torch.compile(self.model, fullgraph=True, dynamic=False)
+            mode = "reduce-overhead" if workload.device.startswith("cuda") else None
+            self.forward = torch.compile(self.model, fullgraph=True, dynamic=False, mode=mode)
 
     def restart(self, prefix: Tensor) -> None:
         """Begin anew."""
@@ -225,6 +227,10 @@ class PolicyDecoder(LlamaDecoder):
         self.cache = self.block.enter_context(
             attach(self.model, policy=policy, budget=budget, layout=bench.layout)
         )
+        if contender.compiled:
+            # On a GPU, CUDA graphs: launching the kernels one by one would be most of a step.
+            mode = "reduce-overhead" if workload.device.startswith("cuda") else None
+            self.block.enter_context(compile_decode(self.model, self.cache, mode=mode))
 
     def restart(self, prefix: Tensor) -> None:
         """Begin anew."""

@@ -51,18 +51,23 @@ class PolicyLayer(CacheLayerMixin):
             CacheStateError: the ``attach`` block that made the cache has ended.
             ModelError: the keys of the layer before never came to an attention function.
         """
+        if self.layer.step is not None:  # traced by a compiler: begin_step has looked
+            return _mark(key_states, self), value_states
         if self.cache.closed:
             raise CacheStateError(
                 "this cache's attach() block has ended; attach the model again for a new cache"
             )
         self.cache.expect(self)
-        marked = key_states.view_as(key_states)
-        setattr(marked, _MARK, self)
-        return marked, value_states
+        return _mark(key_states, self), value_states
 
     def get_seq_length(self) -> int:
-        """Tokens of the sequence so far, evicted ones included."""
-        return self.layer.seen
+        """Tokens of the sequence so far, evicted ones included.
+
+        In the middle of a compiled step it is a tensor, as that of a static cache of transformers
+        is: models add it to other tensors, and a number would be compiled in.
+        """
+        step = self.layer.step
+        return self.layer.seen if step is None else step.position  # type: ignore[return-value]
 
     def get_max_length(self) -> int:
         """Tokens that the layout has, or -1 where it has no end."""
@@ -191,6 +196,13 @@ def marked_layer(key: Tensor) -> PolicyLayer | None:
     return getattr(key, _MARK, None)
 
 
+def _mark(key: Tensor, layer: PolicyLayer) -> Tensor:
+    """The same keys, marked as new ones of this layer."""
+    marked = key.view_as(key)
+    setattr(marked, _MARK, layer)
+    return marked
+
+
 def policy_attention(
     module: torch.nn.Module,
     query: Tensor,
@@ -218,6 +230,15 @@ def policy_attention(
     """
     layer = marked_layer(key)
     assert layer is not None
+    step = layer.layer.step
+    if step is not None:
+        terms = Terms(
+            scale=scaling,
+            bias=kwargs.get("position_bias"),
+            softcap=kwargs.get("softcap"),
+            sinks=kwargs.get("s_aux"),
+        )
+        return step.attend(query, key, value, terms).transpose(1, 2).contiguous(), None
     visible, bias = attention_mask, kwargs.get("position_bias")
     if visible is not None and visible.dtype != torch.bool:
         # An additive mask hides with the lowest number, and may carry a bias besides (ALiBi).

@@ -262,13 +262,16 @@ class LlamaGen(PreTrainedModel):
         """
         if past_key_values is None and use_cache:
             past_key_values = DynamicCache()
-        seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+        seen: Any = 0 if past_key_values is None else past_key_values.get_seq_length()
         parts = [] if condition is None else [self.cls_embedding(condition)]
         if input_ids is not None:
             parts.append(self.tok_embeddings(input_ids))
         if not parts:
             raise ParameterError("give input_ids (image tokens), condition, or both")
         x = torch.cat(parts, dim=1)
+        if isinstance(seen, Tensor):
+            # In the middle of a compiled step: what is checked below was checked before it.
+            return self._logits(x, self._rotation(x.device)[seen], attention_mask, past_key_values)
         if (condition is None) == (seen == 0):
             raise LayoutError(
                 "a sequence begins with its condition (a class or a caption), and has no other: "
@@ -283,12 +286,21 @@ class LlamaGen(PreTrainedModel):
             )
         mask = self._mask(x, attention_mask, past_key_values, after)
         rotation = self._rotation(x.device)[seen:after]
+        return self._logits(x, rotation, mask, past_key_values, logits_to_keep)
+
+    def _logits(
+        self,
+        x: Tensor,
+        rotation: Tensor,
+        mask: Tensor | None,
+        cache: Cache | None,
+        logits_to_keep: int = 0,
+    ) -> CausalLMOutputWithPast:
+        """The layers and the head; the arguments are those of :meth:`forward`."""
         for layer in self.layers:
-            x = layer(x, rotation, mask, past_key_values)
+            x = layer(x, rotation, mask, cache)
         x = self.norm(x[:, -logits_to_keep:])
-        return CausalLMOutputWithPast(
-            logits=self.output(x).float(), past_key_values=past_key_values
-        )
+        return CausalLMOutputWithPast(logits=self.output(x).float(), past_key_values=cache)
 
     def _mask(self, x: Tensor, by_position: Tensor | None, cache: Cache | None, after: int) -> Any:
         """What each new token may see, ``[B|1, 1, T, positions]``; None for all before it."""
