@@ -43,8 +43,8 @@ SPELLED = {
         "/decide=every:3",
     ),
     "ssd": (
-        {"recent": 0.4, "window": 3, "local": 0.6, "half_life": 5},
-        "compose/protect=share:0.4/observe=fading_mass:5/score=by_head:3:0.6",
+        {"recent": 0.4, "window": 3, "local": 0.6},
+        "compose/protect=share:0.4/observe=cumulative_mass/score=by_head:3:0.6",
     ),
 }
 

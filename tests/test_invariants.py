@@ -25,7 +25,7 @@ SMALL = {
     "pyramid": {"window": 2, "interval": 3, "kernel": 3},
     "snapkv": {"window": 2, "interval": 3, "kernel": 3},
     "rkv": {"window": 2, "interval": 3, "kernel": 3},
-    "ssd": {"window": 3, "half_life": 3.0},
+    "ssd": {"window": 3},
 }
 POLICIES = kvpolicy.available()
 DESIGN = {

@@ -25,7 +25,7 @@ from kvpolicy.testing import INVARIANTS, PolicyCheckError, check_policy, find_vi
 
 SMALL_LINEAR = {"anchors": 3, "recent_lines": 1}
 SMALL_RKV = {"window": 2, "interval": 3, "kernel": 3}
-SMALL_SSD = {"window": 3, "half_life": 3.0}
+SMALL_SSD = {"window": 3}
 MUTANTS: dict[str, tuple[str, Callable[[pytest.MonkeyPatch], kvpolicy.EvictionPolicy]]] = {}
 
 
@@ -592,11 +592,11 @@ def lets_mass_fade_by_reports_instead_of_queries(patch):
             self.mass *= self.keep
             self._add(report.mass)
 
-    class Hasty(SSD):
+    class Hasty(H2O):
         def observers(self, shape):
-            return (PerReport(shape, self.half_life),)
+            return (PerReport(shape, 3.0),)
 
-    return Hasty(**SMALL_SSD)
+    return Hasty()
 
 
 @caught_by("stats")

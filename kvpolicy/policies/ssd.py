@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from kvpolicy.composition import Parts, Score
-from kvpolicy.parts import RecentShare, WatchFading, register_part
+from kvpolicy.parts import RecentShare, WatchAll, register_part
 from kvpolicy.policy import ScoredPolicy
 from kvpolicy.registry import register
 from kvpolicy.view import CacheView
@@ -32,10 +32,13 @@ class ByHead(Score):
         return torch.where(self.is_local(view), -view.age.to(torch.float32), view.mass)
 
     def is_local(self, view: CacheView) -> Tensor:
-        """Which heads are, bool ``[B, H, 1]``; mass on the prefix does not count."""
-        mass = view.mass.masked_fill(view.pinned | view.empty, 0.0)
-        near = mass.masked_fill(view.age > self.window, 0.0)
-        return near.sum(-1, keepdim=True) >= self.local * mass.sum(-1, keepdim=True)
+        """Which heads are, bool ``[B, H, 1]``, by each token's mass from a query on average.
+
+        The prefix does not count, since every head keeps it.
+        """
+        share = (view.mass / view.age).masked_fill(view.pinned | view.empty, 0.0)
+        near = share.masked_fill(view.age > self.window, 0.0)
+        return near.sum(-1, keepdim=True) >= self.local * share.sum(-1, keepdim=True)
 
 
 @register("ssd", paper="arXiv:2510.18716")
@@ -44,11 +47,11 @@ class SSD(ScoredPolicy):
 
     ``score(j) = j`` in a spatial-locality head, and the mass of ``j`` in a semantic-sink head
     ("SSD: Spatial-Semantic Head Decoupling for Efficient Autoregressive Image Generation",
-    arXiv:2510.18716). What the paper leaves open is chosen here: a head is local while at least
-    ``local`` of the mass that it gives tokens behind the prefix goes to the newest ``window`` of
-    them; mass fades with a half-life of ``half_life`` queries, so that a head may change its kind;
-    every head keeps a recent window, as in ``h2o``; and all heads have the same budget, so a local
-    head's window is as long as that.
+    arXiv:2510.18716). There is no public code, and these are choices made here: mass is that of all
+    queries so far; a head is local while the newest ``window`` tokens get at least ``local`` of
+    what a query gives tokens behind the prefix, so that a head may change its kind; every head
+    keeps a recent window, as in ``h2o``; and all heads have the same budget, so a local head's
+    window is as long as that.
     """
 
     recent: float = Field(
@@ -56,13 +59,12 @@ class SSD(ScoredPolicy):
     )
     window: int = Field(28, ge=1, description="newest tokens that a local head looks at")
     local: float = Field(0.5, ge=0, le=1, description="share of the mass that makes a head local")
-    half_life: float = Field(1024.0, gt=0, le=1e6, description="queries until a mass counts half")
 
     @cached_property
     def parts(self) -> Parts:
-        """A share of the budget; fading mass, or recency, by head; every token."""
+        """A share of the budget; cumulative mass, or recency, by head; every token."""
         return Parts(
             protect=(RecentShare(share=self.recent),),
-            observe=WatchFading(half_life=self.half_life),
+            observe=WatchAll(),
             score=ByHead(window=self.window, local=self.local),
         )
