@@ -49,7 +49,7 @@ $(VENV)/.ready-demo: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/.ready-dev: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing kvpolicy and everything for development into $(VENV) (a minute or more) ..."
-	@$(BIN)/python -m pip install -qq --editable ".[all,dev,docs]"
+	@$(BIN)/python -m pip install -qq --editable ".[all,ray,dev,docs]"
 	@touch $@ $(VENV)/.ready-demo
 
 $(BIN)/python:

@@ -11,14 +11,18 @@ __all__ = ["main"]
 
 #: Packages that only an extra brings, and the extra to ask for.
 EXTRAS = {
+    "filelock": "lab",
     "hypothesis": "testing",
     "matplotlib": "lab",
+    "optuna": "tune",
+    "pyarrow": "lab",
     "pytest": "testing",
     "ray": "ray",
     "rich": "lab",
     "safetensors": "lab",
     "transformers": "lab",
     "typer": "lab",
+    "yaml": "lab",
 }
 
 

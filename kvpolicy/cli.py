@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 from rich.console import Console
 
+from kvpolicy.commands.ablate import ablate
 from kvpolicy.commands.bench import bench
 from kvpolicy.commands.demo import demo
 from kvpolicy.commands.list_policies import list_policies
@@ -22,6 +23,7 @@ app = typer.Typer(
 app.command("list")(list_policies)
 app.command("demo")(demo)
 app.command("bench")(bench)
+app.command("ablate")(ablate)
 
 
 def main() -> None:

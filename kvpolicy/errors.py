@@ -19,6 +19,7 @@ __all__ = [
     "LayoutError",
     "ModelError",
     "ParameterError",
+    "RunFolderError",
     "ShapeError",
     "UnknownNameError",
     "near_matches",
@@ -56,6 +57,10 @@ class AttentionError(KVPolicyError, FloatingPointError):
 
 class ModelError(KVPolicyError, TypeError):
     """A model can't be put under a policy; the message says why, and what would serve it."""
+
+
+class RunFolderError(KVPolicyError, OSError):
+    """The folder of a run can't be written: a full disk, or another run at work in it."""
 
 
 class UnknownNameError(KVPolicyError, LookupError):

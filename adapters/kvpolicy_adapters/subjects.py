@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,9 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from kvpolicy.lab.subject import Advance, Generated, Scored, Setting
+from kvpolicy.errors import ParameterError
+from kvpolicy.lab.metrics import FrechetTo
+from kvpolicy.lab.subject import Advance, Generated, Measurement, Metric, Scored, Setting
 from kvpolicy_adapters import zoo
 from kvpolicy_adapters.attach import attach
 
@@ -21,10 +24,22 @@ __all__ = ["FashionAR"]
 
 _GREYS, _CLASSES = 16, 10
 _SCORE_BATCH, _DRAW_BATCH = 64, 250
+_REAL = 1000  # test images that ship
 
 
 class FashionAR:
-    """The zoo's model of Fashion-MNIST, its held-out images and its classifier."""
+    """The zoo's model of Fashion-MNIST, its held-out images and its classifier.
+
+    A seed scores its own images (seed 0 the first ``scored`` ones, seed 1 the next, and so on, from
+    the first again after the last that ships) and draws its own.
+
+    Args:
+        scored: real images that are scored, 2 to 1,000.
+        images: images that are drawn, at least 10.
+
+    Raises:
+        ParameterError: an argument is out of range.
+    """
 
     name = "fashion-ar"
     class_names = (
@@ -40,15 +55,88 @@ class FashionAR:
         "boot",
     )
 
-    def __init__(self) -> None:
+    def __init__(self, scored: int = 256, images: int = 200) -> None:
+        for name, value, low, high in (("scored", scored, 2, _REAL), ("images", images, 10, 10**6)):
+            if type(value) is not int or not low <= value <= high:
+                raise ParameterError(
+                    f"fashion-ar: {name}={value!r} must be a whole number from {low} to {high}"
+                )
+        self.scored, self.images = scored, images
         self.zoo = zoo.load("fashion-ar")
         self.layout = self.zoo.layout
         self.num_layers = self.zoo.model.config.num_hidden_layers
+        self.metrics = (
+            Metric(
+                name="bits_per_pixel",
+                label="bits per pixel",
+                better="lower",
+                array="bits",
+                items="real",
+                about="of real held-out images, teacher-forced under the cache",
+            ),
+            Metric(
+                name="frechet",
+                label="Fréchet distance",
+                better="lower",
+                array="features",
+                statistic=FrechetTo(*self.reference()),
+                about="between classifier features of drawn images and of 10,000 real ones",
+            ),
+            Metric(
+                name="class_accuracy",
+                label="class accuracy",
+                better="higher",
+                array="correct",
+                about="share of drawn images in which a classifier sees the class asked for",
+            ),
+            Metric(
+                name="images_per_second",
+                label="images per second",
+                better="higher",
+                timing=True,
+                about="drawn",
+            ),
+        )
 
-    def score(self, setting: Setting, images: int, advance: Advance) -> Scored:
-        """Teacher-force the first test images; ``advance`` counts images."""
+    def measure(self, setting: Setting, seed: int, wanted: Collection[str]) -> Measurement:
+        """Score this seed's real images and draw this seed's own."""
+        arrays: dict[str, NDArray[Any]] = {}
+        figures, images = {}, None
+        drawing = {"frechet", "class_accuracy", "images_per_second"} & set(wanted)
+        if "bits_per_pixel" in wanted or not drawing:
+            blocks = _REAL // self.scored
+            first = seed % blocks * self.scored
+            score = self.score(setting, self.scored, _ignore, first=first)
+            arrays |= {"bits": score.bits, "real": np.arange(first, first + self.scored)}
+            stats, batch = score.stats, (self.scored - 1) % _SCORE_BATCH + 1
+        if drawing:
+            drawn = self.generate(setting, self.images, seed * 1000, _ignore)
+            arrays |= {
+                "features": drawn.features,
+                "correct": drawn.correct,
+                "classes": drawn.classes,
+            }
+            figures["images_per_second"] = len(drawn.images) / drawn.seconds
+            images, stats, batch = drawn.images, drawn.stats, drawn.batch
+        return Measurement(arrays, stats, batch, figures, images)
+
+    def estimate(self, setting: Setting) -> float:
+        """Seconds that ``measure`` will take, from a few images scored and a few lines drawn."""
+        begun = time.perf_counter()
+        self.score(setting, min(16, self.scored), _ignore)
+        scoring = (time.perf_counter() - begun) * self.scored / min(16, self.scored)
+        batch, tokens = min(self.images, _DRAW_BATCH), 2 * self.layout.cols
+        prompt = torch.full((batch, 1), _GREYS)
+        begun = time.perf_counter()
+        with self._attached(setting) as cache:
+            self._draw(prompt, cache, tokens, _ignore)
+        pixels = self.layout.rows * self.layout.cols
+        return scoring + (time.perf_counter() - begun) * pixels / tokens * self.images / batch
+
+    def score(self, setting: Setting, images: int, advance: Advance, *, first: int = 0) -> Scored:
+        """Teacher-force test images from ``first`` on; ``advance`` counts images."""
         bits = []
-        for tokens in self.zoo.test_tokens(images).split(_SCORE_BATCH):
+        for tokens in self.zoo.test_tokens(first + images)[first:].split(_SCORE_BATCH):
             with self._attached(setting) as cache, torch.inference_mode():
                 logits = self.zoo.model(tokens[:, :-1], past_key_values=cache).logits
             nats = functional.cross_entropy(
@@ -65,7 +153,7 @@ class FashionAR:
     def generate(self, setting: Setting, images: int, seed: int, advance: Advance) -> Generated:
         """Draw images of classes 0, 1, … in turn with ``model.generate``, seeded batch by batch."""
         classes = torch.arange(images) % _CLASSES
-        model: Any = self.zoo.model
+        pixels_each = self.layout.rows * self.layout.cols
         drawn = []
         seconds = 0.0
         for number, wanted in enumerate(classes.split(_DRAW_BATCH)):
@@ -73,16 +161,7 @@ class FashionAR:
             torch.manual_seed(seed + number)
             begun = time.perf_counter()
             with self._attached(setting) as cache:
-                tokens = model.generate(
-                    prompt,
-                    attention_mask=torch.ones_like(prompt),
-                    past_key_values=cache,
-                    max_new_tokens=self.layout.rows * self.layout.cols,
-                    do_sample=True,
-                    top_k=0,
-                    suppress_tokens=list(range(_GREYS, self.zoo.model.config.vocab_size)),
-                    stopping_criteria=StoppingCriteriaList([_Watch(advance)]),
-                )
+                tokens = self._draw(prompt, cache, pixels_each, advance)
             seconds += time.perf_counter() - begun
             drawn.append(tokens[:, 1:])
         pixels = torch.cat(drawn)
@@ -119,6 +198,21 @@ class FashionAR:
         mean, covariance = self.zoo.reference
         return np.asarray(mean, np.float64), np.asarray(covariance, np.float64)
 
+    def _draw(self, prompt: Tensor, cache: Any, tokens: int, advance: Advance) -> Tensor:
+        """Draw grey levels behind a prompt ``[n, 1]``: int64 ``[n, 1 + tokens]``."""
+        model: Any = self.zoo.model
+        drawn: Tensor = model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            past_key_values=cache,
+            max_new_tokens=tokens,
+            do_sample=True,
+            top_k=0,
+            suppress_tokens=list(range(_GREYS, model.config.vocab_size)),
+            stopping_criteria=StoppingCriteriaList([_Watch(advance)]),
+        )
+        return drawn
+
     def _attached(self, setting: Setting) -> Any:
         return attach(
             self.zoo.model, policy=setting.policy, budget=setting.budget, layout=self.layout
@@ -131,6 +225,10 @@ class FashionAR:
         held = image[image >= 0]
         count.scatter_add_(0, held, torch.ones(len(held), dtype=torch.float64))
         return count / positions.shape[1]
+
+
+def _ignore(count: int) -> None:
+    """Progress that nobody watches."""
 
 
 class _Watch(StoppingCriteria):

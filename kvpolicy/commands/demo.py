@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -12,7 +12,7 @@ from rich.table import Table
 
 from kvpolicy.commands.console import console
 from kvpolicy.lab import demo as lab
-from kvpolicy.lab.subject import load_subject
+from kvpolicy.lab.subject import ImageSubject, load_subject
 
 __all__ = ["demo"]
 
@@ -36,7 +36,7 @@ def demo(
     """
     from kvpolicy.lab.pictures import contact_sheet, retention_sheet
 
-    subject = load_subject("fashion-ar")
+    subject = cast(ImageSubject, load_subject("fashion-ar"))
     settings = lab.plan([name.strip() for name in policies.split(",")], budget, subject)
     out.mkdir(parents=True, exist_ok=True)
     line, total = subject.layout.line_length, subject.layout.length - subject.layout.prefix

@@ -7,7 +7,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from kvpolicy.errors import ParameterError, ShapeError
 
-__all__ = ["frechet_distance", "paired_bootstrap"]
+__all__ = ["FrechetTo", "frechet_distance", "paired_bootstrap"]
 
 Array = NDArray[np.float64]
 
@@ -48,10 +48,44 @@ def frechet_distance(
     if mean_a.shape != mean_b.shape:
         raise ShapeError(f"{len(mean_a)} features in a, {len(mean_b)} in b")
     root = _root(cov_a)
-    product = root @ cov_b @ root
-    cross = np.sqrt(np.linalg.eigvalsh((product + product.T) / 2).clip(min=0)).sum()
+    cross = _cross(root @ cov_b @ root)
     distance = ((mean_a - mean_b) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * cross
     return max(0.0, float(distance))
+
+
+class FrechetTo:
+    """Fréchet distance of a sample's features to known moments, quick enough to be resampled.
+
+    The root of the known covariance is taken once. Calling it with features ``[n, F]``, n > 1,
+    gives :func:`frechet_distance`.
+
+    Args:
+        mean: ``[F]``.
+        cov: ``[F, F]``, symmetric.
+
+    Raises:
+        ShapeError, ParameterError: as :func:`frechet_distance`.
+    """
+
+    def __init__(self, mean: ArrayLike, cov: ArrayLike) -> None:
+        self.mean, self.cov = _moments("of the reference", mean, cov)
+        self._root = _root(self.cov)
+
+    def __call__(self, features: ArrayLike) -> float:
+        """The distance, in squared units of the features."""
+        own = np.asarray(features, np.float64)
+        if own.ndim != 2 or len(own) < 2 or own.shape[1] != len(self.mean):
+            raise ShapeError(
+                f"features must be [n, {len(self.mean)}] with n > 1, not {list(own.shape)}"
+            )
+        if not np.isfinite(own).all():
+            raise ParameterError("features hold a number that is not finite")
+        mean = own.mean(0)
+        centred = own - mean
+        cov = centred.T @ centred / (len(own) - 1)
+        cross = _cross(self._root @ cov @ self._root)
+        distance = ((self.mean - mean) ** 2).sum() + np.trace(self.cov) + np.trace(cov) - 2 * cross
+        return max(0.0, float(distance))
 
 
 def paired_bootstrap(
@@ -115,6 +149,11 @@ def _moments(name: str, mean: ArrayLike, cov: ArrayLike) -> tuple[Array, Array]:
     if not np.allclose(cov, cov.T, atol=1e-6 * np.abs(cov).max(initial=0)):
         raise ParameterError(f"cov_{name} is not symmetric")
     return mean, cov
+
+
+def _cross(product: Array) -> float:
+    """Trace of the root of a product that is symmetric but for rounding."""
+    return float(np.sqrt(np.linalg.eigvalsh((product + product.T) / 2).clip(min=0)).sum())
 
 
 def _root(cov: Array) -> Array:

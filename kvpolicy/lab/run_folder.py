@@ -22,7 +22,7 @@ import time
 from collections.abc import Iterator, Mapping
 from difflib import unified_diff
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +32,7 @@ from safetensors.numpy import load_file, save_file
 from kvpolicy.errors import ParameterError
 from kvpolicy.lab.files import UNFINISHED, whole_folder, write_whole
 from kvpolicy.lab.plan import Cell, Plan
+from kvpolicy.lab.subject import MetricInfo
 
 __all__ = [
     "CellRecord",
@@ -56,27 +57,6 @@ class _Record(BaseModel):
     def text(self) -> str:
         """As JSON."""
         return json.dumps(self.model_dump(mode="json"), indent=2) + "\n"
-
-
-class MetricInfo(_Record):
-    """What a figure means.
-
-    Attributes:
-        name: column of the tables, key of ``CellRecord.metrics``.
-        label: for people, with its unit: ``bits per pixel``.
-        better: which way it is better; None where it is neither (a size of the cache).
-        array: per-item array in ``scores.safetensors`` that it is computed from; None where there
-            is none.
-        timing: whether it is a matter of the machine, and not repeatable to the bit.
-        about: one sentence.
-    """
-
-    name: str
-    label: str
-    better: Literal["lower", "higher"] | None = "lower"
-    array: str | None = None
-    timing: bool = False
-    about: str = ""
 
 
 class LeftOut(_Record):

@@ -1,0 +1,240 @@
+"""``kvpolicy ablate``: policies × parameters × budgets × seeds on one subject."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from kvpolicy.commands.console import console
+from kvpolicy.commands.progress import progress_for, spell_seconds
+from kvpolicy.errors import ParameterError, near_matches
+from kvpolicy.lab.executors import Executor, make_executor
+from kvpolicy.lab.plan import Plan, PolicyPlan, read_plan
+
+__all__ = ["ablate"]
+
+_PLAN = "Plan"
+
+
+def ablate(
+    out: Annotated[Path, typer.Option(help="Folder of the run; made, or gone on with.")],
+    plan: Annotated[
+        Path | None, typer.Option(help="A plan in YAML or JSON, instead of the options below it.")
+    ] = None,
+    subject: Annotated[
+        str | None,
+        typer.Option(help="fashion-ar, or package.module:name of your own.", rich_help_panel=_PLAN),
+    ] = None,
+    policies: Annotated[
+        str | None,
+        typer.Option(
+            help="Names, separated by commas, or package.module:Class; full is always there.",
+            rich_help_panel=_PLAN,
+        ),
+    ] = None,
+    budgets: Annotated[
+        str | None,
+        typer.Option(
+            help="1/6, 25%, 130 or '4 lines', separated by commas; 1/6 if none is given.",
+            rich_help_panel=_PLAN,
+        ),
+    ] = None,
+    seeds: Annotated[
+        str | None,
+        typer.Option(help="Numbers, separated by commas; 0 if none.", rich_help_panel=_PLAN),
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            help="Values to try of a policy's parameter: linear.recent_lines=1,2.",
+            rich_help_panel=_PLAN,
+        ),
+    ] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(help="Of the subject, e.g. images=100; repeatable.", rich_help_panel=_PLAN),
+    ] = None,
+    metrics: Annotated[
+        str | None,
+        typer.Option(help="Only these, separated by commas; all if none.", rich_help_panel=_PLAN),
+    ] = None,
+    executor: Annotated[
+        str, typer.Option(help="Where cells run: inline, processes or ray.")
+    ] = "processes",
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Cells at a time; as many as there are processors.")
+    ] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of each worker.")] = 1,
+    address: Annotated[
+        str | None, typer.Option(help="Of a Ray cluster that runs already: auto, or host:port.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the cells and how long they will take.")
+    ] = False,
+) -> None:
+    """Compare policies on one subject: a resumable sweep, tables and plots.
+
+    Nothing that has finished is lost, however a run ends: the same command goes on.
+    """
+    from kvpolicy.lab.outputs import write_outputs
+    from kvpolicy.lab.runner import prepare, run
+
+    sys.path.insert(0, os.getcwd())  # modules of the user's own
+    given = {
+        "subject": subject,
+        "policies": policies,
+        "budgets": budgets,
+        "seeds": seeds,
+        "set": set_,
+        "option": option,
+        "metrics": metrics,
+    }
+    wanted = _plan(plan, {name: value for name, value in given.items() if value})
+    runs_on = make_executor(executor, workers, threads, address)
+    prepared = prepare(wanted)
+    if dry_run:
+        _dry_run(prepared, out, runs_on, threads)
+        return
+    _say_left_out(prepared.left_out)
+    main = next((metric for metric in prepared.metrics if metric.better is not None), None)
+    try:
+        with progress_for(main, runs_on.workers, console) as progress:
+            folder = run(prepared, out, runs_on, threads, progress)
+    except KeyboardInterrupt:
+        _note(
+            f"stopped: {progress.count} of {progress.total} cells are finished and safe in {out}; "
+            f"the same command goes on from there"
+        )
+        raise SystemExit(130) from None
+    if progress.count:
+        chosen = {metric.name for metric in prepared.metrics}
+        own = [metric for metric in prepared.subject.metrics if metric.name in chosen]
+        names = {metric.name for metric in own}
+        every = [*own, *(metric for metric in prepared.metrics if metric.name not in names)]
+        _, files = write_outputs(folder, every)
+        for file in files:
+            if file.suffix != ".svg":
+                _note(f"wrote {file}")
+    if progress.failures:
+        for failure in progress.failures:
+            where = out / "failures" / f"{failure.id}.json"
+            _note(f"failed: {failure.cell.label}: {failure.error} (traceback: {where})")
+        _note("the same command tries failed cells again")
+        raise SystemExit(1)
+
+
+def _plan(file: Path | None, given: dict[str, Any]) -> Plan:
+    """The plan of a file, or of options.
+
+    Raises:
+        ParameterError: both are given, or too little, or an option can't be read.
+    """
+    if file is not None:
+        if given:
+            raise ParameterError(
+                f"--plan says what is compared; it does not go together with --{next(iter(given))}"
+            )
+        return read_plan(file)
+    for name in ("subject", "policies"):
+        if name not in given:
+            raise ParameterError(f"--{name} is missing (or --plan with a file that says it)")
+    grids = _grids(given.get("set", []))
+    names = _split(given["policies"])
+    for name in grids:
+        if name not in names:
+            raise ParameterError(
+                f"--set {name}.…: policy {name!r} is not among --policies; "
+                f"{near_matches(name, names)}"
+            )
+    fields: dict[str, Any] = {
+        "subject": given["subject"],
+        "policies": [PolicyPlan(name=name, parameters=grids.get(name, {})) for name in names],
+        "options": dict(_pair(text, "--option", "images=100") for text in given.get("option", [])),
+    }
+    for name in ("budgets", "metrics"):
+        if name in given:
+            fields[name] = _split(given[name])
+    if "seeds" in given:
+        fields["seeds"] = [_number(text) for text in _split(given["seeds"])]
+    return Plan(**fields)
+
+
+def _grids(texts: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """``linear.recent_lines=1,2`` as ``{"linear": {"recent_lines": [1, 2]}}``."""
+    grids: dict[str, dict[str, Any]] = {}
+    for text in texts:
+        name, equals, values = text.partition("=")
+        policy, dot, parameter = name.rpartition(".")
+        if not (equals and dot and policy and parameter and values):
+            raise ParameterError(f"--set {text!r} is not like linear.recent_lines=1,2")
+        found = [_value(value) for value in values.split(",")]
+        grids.setdefault(policy, {})[parameter] = found if len(found) > 1 else found[0]
+    return grids
+
+
+def _pair(text: str, option: str, example: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not (name and equals and value):
+        raise ParameterError(f"{option} {text!r} is not like {example}")
+    return name, _value(value)
+
+
+def _value(text: str) -> Any:
+    """A number, true, false or null where the text is one; the text itself otherwise."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def _number(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ParameterError(f"--seeds: {text!r} is not a whole number") from None
+
+
+def _split(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _note(text: str) -> None:
+    """For people: never among the lines that programs read."""
+    typer.echo(text, err=not console.is_terminal)
+
+
+def _say_left_out(left_out: Sequence[Any]) -> None:
+    for item in left_out:
+        _note(f"left out: {item.label} at {item.budget}: {item.reason}")
+
+
+def _dry_run(prepared: Any, out: Path, executor: Executor, threads: int) -> None:
+    """Print every cell and an estimate of the time."""
+    from kvpolicy.lab.estimate import estimate_seconds
+
+    seconds, source = estimate_seconds(prepared, out, threads)
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    for heading in ("policy", "budget", "seed", "cell", ""):
+        table.add_column(heading, no_wrap=heading != "cell")
+    for cell in prepared.cells:
+        state = "finished" if seconds.get(cell.id) == 0 else ""
+        table.add_row(cell.label, cell.budget or "all", str(cell.seed), cell.id, state)
+    console.print(table)
+    _say_left_out(prepared.left_out)
+    waiting = sum(1 for cell in prepared.cells if seconds.get(cell.id) != 0)
+    text = f"{len(prepared.cells)} cells, {waiting} to be measured"
+    if source is None:
+        text += "; how long it takes can't be said: the subject has no estimate()"
+    else:
+        workers = max(1, min(executor.workers, waiting))
+        total = sum(seconds.values()) / workers
+        text += f"; about {spell_seconds(total)} with {workers} at a time ({source})"
+    console.print(text, highlight=False)
