@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from kvpolicy import CacheStats, ParameterError, RasterLayout
 from kvpolicy.lab.subject import Measurement, Metric
@@ -58,6 +59,8 @@ class Toy:
         time.sleep(self.seconds)
         if self.broken == key and not Path(self.mark).exists():
             raise ParameterError("this cell is broken until the mark is there")
+        if self.kill == key + "!":
+            os.kill(os.getpid(), signal.SIGKILL)
         if self.kill == key and not Path(self.mark).exists():
             Path(self.mark).touch()
             os.kill(os.getpid(), signal.SIGKILL)
@@ -89,7 +92,7 @@ class Toy:
                 "bits": 1 + noise + loss + 0.001 * own,
                 "item": np.arange(self.items) + seed * self.items,
                 "drawn": drawn,
-                "torch": np.array([__import__("torch").rand(()).item()]),
+                "torch": np.array([torch.rand(()).item()]),
             },
             stats=stats,
             figures={"speed": 1 / (time.perf_counter() + 1)},

@@ -15,7 +15,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, NullFormatter, ScalarFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from kvpolicy.lab.comparison import Entry, Estimate
 from kvpolicy.lab.subject import MetricInfo
@@ -57,21 +57,23 @@ def quality_against_bytes(entries: Sequence[Entry], metrics: Sequence[MetricInfo
 def pareto(entries: Sequence[Entry], metric: MetricInfo) -> Figure:
     """Main metric against bytes: who is beaten by nobody that takes no more.
 
-    Entries behind the front are faint; the front is a line of steps, each corner named.
+    The front is a line of steps through filled marks; entries behind it are hollow. Where every
+    entry can be compared with the full cache, the plot shows the difference to it.
     """
-    points = [
-        (_kilobytes(entry), entry.findings[metric.name].estimate, entry)
-        for entry in entries
-        if metric.name in entry.findings
-    ]
+    evicting = [entry for entry in entries if metric.name in entry.findings and not entry.is_full]
+    as_loss = all(entry.findings[metric.name].difference for entry in evicting)
+    points = []
+    for entry in evicting:
+        finding = entry.findings[metric.name]
+        points.append((_kilobytes(entry), finding.difference or finding.estimate, entry))
     sign = -1 if metric.better == "higher" else 1
     front: list[tuple[float, Estimate, Entry]] = []
     for point in sorted(points, key=lambda p: (p[0], sign * p[1].value)):
         if not front or sign * point[1].value < sign * front[-1][1].value:
             front.append(point)
-    styles = _styles(entries)
+    styles = _styles(evicting)
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(5.6, 3.9), layout="constrained")
+        figure = Figure(figsize=(5.8, 3.7), layout="constrained")
         axes = figure.add_subplot()
         on_front = [point[2] for point in front]
         for size, estimate, entry in points:
@@ -85,23 +87,25 @@ def pareto(entries: Sequence[Entry], metric: MetricInfo) -> Figure:
                 marker=marker,
                 markersize=6.5 if is_best else 5,
                 markerfacecolor=colour if is_best else "white",
-                alpha=1 if is_best else 0.6,
                 linestyle="none",
                 linewidth=0.9,
+                capsize=2,
                 zorder=3 if is_best else 2,
             )
         axes.step(
             [p[0] for p in front],
             [p[1].value for p in front],
             where="post",
-            color="0.55",
-            linewidth=1.2,
+            color="0.6",
+            linewidth=1.4,
             zorder=1,
         )
-        _scale(axes, [_kilobytes(e) for e in entries], [p[1].value for p in points])
-        axes.set_xlabel("cache of one sequence, with overhead (kB)")
-        axes.set_ylabel(_axis(metric))
-        axes.set_title("Pareto front: nobody does better with as few bytes")
+        _scale(axes, [p[0] for p in points], [p[1].value for p in points])
+        full = next((_kilobytes(entry) for entry in entries if entry.is_full), None)
+        there = "" if full is None else f"; the full cache takes {full:,.0f}"
+        axes.set_xlabel(f"cache of one sequence, with overhead (kB{there})")
+        axes.set_ylabel(_axis(metric, as_loss=as_loss))
+        axes.set_title("What is lost for the bytes saved, and the Pareto front")
         _legend(figure, styles, "filled: on the front")
     return figure
 
@@ -152,16 +156,8 @@ def _draw(
             if entry.is_full:
                 if not as_loss:
                     value = finding.estimate.value
-                    axes.axhline(value, color="0.35", linewidth=1, linestyle=(0, (1, 1)))
-                    axes.annotate(
-                        "full cache",
-                        (1, value),
-                        xycoords=("axes fraction", "data"),
-                        ha="right",
-                        va="bottom",
-                        size=7,
-                        color="0.35",
-                    )
+                    colour, _, line = styles[label]
+                    axes.axhline(value, color=colour, linewidth=1, linestyle=line)
                     every.append(value)
                 continue
             estimate = finding.difference if as_loss else finding.estimate
@@ -195,6 +191,8 @@ def _scale(axes: Axes, sizes: Sequence[float], values: Sequence[float]) -> None:
     """Logarithms where figures differ by more than a factor of eight; ticks where budgets are."""
     if values and min(values) > 0 and max(values) / min(values) > 8:
         axes.set_yscale("log")
+        decades = np.log10(max(values) / min(values))
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 2.5 else (1,)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
     if sizes and max(sizes) / min(sizes) > 1.5:
@@ -204,7 +202,6 @@ def _scale(axes: Axes, sizes: Sequence[float], values: Sequence[float]) -> None:
             if not ticks or size / ticks[-1] > (max(sizes) / min(sizes)) ** 0.12:
                 ticks.append(size)
         axes.set_xticks(ticks)
-        axes.xaxis.set_major_formatter(ScalarFormatter())
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f}"))
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.xaxis.set_tick_params(which="minor", size=0)
@@ -229,7 +226,7 @@ def _styles(entries: Sequence[Entry]) -> dict[str, tuple[str, str, Any]]:
     styles = dict(zip(labels, looks, strict=False))
     for entry in entries:
         if entry.is_full:
-            styles[entry.label] = ("#000000", "*", ":")
+            styles[entry.label] = ("#000000", "", (0, (1, 1)))
     return styles
 
 
@@ -257,9 +254,10 @@ def _legend(figure: Figure, styles: dict[str, tuple[str, str, Any]], remark: str
     legend.get_title().set_color("0.4")
 
 
-def _axis(metric: MetricInfo) -> str:
-    arrow = {"lower": "lower is better", "higher": "higher is better", None: ""}[metric.better]
-    return f"{metric.label} ({arrow})" if arrow else metric.label
+def _axis(metric: MetricInfo, *, as_loss: bool) -> str:
+    what = f"{metric.label}: difference to full" if as_loss else metric.label
+    arrow = {"lower": "↓ lower is better", "higher": "↑ higher is better", None: ""}[metric.better]
+    return f"{what[:1].upper()}{what[1:]}\n{arrow}"
 
 
 def _tokens(entry: Entry) -> float:

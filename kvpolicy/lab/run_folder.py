@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
 from kvpolicy.errors import ParameterError
 from kvpolicy.lab.files import UNFINISHED, whole_folder, write_whole
@@ -301,12 +301,10 @@ class RunFolder:
         if folder.exists():
             return  # finished before: what stands is kept
         with whole_folder(folder) as fresh:
-            save_file(
-                {name: np.ascontiguousarray(array) for name, array in scores.items()},
-                fresh / "scores.safetensors",
-            )
+            # Written by us and not by safetensors, whose error on a full disk is no OSError.
+            (fresh / "scores.safetensors").write_bytes(_pack(scores))
             if images is not None:
-                save_file({"images": np.ascontiguousarray(images)}, fresh / "images.safetensors")
+                (fresh / "images.safetensors").write_bytes(_pack({"images": images}))
             if trace is not None:
                 (fresh / "trace.safetensors").write_bytes(trace)
             (fresh / "cell.json").write_text(record.text(), encoding="utf-8")
@@ -360,6 +358,10 @@ def open_run(path: Path | str) -> RunFolder:
     if not (path / "plan.json").exists():
         raise ParameterError(f"{path} is not the folder of a run: it has no plan.json")
     return RunFolder(path)
+
+
+def _pack(arrays: Mapping[str, NDArray[Any]]) -> bytes:
+    return save({name: np.ascontiguousarray(array) for name, array in arrays.items()})
 
 
 def _read(kind: type[Model], path: Path) -> Model:

@@ -230,14 +230,7 @@ def load_subject(name: str, options: Mapping[str, Any] | None = None) -> Subject
     maker = load_object("subject", name) if is_path(name) else SUBJECTS.get(name)
     if not callable(maker):
         raise ParameterError(f"subject {name!r} is {maker!r}, not a class or function")
-    signature = inspect.signature(maker)
-    takes_all = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
-    for option in options:
-        if option not in signature.parameters and not takes_all:
-            raise ParameterError(
-                f"subject {name!r} has no option {option!r}; "
-                f"{near_matches(option, signature.parameters)}"
-            )
+    _check_options(name, maker, options)
     subject = maker(**options)
     if not isinstance(subject, Subject):
         needed = ("name", "layout", "num_layers", "metrics", "measure")
@@ -249,3 +242,17 @@ def load_subject(name: str, options: Mapping[str, Any] | None = None) -> Subject
             f"subject {name!r}: its metrics must have different names, not {names}"
         )
     return subject
+
+
+def _check_options(name: str, maker: Callable[..., Any], options: Mapping[str, Any]) -> None:
+    try:
+        takes = inspect.signature(maker).parameters
+    except (TypeError, ValueError):  # some things built in do not say what they take
+        return
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values()):
+        return
+    for option in options:
+        if option not in takes:
+            raise ParameterError(
+                f"subject {name!r} has no option {option!r}; {near_matches(option, takes)}"
+            )
