@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from kvpolicy.commands.ablate import ablate
 from kvpolicy.commands.bench import bench
+from kvpolicy.commands.check import check
 from kvpolicy.commands.demo import demo
 from kvpolicy.commands.list_policies import list_policies
 from kvpolicy.errors import KVPolicyError
@@ -24,6 +26,7 @@ app.command("list")(list_policies)
 app.command("demo")(demo)
 app.command("bench")(bench)
 app.command("ablate")(ablate)
+app.command("check")(check)
 
 
 def main() -> None:
@@ -31,5 +34,7 @@ def main() -> None:
     try:
         app()
     except KVPolicyError as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False, markup=True)
+        # What the user gave is in the message: it is text, and no markup.
+        said = Text.assemble(("error:", "bold red"), f" {error}")
+        Console(stderr=True).print(said, highlight=False, soft_wrap=True)
         raise SystemExit(2) from None

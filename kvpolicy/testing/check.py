@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import seed as seeded
@@ -14,7 +15,22 @@ from kvpolicy.testing.failure import PolicyCheckError
 from kvpolicy.testing.invariants import INVARIANTS, Case, Invariant, applicable
 from kvpolicy.testing.streams import Stream, streams
 
-__all__ = ["check_policy", "find_violation"]
+__all__ = ["Outcome", "check_each", "check_policy", "find_violation", "on_streams"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of holding a policy to one invariant.
+
+    Attributes:
+        invariant: the invariant.
+        streams: how many streams were tried, up to the one that shows a violation.
+        violation: on the smallest stream that was found; None where the invariant holds.
+    """
+
+    invariant: Invariant
+    streams: int
+    violation: PolicyCheckError | None = None
 
 
 def check_policy(
@@ -47,6 +63,74 @@ def check_policy(
             smallest stream found that shows it, and what the policy did at which step.
         ParameterError: ``policy`` is not a policy, or an invariant is unknown.
     """
+    checked = _chosen(policy, invariants)
+    found = find_violation(policy, checked, examples=examples, seed=seed)
+    if found is None:
+        return
+    raise _smallest(policy, found, examples, seed)
+
+
+def check_each(
+    policy: EvictionPolicy,
+    *,
+    examples: int = 50,
+    seed: int = 0,
+    invariants: Sequence[str] | None = None,
+    on_stream: Callable[[], object] | None = None,
+) -> tuple[Outcome, ...]:
+    """Hold a policy to every invariant, and tell of each what came of it.
+
+    Unlike :func:`check_policy` it goes on after a violation: the other invariants are checked too.
+    A stream on which the policy raises counts for the invariant ``runs`` alone.
+
+    Args:
+        policy: the policy.
+        examples: how many streams to try.
+        seed: of the streams.
+        invariants: names of those to check; by default all that apply.
+        on_stream: called after each stream.
+
+    Raises:
+        ParameterError: ``policy`` is not a policy, or an invariant is unknown.
+    """
+    checked = _chosen(policy, invariants)
+    tried = {invariant.name: 0 for invariant in checked}
+    found: dict[str, PolicyCheckError] = {}
+
+    def attempt(stream: Stream) -> None:
+        case = Case(policy, stream)
+        for invariant in checked:
+            if invariant.name in found:
+                continue
+            try:
+                invariant(case)
+            except PolicyCheckError as error:
+                # A policy that raises breaks "runs", whichever check it was that drove it.
+                if error.invariant == invariant.name:
+                    tried[invariant.name] += 1
+                    found[invariant.name] = error
+                elif error.invariant in tried:
+                    found.setdefault(error.invariant, error)
+            else:
+                tried[invariant.name] += 1
+        if on_stream is not None:
+            on_stream()
+
+    on_streams(policy, attempt, examples=examples, seed=seed)
+    return tuple(
+        Outcome(
+            invariant,
+            tried[invariant.name],
+            _smallest(policy, found[invariant.name], examples, seed)
+            if invariant.name in found
+            else None,
+        )
+        for invariant in checked
+    )
+
+
+def _chosen(policy: EvictionPolicy, invariants: Sequence[str] | None) -> list[Invariant]:
+    """The invariants to check, after refusing what is no policy and what is no invariant."""
     if not isinstance(policy, EvictionPolicy):
         raise ParameterError(
             f"check_policy: {policy!r} is not an EvictionPolicy (give an instance)"
@@ -56,18 +140,22 @@ def check_policy(
             raise ParameterError(
                 f"no invariant is called {name!r}; {near_matches(name, INVARIANTS)}"
             )
-    checked = [
+    return [
         invariant
         for invariant in applicable(policy)
         if invariants is None or invariant.name in invariants
     ]
-    found = find_violation(policy, checked, examples=examples, seed=seed)
-    if found is None:
-        return
-    # Look again for this invariant alone, so that shrinking does not slip to another one.
-    blamed = [invariant for invariant in checked if invariant.name == found.invariant]
-    smallest = find_violation(policy, blamed, examples=examples, seed=seed, shrink=True)
-    raise smallest or found
+
+
+def _smallest(
+    policy: EvictionPolicy, found: PolicyCheckError, examples: int, seed: int
+) -> PolicyCheckError:
+    """The same violation on the smallest stream that shows it.
+
+    Looks for this invariant alone, so that shrinking does not slip to another one.
+    """
+    blamed = [INVARIANTS[found.invariant]]
+    return find_violation(policy, blamed, examples=examples, seed=seed, shrink=True) or found
 
 
 def find_violation(
@@ -89,6 +177,37 @@ def find_violation(
         reclaim: one way to reclaim; both by default.
         shrink: whether to look for a smaller stream that shows the violation too.
     """
+
+    def attempt(stream: Stream) -> None:
+        case = Case(policy, stream)
+        for invariant in invariants:
+            invariant(case)
+
+    return on_streams(policy, attempt, examples=examples, seed=seed, reclaim=reclaim, shrink=shrink)
+
+
+def on_streams(
+    policy: EvictionPolicy,
+    attempt: Callable[[Stream], None],
+    *,
+    examples: int,
+    seed: int = 0,
+    reclaim: Reclaim | None = None,
+    shrink: bool = False,
+) -> PolicyCheckError | None:
+    """Call ``attempt`` with generated streams that suit a policy, until it raises.
+
+    Args:
+        policy: the policy.
+        attempt: raises :class:`PolicyCheckError` on a stream that shows a violation.
+        examples: how many streams to try.
+        seed: of the streams.
+        reclaim: one way to reclaim; both by default.
+        shrink: whether to look for a smaller stream that shows the violation too.
+
+    Returns:
+        What ``attempt`` raised last, which is on the smallest stream; None if it never did.
+    """
     found: PolicyCheckError | None = None
 
     @seeded(seed)
@@ -102,18 +221,17 @@ def find_violation(
         suppress_health_check=list(HealthCheck),
     )
     @given(streams(policy, reclaim))
-    def attempt(stream: Stream) -> None:
+    def search(stream: Stream) -> None:
         nonlocal found
-        case = Case(policy, stream)
         try:
-            for invariant in invariants:
-                invariant(case)
+            attempt(stream)
         except PolicyCheckError as error:
+            error.shrunk = shrink
             found = error
             raise
 
     try:
-        attempt()
+        search()
     except Exception:
         # Hypothesis wraps what a policy that is not deterministic raises; `found` says it better.
         if found is None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
 
 from kvpolicy.cache import CacheStats, PolicyCache
+from kvpolicy.errors import KVPolicyError
 from kvpolicy.layer import LayerCache
 from kvpolicy.observer import AttentionObserver, AttentionReport, Need
 from kvpolicy.policy import CacheView, EvictionPolicy, ScoredPolicy
@@ -307,7 +310,7 @@ def drive(
         )
     tokens = stream.draw() if tokens is None else tokens
     trace = Trace(stream, tokens)
-    step = first = 0
+    step = first = at = 0
     try:
         cache = PolicyCache(
             policy,
@@ -344,10 +347,21 @@ def drive(
             "with any budget from min_budget up, every stream runs to its end.",
             repr(policy),
             stream,
-            f"step {step}, position {first}: {type(error).__name__}: {error}",
-            trace.story(0, 0, 0, step) if trace.snapshots else "",
+            f"step {step}, layer {at}, position {first}: {_told_of(error)}",
+            trace.story(at, 0, 0, step),
         ) from error
     return trace
+
+
+def _told_of(error: Exception) -> str:
+    """An error and where it was raised; those of kvpolicy say so themselves."""
+    told = f"{type(error).__name__}: {error}"
+    frames = traceback.extract_tb(error.__traceback__)
+    if isinstance(error, KVPolicyError) or not frames:
+        return told
+    last = frames[-1]
+    file = Path(last.filename).name
+    return f"{told} (raised in {last.name}, {file} line {last.lineno}: {last.line})"
 
 
 def _snapshot(layer: LayerCache, step: int) -> Snapshot:

@@ -22,6 +22,9 @@ class PolicyCheckError(KVPolicyError, AssertionError):
         stream: the stream that shows it.
         found: what was found, and where: step, layer, head, positions.
         story: what the policy did in the steps before, one line a step.
+
+    Attributes:
+        shrunk: whether a smaller stream that shows it was looked for.
     """
 
     def __init__(
@@ -33,12 +36,23 @@ class PolicyCheckError(KVPolicyError, AssertionError):
         self.stream = stream
         self.found = found
         self.story = story
+        self.shrunk = False
+        super().__init__(invariant, words, policy, stream, found, story)
+
+    def __str__(self) -> str:
+        """All that is known, from what must hold down to how to see it again."""
+        size = "smallest stream found" if self.shrunk else "stream"
         parts = [
-            f"{policy} breaks an invariant.",
-            f"Invariant {invariant!r}: {words}",
-            f"Found: {found}",
+            f"{self.policy} breaks an invariant.",
+            f"Invariant {self.invariant!r}: {self.words}",
+            f"Found: {self.found}",
+            f"On the {size}: {self.stream.words()}",
         ]
-        if story:
-            parts.append(f"What happened:\n{story}")
-        parts.append(f"Stream: {stream!r}")
-        super().__init__("\n".join(parts))
+        if self.story:
+            parts.append(f"What happened:\n{self.story}")
+        parts.append(f"Stream: {self.stream!r}")
+        parts.append(
+            f"To see it again: from kvpolicy.testing import *; "
+            f"INVARIANTS[{self.invariant!r}](Case(policy, stream))"
+        )
+        return "\n".join(parts)

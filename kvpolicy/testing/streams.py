@@ -8,6 +8,7 @@ and printable, so that a failure can be read, and repeated by pasting it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Literal, get_args
 
 import torch
@@ -92,6 +93,33 @@ class Stream:
             left -= size
         return sizes
 
+    def words(self) -> str:
+        """The scenario in a sentence."""
+        layout = self.layout
+        if isinstance(layout, RasterLayout):
+            ends = " and a line break" if layout.line_break else ""
+            where = f"an image of {layout.rows} lines of {_count(layout.cols, 'token')}{ends}"
+            if layout.suffix:
+                where += f", {_count(layout.suffix, 'token')} behind it"
+        else:
+            where = "a text" if layout.length is None else f"a text of {layout.length} tokens"
+            where += f" in lines of {layout.line_length}"
+        sizes = self.sizes()
+        calls = "one by one"
+        if max(sizes, default=1) > 1:
+            runs = [(size, len(list(group))) for size, group in groupby(sizes)]
+            calls = "in calls of " + ", ".join(
+                str(size) if times == 1 else f"{size} ({times} times)" for size, times in runs
+            )
+        return (
+            f"{where}, {layout.prefix} pinned; {_count(self.tokens, 'token')} come {calls}; budget "
+            f"{self.budget} a layer; {_count(self.layers, 'layer')}, batch {self.batch}, "
+            f"{_count(self.heads, 'KV head')} of {self.group} "
+            f"{'queries' if self.group > 1 else 'query'}, {self.dim} dims; {self.dtype}, attention "
+            f"{self.attention!r}; victims are reclaimed "
+            f"{'lazily' if self.reclaim == 'lazy' else 'eagerly'}"
+        )
+
     def draw(self, seed: int | None = None) -> Tokens:
         """Make the tensors; the same seed gives the same ones."""
         generator = torch.Generator().manual_seed(self.seed if seed is None else seed)
@@ -117,6 +145,10 @@ class Stream:
             values = torch.tensor([-64.0, -1.0, -0.0, 0.0, 1.0, 64.0])
             return values[torch.randint(len(values), size, generator=generator)]
         return torch.randn(size, generator=generator)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def _needs(policy: EvictionPolicy, layout: TokenLayout) -> int:

@@ -1,0 +1,72 @@
+"""``kvpolicy check``: does this policy hold?"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from kvpolicy.commands.console import console
+
+__all__ = ["check"]
+
+
+def check(
+    policy: Annotated[
+        str, typer.Argument(help="my_package.my_module:MyPolicy, or a name in the registry.")
+    ],
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="A parameter of the policy, e.g. recent_lines=1; repeatable."),
+    ] = None,
+    examples: Annotated[int, typer.Option(min=1, help="Streams to try.")] = 50,
+    seed: Annotated[int, typer.Option(min=0, help="Of the streams.")] = 0,
+    invariants: Annotated[
+        str | None, typer.Option(help="Only these, separated by commas; all if none.")
+    ] = None,
+) -> None:
+    """Hold a policy to every invariant, on generated streams.
+
+    Prints a line for each; what breaks one is shown on the smallest stream found. Exits with 1 if
+    any is broken.
+    """
+    from kvpolicy.testing import INVARIANTS, check_each, policy_named
+
+    sys.path.insert(0, os.getcwd())  # modules of the user's own
+    made = policy_named(policy, set_ or ())
+    names = [name.strip() for name in invariants.split(",")] if invariants else None
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("trying streams", total=examples)
+        outcomes = check_each(
+            made,
+            examples=examples,
+            seed=seed,
+            invariants=names,
+            on_stream=lambda: progress.advance(task),
+        )
+    console.print(f"{made!r}", markup=False, soft_wrap=True)
+    told = {outcome.invariant.name: outcome for outcome in outcomes}
+    for name in INVARIANTS:
+        if name not in told:
+            if names is None:
+                console.print(f"[dim]not asked  {name}: not of such a policy[/]", highlight=False)
+            continue
+        word = "[green]passed[/]   " if told[name].violation is None else "[bold red]failed[/]   "
+        tried = told[name].streams
+        if tried == 0:
+            word = "[yellow]not tried[/]"
+        streams = f"{tried} stream{'' if tried == 1 else 's'}"
+        console.print(f"{word}  {name} ({streams})", highlight=False)
+    failed = [outcome for outcome in outcomes if outcome.violation is not None]
+    for outcome in failed:
+        console.print(f"\n[bold]{escape(outcome.invariant.name)}[/]", highlight=False)
+        console.print(str(outcome.violation), markup=False, highlight=False, soft_wrap=True)
+    if failed:
+        console.print(f"\n{len(failed)} of {len(outcomes)} invariants are broken", highlight=False)
+        raise SystemExit(1)
+    console.print(f"all {len(outcomes)} invariants hold", highlight=False)
