@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from kvpolicy.kernels import decode
+
 __all__ = ["attend"]
 
 
@@ -46,6 +48,11 @@ def attend(
     group = query_heads // heads
     scale = 1 / math.sqrt(dim) if scale is None else scale
     plain = softcap is None and sinks is None
+    if plain and bias is None and (need_mass or visible is not None):
+        # With nothing to hide and nothing to observe, torch's own kernel has all it needs.
+        reported = decode(query, keys, values, scale, visible, need_mass)
+        if reported is not None:
+            return reported
     if not need_mass and plain and _fused_is_faster(query, group, visible):
         output = functional.scaled_dot_product_attention(
             query,
