@@ -382,6 +382,6 @@ def test_attention_that_never_comes_is_found_in_the_first_pass(llama, monkeypatc
     layout = kvpolicy.TextLayout()
     with (
         kvpolicy_adapters.attach(llama, policy="h2o", budget=8, layout=layout) as cache,
-        pytest.raises(ModelError, match="did not pass layer 0's keys on"),
+        pytest.raises(ModelError, match="keys of layer 0 never came to the policy's attention"),
     ):
         llama(prompt()[0], past_key_values=cache)

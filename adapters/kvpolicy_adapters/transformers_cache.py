@@ -48,15 +48,10 @@ class PolicyLayer(CacheLayerMixin):
         """Mark the new keys ``[B, H, T, D]`` for :func:`policy_attention`, and hand them back.
 
         Raises:
-            CacheStateError: the ``attach`` block that made the cache has ended.
             ModelError: the keys of the layer before never came to an attention function.
         """
         if self.layer.step is not None:  # traced by a compiler: begin_step has looked
             return _mark(key_states, self), value_states
-        if self.cache.closed:
-            raise CacheStateError(
-                "this cache's attach() block has ended; attach the model again for a new cache"
-            )
         self.cache.expect(self)
         return _mark(key_states, self), value_states
 
@@ -79,7 +74,16 @@ class PolicyLayer(CacheLayerMixin):
         return self.get_max_length()
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Masks are made by position: as long as the whole sequence, from 0."""
+        """Masks are made by position: as long as the whole sequence, from 0.
+
+        Raises:
+            CacheStateError: ``generate`` was given no more tokens than the cache has seen.
+        """
+        if query_length == 0:
+            raise CacheStateError(
+                f"this cache has seen {self.layer.seen} tokens, and the input has no others; "
+                f"reset() the cache for a new sequence, or pass the whole sequence so far and more"
+            )
         return self.layer.seen + query_length, 0
 
     def reset(self) -> None:
@@ -136,6 +140,8 @@ class TransformersCache(Cache):
         self.closed = False
         self.expected: PolicyLayer | None = None
         self._name = type(model).__name__
+        # The block holds the model, so its ids are not given to others while the cache is in use.
+        self._modules = frozenset(id(module) for module in model.modules())
         left_alone = policy_cache.stats().left_alone
         super().__init__(
             layers=[
@@ -151,12 +157,28 @@ class TransformersCache(Cache):
             ModelError: those of the layer before never arrived.
         """
         if self.expected is not None:
+            lost, self.expected = self.expected.layer.layer, None
             raise ModelError(
-                f"{self._name} did not pass layer {self.expected.layer.layer}'s keys on to "
-                f"transformers' attention interface as its cache gave them, so the policy never "
-                f"saw its attention; kvpolicy can't serve this model"
+                f"the keys of layer {lost} never came to the policy's attention: use this cache on "
+                f"the {self._name} that attach() was given, and on no other object; if that is so, "
+                f"{self._name} does not pass keys on to transformers' attention interface as its "
+                f"cache gives them, and kvpolicy can't serve it"
             )
         self.expected = layer
+
+    def check_owner(self, module: torch.nn.Module) -> None:
+        """Refuse an attention module of another model.
+
+        Raises:
+            CacheStateError: this cache was made for a model that has no such module.
+        """
+        if id(module) not in self._modules:
+            self.expected = None
+            raise CacheStateError(
+                f"this cache was made for another {self._name} object than the model it is used "
+                f"on (its {type(module).__name__} is not in it); attach() each model, and use the "
+                f"cache that its own block gives"
+            )
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -166,6 +188,10 @@ class TransformersCache(Cache):
         Raises:
             CacheStateError: the model has more layers than this cache, or its block has ended.
         """
+        if self.closed:
+            raise CacheStateError(
+                "this cache's attach() block has ended; attach the model again for a new cache"
+            )
         if layer_idx >= len(self.layers):
             raise CacheStateError(
                 f"this cache was made for a model of {len(self.layers)} layers, and is used on one "
@@ -239,6 +265,7 @@ def policy_attention(
             sinks=kwargs.get("s_aux"),
         )
         return step.attend(query, key, value, terms).transpose(1, 2).contiguous(), None
+    layer.cache.check_owner(module)
     visible, bias = attention_mask, kwargs.get("position_bias")
     if visible is not None and visible.dtype != torch.bool:
         # An additive mask hides with the lowest number, and may carry a bias besides (ALiBi).
