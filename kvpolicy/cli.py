@@ -11,6 +11,7 @@ from kvpolicy.commands.bench import bench
 from kvpolicy.commands.check import check
 from kvpolicy.commands.demo import demo
 from kvpolicy.commands.list_policies import list_policies
+from kvpolicy.commands.tune import tune
 from kvpolicy.errors import KVPolicyError
 
 __all__ = ["app", "main"]
@@ -27,6 +28,7 @@ app.command("demo")(demo)
 app.command("bench")(bench)
 app.command("ablate")(ablate)
 app.command("check")(check)
+app.command("tune")(tune)
 
 
 def main() -> None:

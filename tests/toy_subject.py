@@ -30,6 +30,8 @@ class Toy:
         mark: str = "",
         items: int = 20,
         kill: str = "",
+        optimum: int = 0,
+        repeat: bool = False,
     ) -> None:
         self.layout = RasterLayout(rows=16, cols=16, prefix=1)
         self.num_layers = 2
@@ -46,6 +48,7 @@ class Toy:
         )
         self.diary, self.seconds, self.items = diary, seconds, items
         self.broken, self.mark, self.kill = broken, mark, kill
+        self.optimum, self.repeat = optimum, repeat
 
     def write(self, *words: object) -> None:
         if self.diary:
@@ -74,6 +77,8 @@ class Toy:
         loss = (
             0.0 if key == "full" else {"random": 0.5}.get(key, 0.0) + (1 - share) * len(key) / 100
         )
+        if self.optimum:
+            loss += abs(getattr(setting.policy, "anchors", self.optimum) - self.optimum) / 100
         drawn = np.random.default_rng(seed).normal(size=(self.items, 3)) * (1 + loss)
         images = np.random.default_rng(seed).integers(0, 255, (4, 8, 8), np.uint8)
         stats = CacheStats(
@@ -90,7 +95,7 @@ class Toy:
         return Measurement(
             arrays={
                 "bits": 1 + noise + loss + 0.001 * own,
-                "item": np.arange(self.items) + seed * self.items,
+                "item": np.arange(self.items) + seed * self.items * (not self.repeat),
                 "drawn": drawn,
                 "torch": np.array([torch.rand(()).item()]),
             },

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from kvpolicy.commands.arguments import pair, split, value_of, whole_number
 from kvpolicy.commands.console import console
 from kvpolicy.commands.progress import progress_for, spell_seconds
 from kvpolicy.errors import ParameterError, near_matches
@@ -147,7 +147,7 @@ def _plan(file: Path | None, given: dict[str, Any]) -> Plan:
         if name not in given:
             raise ParameterError(f"--{name} is missing (or --plan with a file that says it)")
     grids = _grids(given.get("set", []))
-    names = _split(given["policies"])
+    names = split(given["policies"])
     for name in grids:
         if name not in names:
             raise ParameterError(
@@ -157,13 +157,13 @@ def _plan(file: Path | None, given: dict[str, Any]) -> Plan:
     fields: dict[str, Any] = {
         "subject": given["subject"],
         "policies": [PolicyPlan(name=name, parameters=grids.get(name, {})) for name in names],
-        "options": dict(_pair(text, "--option", "images=100") for text in given.get("option", [])),
+        "options": dict(pair(text, "--option", "images=100") for text in given.get("option", [])),
     }
     for name in ("budgets", "metrics"):
         if name in given:
-            fields[name] = _split(given[name])
+            fields[name] = split(given[name])
     if "seeds" in given:
-        fields["seeds"] = [_number(text) for text in _split(given["seeds"])]
+        fields["seeds"] = [whole_number(text, "--seeds") for text in split(given["seeds"])]
     return Plan(**fields)
 
 
@@ -175,35 +175,9 @@ def _grids(texts: Sequence[str]) -> dict[str, dict[str, Any]]:
         policy, dot, parameter = name.rpartition(".")
         if not (equals and dot and policy and parameter and values):
             raise ParameterError(f"--set {text!r} is not like linear.recent_lines=1,2")
-        found = [_value(value) for value in values.split(",")]
+        found = [value_of(value) for value in values.split(",")]
         grids.setdefault(policy, {})[parameter] = found if len(found) > 1 else found[0]
     return grids
-
-
-def _pair(text: str, option: str, example: str) -> tuple[str, Any]:
-    name, equals, value = text.partition("=")
-    if not (name and equals and value):
-        raise ParameterError(f"{option} {text!r} is not like {example}")
-    return name, _value(value)
-
-
-def _value(text: str) -> Any:
-    """A number, true, false or null where the text is one; the text itself otherwise."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return text
-
-
-def _number(text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise ParameterError(f"--seeds: {text!r} is not a whole number") from None
-
-
-def _split(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def _note(text: str) -> None:

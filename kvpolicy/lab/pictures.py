@@ -40,7 +40,8 @@ def contact_sheet(
         The figure; ``figure.savefig(path, dpi=200)`` writes it.
     """
     columns = len(column_names)
-    cell, left, top = 0.72, 1.45, 0.62
+    cell, top = 0.72, 0.62
+    left = max(1.45, 0.2 + 0.068 * max(len(name) for name, _, _ in rows))
     size = (left + columns * cell + 0.1, top + len(rows) * cell + 0.1)
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=size)

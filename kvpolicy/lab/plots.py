@@ -105,7 +105,7 @@ def pareto(entries: Sequence[Entry], metric: MetricInfo) -> Figure:
         there = "" if full is None else f"; the full cache takes {full:,.0f}"
         axes.set_xlabel(f"cache of one sequence, with overhead (kB{there})")
         axes.set_ylabel(_axis(metric, as_loss=as_loss))
-        axes.set_title("What is lost for the bytes saved, and the Pareto front")
+        axes.set_title("Loss against bytes, and the Pareto front")
         _legend(figure, styles, "filled: on the front")
     return figure
 

@@ -274,11 +274,19 @@ class RunFolder:
         """Whether the cell has finished."""
         return (self.path / "cells" / cell.id / "cell.json").exists()
 
+    def get(self, cell: Cell) -> FinishedCell:
+        """A finished cell.
+
+        Raises:
+            ParameterError: it has not finished.
+        """
+        return FinishedCell(self.path / "cells" / cell.id)
+
     def finished(self) -> Iterator[FinishedCell]:
         """Every finished cell, in the plan's order."""
         for cell in self.plan.cells():
             if self.has(cell):
-                yield FinishedCell(self.path / "cells" / cell.id)
+                yield self.get(cell)
 
     def failures(self) -> list[Failure]:
         """Every cell that has failed and not finished since, in the plan's order."""

@@ -22,7 +22,7 @@ from kvpolicy.lab.subject import MetricInfo, Subject
 from kvpolicy.lab.worker import STANDARD, Measured, Task, subject_of
 from kvpolicy.layout import RasterLayout
 
-__all__ = ["Prepared", "Watcher", "prepare", "run"]
+__all__ = ["Prepared", "Watcher", "alone", "prepare", "run", "writing"]
 
 
 class Watcher(Protocol):
@@ -141,9 +141,9 @@ def run(
         ParameterError: the folder holds another plan, or something else.
         RunFolderError: it can't be written, or another run is at work in it.
     """
-    with _alone(path):
+    with alone(path):
         environment = find_environment(prepared.subject, executor, threads)
-        with _writing(path):
+        with writing(path):
             folder = RunFolder.begin(path, prepared.plan)
             folder.describe(environment, prepared.describe())
             finished = [cell.record for cell in folder.finished()]
@@ -156,7 +156,7 @@ def run(
         # Closing the executor ends its workers, also when the disk is full or Ctrl-C was pressed.
         with closing(executor.run(tasks)) as outcomes:
             for task, outcome in outcomes:
-                with _writing(path):
+                with writing(path):
                     if isinstance(outcome, Measured):
                         folder.keep(outcome.record, outcome.scores, outcome.images, outcome.trace)
                         watcher.done(outcome.record)
@@ -167,7 +167,7 @@ def run(
 
 
 @contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def writing(path: Path) -> Iterator[None]:
     """Say what to do where the disk does not take more."""
     try:
         yield
@@ -181,9 +181,9 @@ def _writing(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _alone(path: Path) -> Iterator[None]:
+def alone(path: Path) -> Iterator[None]:
     """Keep a second run out of the folder; the system lets go of the lock when a process dies."""
-    with _writing(path):
+    with writing(path):
         path.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path / ".lock", blocking=False)
     try:
