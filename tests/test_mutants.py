@@ -599,6 +599,45 @@ def lets_mass_fade_by_reports_instead_of_queries(patch):
     return Hasty()
 
 
+@caught_by("reset")
+def keeps_its_observers_when_reset(patch):
+    whole = LayerCache._watch
+
+    def watch(self, shape):
+        kept = getattr(self, "kept", None)
+        whole(self, shape)
+        if kept is not None:
+            for observer, old in zip(self.observers, kept, strict=False):
+                if old.mass.shape == observer.mass.shape:
+                    observer.mass = old.mass
+        self.kept = self.observers
+
+    patch.setattr(LayerCache, "_watch", watch)
+    return H2O()
+
+
+@caught_by("reorder")
+def leaves_observers_behind_when_a_batch_is_reordered(patch):
+    def select_batch(self, index):
+        self.store.select_batch(index)
+        if self.queue is not None:
+            self.queue = self.queue.index_select(0, index)
+
+    patch.setattr(LayerCache, "select_batch", select_batch)
+    return H2O()
+
+
+@caught_by("reorder")
+def forgets_its_queue_when_a_batch_is_reordered(patch):
+    def select_batch(self, index):
+        self.store.select_batch(index)
+        for observer in self.observers:
+            observer.mass = observer.mass.index_select(0, index)
+
+    patch.setattr(LayerCache, "select_batch", select_batch)
+    return Linear(**SMALL_LINEAR)
+
+
 @caught_by("stats")
 def understates_its_peak(patch):
     patch.setattr(LayerCache, "_held", lambda self: self.layout.prefix + self.budget // 2)

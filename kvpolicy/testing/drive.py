@@ -287,8 +287,10 @@ def drive(
     tokens: Tokens | None = None,
     calls: tuple[int, ...] | None = None,
     budget: int | None = None,
+    used: Tokens | None = None,
+    reorder: tuple[int, Tensor] | None = None,
 ) -> Trace:
-    """Run a policy through a stream, with a fresh cache.
+    """Run a policy through a stream.
 
     Args:
         policy: the policy.
@@ -296,6 +298,9 @@ def drive(
         tokens: other tensors than the stream's own, of the same shapes.
         calls: other call sizes than the stream's own.
         budget: another budget than the stream's own.
+        used: what the cache has held before it was reset; by default it is a new one.
+        reorder: before which step the batch is reordered, and the sequences that take each place,
+            int64 ``[B]``; one may come twice.
 
     Raises:
         PolicyCheckError: something raised on the way.
@@ -320,12 +325,18 @@ def drive(
             reclaim=stream.reclaim,
         )
         trace.budgets = cache.stats().budgets
+        if used is not None:
+            _feed(cache, used, stream)
+            cache.reset()
         spies = [_Spy(policy, layer, trace) for layer in cache.layers]
         for layer, spy in zip(cache.layers, spies, strict=True):
             layer.policy = cast(EvictionPolicy, spy)
         outputs: list[list[Tensor]] = [[] for _ in spies]
         for step, size in enumerate(stream.sizes()):
             part = slice(first, first + size)
+            if reorder is not None and reorder[0] == step:
+                cache.select_batch(reorder[1])
+                tokens = tokens.selected(reorder[1])
             for spy in spies:
                 at = spy.layer.layer
                 spy.step = step
@@ -351,6 +362,21 @@ def drive(
             trace.story(at, 0, 0, step),
         ) from error
     return trace
+
+
+def _feed(cache: PolicyCache, tokens: Tokens, stream: Stream) -> None:
+    """Bring a whole stream's tokens, and look at nothing."""
+    first = 0
+    for size in stream.sizes():
+        part = slice(first, first + size)
+        for at in range(stream.layers):
+            cache.attend(
+                at,
+                tokens.query[at, :, :, part],
+                tokens.key[at, :, :, part],
+                tokens.value[at, :, :, part],
+            )
+        first += size
 
 
 def _told_of(error: Exception) -> str:

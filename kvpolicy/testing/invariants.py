@@ -601,6 +601,54 @@ def _chunks(case: Case) -> None:
             )
 
 
+@_invariant("reset", "after reset() a cache is as good as new.")
+def _reset(case: Case) -> None:
+    other = case.stream.draw(_OTHER + case.stream.seed)
+    with _global_seed(0):
+        again = drive(case.policy, case.stream, used=other)
+    for layer in range(case.stream.layers):
+        differs = _first(case.trace.held[layer] != again.held[layer])
+        if differs is not None:
+            step, batch, head, position = differs
+            _fail(
+                again,
+                f"position {position} is treated otherwise in a cache that was used before",
+                layer=layer,
+                batch=batch,
+                head=head,
+                step=step,
+            )
+        if not torch.equal(_bits(case.trace.outputs[layer]), _bits(again.outputs[layer])):
+            _fail(again, "the output is another in a cache that was used before", layer=layer)
+
+
+@_invariant(
+    "reorder",
+    "a sequence that select_batch() moves, or repeats, goes on as if it had been there before.",
+)
+def _reorder(case: Case) -> None:
+    stream, steps = case.stream, len(case.stream.sizes())
+    if stream.batch == 1 or steps == 1:
+        return
+    # The last sequence moves to the front, the first one comes twice, one in the middle is lost.
+    index = torch.tensor([stream.batch - 1, *[0] * (stream.batch - 1)])
+    moved = drive(case.policy, stream, reorder=(steps // 2, index))
+    there = drive(case.policy, stream, tokens=case.trace.tokens.selected(index))
+    for layer in range(stream.layers):
+        differs = _first(moved.held[layer][steps // 2 :] != there.held[layer][steps // 2 :])
+        if differs is not None and _decisive(case):
+            step, batch, head, position = differs
+            _fail(
+                moved,
+                f"position {position} is treated otherwise after select_batch({index.tolist()}) "
+                f"before step {steps // 2}",
+                layer=layer,
+                batch=batch,
+                head=head,
+                step=step + steps // 2,
+            )
+
+
 @_invariant("round trip", "a policy is its parameters: frozen, and the same after JSON and back.")
 def _round_trip(case: Case) -> None:
     policy = case.policy

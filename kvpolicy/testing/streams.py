@@ -48,6 +48,10 @@ class Tokens:
     key: Tensor
     value: Tensor
 
+    def selected(self, index: Tensor) -> Tokens:
+        """Those of the sequences ``index``, int64 ``[B]``."""
+        return Tokens(self.query[:, index], self.key[:, index], self.value[:, index])
+
 
 @dataclass(frozen=True)
 class Stream:
@@ -105,15 +109,15 @@ class Stream:
             where = "a text" if layout.length is None else f"a text of {layout.length} tokens"
             where += f" in lines of {layout.line_length}"
         sizes = self.sizes()
-        calls = "one by one"
+        come, calls = "comes" if self.tokens == 1 else "come", "one by one"
         if max(sizes, default=1) > 1:
             runs = [(size, len(list(group))) for size, group in groupby(sizes)]
             calls = "in calls of " + ", ".join(
                 str(size) if times == 1 else f"{size} ({times} times)" for size, times in runs
             )
         return (
-            f"{where}, {layout.prefix} pinned; {_count(self.tokens, 'token')} come {calls}; budget "
-            f"{self.budget} a layer; {_count(self.layers, 'layer')}, batch {self.batch}, "
+            f"{where}, {layout.prefix} pinned; {_count(self.tokens, 'token')} {come} {calls}; "
+            f"budget {self.budget} a layer; {_count(self.layers, 'layer')}, batch {self.batch}, "
             f"{_count(self.heads, 'KV head')} of {self.group} "
             f"{'queries' if self.group > 1 else 'query'}, {self.dim} dims; {self.dtype}, attention "
             f"{self.attention!r}; victims are reclaimed "
