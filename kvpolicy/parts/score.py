@@ -75,8 +75,8 @@ class Recency(Score):
     """The more recent, the better."""
 
     def worth(self, view: CacheView) -> Tensor:
-        """Minus the age."""
-        return -view.age
+        """The position."""
+        return view.positions
 
 
 @register_part("short_keys")
