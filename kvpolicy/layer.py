@@ -50,6 +50,7 @@ class Pass:
     values: Tensor
     visible: Tensor | None
     bias: Tensor | None
+    positions: Tensor | None
 
 
 class LayerCache:
@@ -90,6 +91,8 @@ class LayerCache:
         self.bind = bind
         self.window = window
         self.lent = lent
+        # Whether the next call's weights will be asked for (:meth:`weights`).
+        self.watched = False
         # Where processes share a layer's heads, the index of the first one here.
         self.first_head = 0
         self.reset()
@@ -172,7 +175,7 @@ class LayerCache:
             done += run
             rows = terms.rows(part).places(slice(0, self.seen + run))
             outputs.append(self._run(query[:, :, part], key[:, :, part], value[:, :, part], rows))
-            if self.lent and run == 1 and done < count:
+            if (self.lent or self.watched) and run == 1 and done < count:
                 # The slots themselves: the next token of this call overwrites one.
                 latest = self.passes[-1]
                 self.passes[-1] = replace(
@@ -214,6 +217,46 @@ class LayerCache:
             done += each.queries
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
 
+    def weights(self, query: Tensor, terms: Terms) -> Tensor:
+        """What the newest call's queries gave to each position, evicted ones (zero) included.
+
+        Made on request by repeating the call, which ``watched`` must have announced, with values
+        that tell slots apart: the attention itself never gathers weights by query head.
+
+        Args:
+            query: ``[B, G * H, T, D]``, those of the newest call of :meth:`attend`.
+            terms: scale, soft cap and sinks.
+
+        Returns:
+            ``[B, G * H, T, seen]``, in the query's dtype.
+        """
+        weights = query.new_zeros(*query.shape[:3], self.seen)
+        done = 0
+        for each in self.passes:
+            assert each.positions is not None, "watched was not set"
+            rows = slice(done, done + each.queries)
+            done += each.queries
+            slots = torch.eye(each.keys.shape[2], dtype=query.dtype, device=query.device)
+            given = torch.cat(
+                [
+                    attend(
+                        query[:, :, rows],
+                        each.keys,
+                        slots[:, at : at + 128].expand(*each.keys.shape[:2], -1, -1),
+                        visible=each.visible,
+                        bias=each.bias,
+                        **terms.scoring(),
+                    )[0]
+                    # As wide as values usually are: kernels are made for that.
+                    for at in range(0, slots.shape[1], 128)
+                ],
+                dim=-1,
+            )
+            where = each.positions.clamp(min=0).unsqueeze(2)  # an empty slot is given nothing
+            where = where.repeat_interleave(query.shape[1] // each.keys.shape[1], dim=1)
+            weights[:, :, rows].scatter_add_(3, where.expand_as(given), given)
+        return weights
+
     def _attend(
         self,
         query: Tensor,
@@ -222,10 +265,21 @@ class LayerCache:
         terms: Terms,
         visible: Tensor | None,
         bias: Tensor | None,
+        held: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Attend over slots; ``visible`` and ``bias`` are by slot."""
-        if self.lent:
-            self.passes.append(Pass(query.shape[2], keys, values, visible, bias))
+        """Attend over slots; ``visible`` and ``bias`` are by slot.
+
+        Of the keys, the first lie in slots that hold the positions ``held``; the others, or all,
+        are new tokens in order.
+        """
+        if self.lent or self.watched:
+            places = None
+            if self.watched:
+                old = keys.new_empty(*keys.shape[:2], 0) if held is None else held
+                first = 0 if held is None else self.seen
+                new = torch.arange(keys.shape[2] - old.shape[2], device=keys.device) + first
+                places = torch.cat([old.long(), new.expand(*keys.shape[:2], -1)], dim=2)
+            self.passes.append(Pass(query.shape[2], keys, values, visible, bias, places))
         return attend(
             query,
             keys,
@@ -378,6 +432,7 @@ class LayerCache:
                 terms,
                 self._visible(terms.visible, positions),
                 None if terms.bias is None else by_slot(terms.bias, positions),
+                positions,
             )
         else:
             # Token i reclaims its slot when its turn comes, so the queries before it still see
@@ -395,6 +450,7 @@ class LayerCache:
                 terms,
                 seen_by,
                 bias,
+                store.positions[:, :, :before],
             )
             store.write(slots, key, value, self.seen)
             mass = None
@@ -583,6 +639,7 @@ class LayerCache:
                 rows,
                 allowed,
                 rows.bias,
+                None,
             )
             outputs.append(output)
             self._observe(mass, first, count - after)

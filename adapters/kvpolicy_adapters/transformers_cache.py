@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
+from transformers.utils import output_capturing
 
 from kvpolicy import CacheStateError, CacheStats, ModelError, PolicyCache
 from kvpolicy.layer import LayerCache
@@ -229,6 +230,17 @@ def _mark(key: Tensor, layer: PolicyLayer) -> Tensor:
     return marked
 
 
+def _collected() -> bool:
+    """Whether transformers is about to collect this call's weights.
+
+    A model need not pass on that it was asked for them (GPT-2 doesn't), and its configuration may
+    ask: transformers collects what attention returns, and keeps for what in a context variable.
+    """
+    collector = getattr(output_capturing, "_active_collector", None)
+    collected = None if collector is None else collector.get()
+    return collected is not None and "attentions" in collected
+
+
 def policy_attention(
     module: torch.nn.Module,
     query: Tensor,
@@ -237,7 +249,7 @@ def policy_attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Tensor | None]:
     """Attention of one layer under its policy, as transformers' attention interface calls it.
 
     Args:
@@ -247,11 +259,12 @@ def policy_attention(
         value: the new values ``[B, H, T, Dv]``.
         attention_mask: by position, bool (True = visible) or additive ``[B, 1, T, seen + T]``.
         scaling: factor of the scores.
-        kwargs: what else the model passes: ``softcap``, ``s_aux`` (learned sinks) and
-            ``position_bias`` are served.
+        kwargs: what else the model passes: ``softcap``, ``s_aux`` (learned sinks),
+            ``position_bias`` and ``output_attentions`` are served.
 
     Returns:
-        The output ``[B, T, Hq, Dv]`` and no weights.
+        The output ``[B, T, Hq, Dv]``, and the weights by position ``[B, Hq, T, seen]`` where they
+        are asked for: evicted tokens get zero.
 
     """
     layer = marked_layer(key)
@@ -279,9 +292,12 @@ def policy_attention(
         softcap=kwargs.get("softcap"),
         sinks=kwargs.get("s_aux"),
     )
+    asked = bool(kwargs.get("output_attentions")) or _collected()
     if layer.cache.expected is layer:
         layer.cache.expected = None
+        layer.layer.watched = asked
         output = layer.layer.attend(query, key, value, terms)
     else:
         output = layer.layer.attend_again(query, terms)
-    return output.transpose(1, 2).contiguous(), None
+    weights = layer.layer.weights(query, terms) if asked else None
+    return output.transpose(1, 2).contiguous(), weights
