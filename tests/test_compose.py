@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import random
+import re
 import shlex
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +18,8 @@ from kvpolicy.parts import Anchors, EachLine, Mass, RecentLines, WatchLine
 from kvpolicy.parts.named import KINDS, PARTS, read_part, spell_part
 from kvpolicy.policies import Compose
 from kvpolicy.testing import Stream, applicable, drive, find_violation
+
+ROOT = Path(__file__).parent.parent
 
 #: Every shipped policy that is a composition, in a few words; parameters small enough to evict.
 SPELLED = {
@@ -140,6 +144,22 @@ def test_a_composition_that_keeps_lines_is_held_to_line_locality():
     assert "line locality" not in held
 
 
+def test_the_page_says_what_shipped_policies_are_made_of():
+    page = (ROOT / "docs" / "compose.md").read_text(encoding="utf-8")
+    for name in SPELLED:
+        chosen = " | ".join(f"`{part}`" for _, part in compose(name).choices)
+        assert f"| `{name}` | {chosen} |" in page
+    for kind in KINDS:
+        (row,) = (line for line in page.splitlines() if line.startswith(f"| `{kind}` |"))
+        named = {part.partition(":")[0] for part in re.findall(r"`([^`]+)`", row)[1:]}
+        shipped = {
+            part
+            for part in available_parts(kind)
+            if PARTS[kind].get(part).__module__.startswith("kvpolicy.")
+        }
+        assert named == shipped
+
+
 def test_json_and_back():
     policy = compose("linear", observe="cumulative_mass", schedule="per_layer:1:2.5")
     again = Compose.model_validate_json(policy.model_dump_json())
@@ -183,9 +203,10 @@ WRONG = [
     ("compose/score=pooled:4/observe=line_mass", ParameterError, "kernel='4'", "odd"),
     ("compose/score=none", ParameterError, "names 0 parts", "one is needed"),
     ("compose/observe=line_mass+last_query", ParameterError, "names 2 parts"),
-    ("linear/score=mass/score=mass", ParameterError, "'score=mass'", "each once"),
+    ("linear/score=mass/score=mass", ParameterError, "says score= twice"),
     ("linear/score", UnknownNameError, "'linear/score'"),
-    ("linear/score=mass/decide", ParameterError, "'decide' must be one of"),
+    ("linear/score=mass/decide", ParameterError, "no score part is called 'mass/decide'"),
+    ("=", UnknownNameError, "no policy is called '='"),
     ("compose/protect=", ParameterError, "no protect part is called ''"),
     ("liner/score=mass", UnknownNameError, "'liner'", "did you mean 'linear'"),
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -57,3 +58,31 @@ def test_it_says_which_checkpoint_it_wants(name):
     words = SCRIPTS[name].read_text(encoding="utf-8").partition('"""\n\nfrom')[0]
     assert "Checkpoint: " in words
     assert "--tiny" in words
+
+
+def test_the_table_of_parts_is_the_examples():
+    """docs/compose.md shows what examples/which_part.py measures, row by row."""
+    script = (ROOT / "examples" / "which_part.py").read_text(encoding="utf-8")
+    rows = re.findall(r'^    "(.+)": "(linear.*)",$', script, re.MULTILINE)
+    page = (ROOT / "docs" / "compose.md").read_text(encoding="utf-8")
+    assert len(rows) >= 10
+    for change, spelled in rows:
+        assert f"| {change} | `{spelled}` |" in page
+
+
+@pytest.mark.slow
+def test_which_part_prints_its_table(tmp_path):
+    command = [sys.executable, str(ROOT / "examples" / "which_part.py")]
+    done = subprocess.run(
+        [*command, "--images", "2", "--rows", "2", "--markdown"],
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    heading, _, linear, changed = done.stdout.splitlines()
+    assert heading == "| changed | spelled | over the full cache | over `linear` |"
+    assert linear.startswith("| nothing: `linear` as it is | `linear` | ")
+    assert changed.startswith("| protect: no anchors | `linear/protect=lines:1` | ")

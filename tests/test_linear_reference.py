@@ -1,7 +1,9 @@
-"""``linear`` equals a slow, plain reference, position for position.
+"""``linear`` equals a slow, plain reading of LineAR (arXiv:2512.04857), position for position.
 
-The reference knows nothing of slots, tensors or observers: a head is a dict of positions to keys, a
-list of victims that are still visible, and a number of free places. Scores are sums of softmax
+The paper has no public code. What it describes (anchors, lines near the current one, and of the
+rest what the last finished line attended to, decided once a line) is written down here once more,
+for itself. It knows nothing of slots, tensors or observers: a head is a dict of positions to keys,
+a list of victims that are still visible, and a number of free places. Scores are sums of softmax
 probabilities in float64.
 """
 
