@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
@@ -143,16 +144,13 @@ def create(name: str, **parameters: Any) -> EvictionPolicy:
     """
     if not isinstance(name, str) or "=" not in name:
         return POLICIES.get(name)(**parameters)
-    base, *changes = name.split("/")
+    base, *changes = re.split(r"/(?=\w+=)", name)  # a value may have a slash, like a file's
     POLICIES.get(base)
     chosen: dict[str, str] = {}
     for change in changes:
-        kind, equals, part = change.partition("=")
-        if not equals or kind in chosen:
-            raise ParameterError(
-                f"policy {name!r}: {change!r} must be one of protect=..., observe=..., score=..., "
-                f"decide=..., schedule=..., each once"
-            )
+        kind, _, part = change.partition("=")
+        if kind in chosen:
+            raise ParameterError(f"policy {name!r} says {kind}= twice")
         chosen[kind] = part
     return POLICIES.get("compose")(base=create(base, **parameters), **chosen)
 
