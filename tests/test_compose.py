@@ -160,6 +160,20 @@ def test_the_page_says_what_shipped_policies_are_made_of():
         assert named == shipped
 
 
+def test_a_plan_takes_a_composition_by_its_spelling_or_by_its_parts():
+    pytest.importorskip("yaml", reason="plans need the lab's extra")
+    from kvpolicy.lab.named import make_policy
+    from kvpolicy.lab.plan import Plan
+
+    chosen = {"protect": "anchors:2+share:0.5", "observe": "cumulative_mass", "score": "mass"}
+    word = "h2o/protect=anchors:2+share:0.5"
+    plan = Plan(subject="fashion-ar", policies=[word, {"name": "compose", "parameters": chosen}])
+    made = [make_policy(cell.policy, cell.parameters) for cell in plan.cells()]
+    assert made == [create("full"), create(word), create(word)]
+    assert len({cell.id for cell in plan.cells()}) == 3
+    assert all("/" not in cell.id for cell in plan.cells())
+
+
 def test_json_and_back():
     policy = compose("linear", observe="cumulative_mass", schedule="per_layer:1:2.5")
     again = Compose.model_validate_json(policy.model_dump_json())

@@ -13,8 +13,11 @@ __all__ = ["is_path", "load_object", "make_policy"]
 
 
 def is_path(name: str) -> bool:
-    """Whether a name is ``package.module:name`` and not one of a registry."""
-    return ":" in name
+    """Whether a name is ``package.module:name`` and not one of a registry.
+
+    Parts of a policy (``linear/protect=anchors:14``) have values behind colons too.
+    """
+    return ":" in name and "=" not in name
 
 
 def load_object(kind: str, path: str) -> Any:
