@@ -57,6 +57,11 @@ class EvictionPolicy(BaseModel, ABC):
             raise parameter_error(name, type(self), error) from None
 
     @property
+    def label(self) -> str:
+        """What it goes by in a table: its name in the registry, or that of its class."""
+        return self.key or type(self).__name__
+
+    @property
     def mixes_heads(self) -> bool:
         """Whether a head's decisions depend on other heads' attention (TOVA's do)."""
         return False

@@ -111,6 +111,7 @@ def test_a_policy_is_spelled_in_one_word_that_a_shell_and_a_list_leave_alone(nam
     word = composed.spelled()
     assert shlex.quote(word).strip("'") == word
     assert set(word) <= set("abcdefghijklmnopqrstuvwxyz_0123456789:+=/.-")
+    assert word == composed.label
     assert create(word) == composed
     assert create(name + "/decide=" + composed.choices.decide) == composed
 

@@ -51,7 +51,7 @@ def demo(
     )
     with Progress(*columns, console=console) as progress:
         for setting in settings:
-            name = setting.policy.key
+            name = setting.policy.label
             scoring = progress.add_task(f"{name}: score", total=scored)
             drawing = progress.add_task(f"{name}: draw", total=subject.batch_tokens(images))
             result = lab.run(

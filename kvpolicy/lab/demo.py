@@ -27,7 +27,7 @@ class Row:
     """One policy's figures, as they stand in ``results.json``.
 
     Attributes:
-        policy: registry name.
+        policy: registry name, or how it is spelled out of parts.
         budget: as it was asked for; ``1/1`` for the full cache.
         peak_tokens: most tokens a head held at any instant, prefix included, mean over layers.
         cache_bytes: keys and values allocated for one image.
@@ -128,7 +128,7 @@ def run(
     own = drawn.features
     enough = len(own) > 1
     row = Row(
-        policy=setting.policy.key,
+        policy=setting.policy.label,
         budget=setting.budget or "1/1",
         peak_tokens=_mean(drawn.stats),
         cache_bytes=drawn.stats.bytes // drawn.batch,

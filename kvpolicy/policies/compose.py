@@ -105,8 +105,14 @@ class Compose(ScoredPolicy):
 
     def spelled(self) -> str:
         """This policy in one word, for a command line: :func:`kvpolicy.create` reads it back."""
-        chosen = (f"{kind}={value}" for kind, value in self.choices)
-        return "/".join([self.key, *chosen])
+        plain = dict(Choices())
+        chosen = (f"{kind}={value}" for kind, value in self.choices if value != plain[kind])
+        return "/".join(["compose", *chosen])
+
+    @property
+    def label(self) -> str:
+        """How it is spelled."""
+        return self.spelled()
 
 
 def _taken_from(base: EvictionPolicy | str) -> dict[str, Any]:
@@ -139,7 +145,7 @@ def compose(
         >>> import kvpolicy
         >>> h2o_by_line = kvpolicy.compose("h2o", decide="line")
         >>> h2o_by_line.spelled()
-        'compose/protect=share:0.5/observe=cumulative_mass/score=mass/decide=line/schedule=uniform'
+        'compose/protect=share:0.5/observe=cumulative_mass/score=mass/decide=line'
         >>> kvpolicy.create("h2o/decide=line") == h2o_by_line
         True
 
