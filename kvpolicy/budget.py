@@ -129,7 +129,7 @@ class Schedule(BaseModel, ABC):
         ParameterError: a parameter is unknown, missing, of the wrong type or out of range.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     #: Name among the schedules; set by :func:`kvpolicy.register_part`.
     key: ClassVar[str] = ""
@@ -233,7 +233,10 @@ class PerLayer(Schedule):
         shares: one positive number a layer; only their ratios count.
     """
 
-    shares: tuple[Annotated[float, Field(ge=0, allow_inf_nan=False)], ...] = Field(min_length=1)
+    shares: tuple[Annotated[float, Field(ge=0, allow_inf_nan=False)], ...] = Field(
+        min_length=1,
+        strict=False,  # a list will do
+    )
 
     def weights(self, num_layers: int) -> Sequence[Fraction]:
         """The given shares.

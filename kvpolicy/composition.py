@@ -33,7 +33,7 @@ class Part(BaseModel, ABC):
         ParameterError: a parameter is unknown, of the wrong type or out of range.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     #: Name among the parts of its kind; set by :func:`kvpolicy.register_part`.
     key: ClassVar[str] = ""

@@ -37,7 +37,8 @@ class EvictionPolicy(BaseModel, ABC):
         ParameterError: a parameter is unknown, of the wrong type or out of range.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # Strict: "3" and 3.0 are no integers. An integer will do for a float, and JSON for all.
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     #: Registry name; set by :func:`kvpolicy.register`.
     key: ClassVar[str] = ""

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
+import tempfile
+from importlib.resources import files
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,6 +32,12 @@ from kvpolicy import (
     WindowMass,
     create,
 )
+
+try:
+    from kvpolicy_adapters import zoo
+    from kvpolicy_adapters.zoo.fashion import read_fashion
+except ImportError:  # the extra is missing: what needs no model is tested all the same
+    zoo = None
 
 GRID = RasterLayout(rows=4, cols=4, prefix=1)
 NAN, INF = float("nan"), float("inf")
@@ -63,6 +74,61 @@ def begun(**options) -> PolicyCache:
     return started
 
 
+def damaged(case: str):
+    """Read a copy of the model in the box with one thing wrong."""
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made) / "fashion_ar"
+        shutil.copytree(str(files("kvpolicy_adapters.zoo").joinpath("fashion_ar")), folder)
+        card = json.loads((folder / "card.json").read_text())
+        weights = folder / "model.safetensors"
+        match case:
+            case "a file cut short":
+                weights.write_bytes(weights.read_bytes()[:-1])
+            case "a file with something behind it":
+                weights.write_bytes(weights.read_bytes() + b"\0")
+            case "an empty file":
+                weights.write_bytes(b"")
+            case "a pickle instead":
+                torch.save({"weights": torch.zeros(3)}, weights)
+            case "two files that have changed places":
+                weights.rename(folder / "other")
+                (folder / "classifier.safetensors").rename(weights)
+                (folder / "other").rename(folder / "classifier.safetensors")
+            case "a folder instead of a file":
+                weights.unlink()
+                weights.mkdir()
+            case "no such file":
+                weights.unlink()
+            case "a card that is no JSON":
+                (folder / "card.json").write_text("[red]{")
+            case "a card that is not UTF-8":
+                (folder / "card.json").write_bytes(b"\xff\xfe{}")
+            case "a card without seals":
+                (folder / "card.json").write_text(json.dumps(card | {"files": {}}))
+            case "a card with a seal that is no text":
+                (folder / "card.json").write_text(json.dumps(card | {"files": {"a": 1}}))
+            case "a card that knows more":
+                (folder / "card.json").write_text(json.dumps(card | {"run": "import os"}))
+        return read_fashion(folder)
+
+
+#: What is wrong with a file of the zoo, and what must be said.
+DAMAGE = {
+    "a file cut short": ("model.safetensors is damaged", "reinstall"),
+    "a file with something behind it": ("model.safetensors is damaged", "reinstall"),
+    "an empty file": ("model.safetensors is damaged", "e3b0c44298fc"),
+    "a pickle instead": ("model.safetensors is damaged", "SHA-256"),
+    "two files that have changed places": ("model.safetensors is damaged", "SHA-256"),
+    "a folder instead of a file": ("model.safetensors can't be read", "reinstall"),
+    "no such file": ("model.safetensors can't be read", "reinstall"),
+    "a card that is no JSON": ("card.json can't be read", "reinstall"),
+    "a card that is not UTF-8": ("card.json can't be read", "reinstall"),
+    "a card without seals": ("no SHA-256 for config.json",),
+    "a card with a seal that is no text": ("card.json can't be read", "files.a"),
+    "a card that knows more": ("card.json can't be read", "run"),
+}
+
+
 def alike(tensor: torch.Tensor, **options):
     return attend(tensor, tensor, tensor, **options)
 
@@ -75,6 +141,12 @@ WRONG = [
     (lambda: create(""), UnknownNameError, "''", "known: ", "'full'"),
     (lambda: create("../../etc/passwd"), UnknownNameError, "'../../etc/passwd'", "known: "),
     (lambda: create("linear\0"), UnknownNameError, r"'linear\x00'"),
+    (lambda: create("[red]linear[/red]"), UnknownNameError, "'[red]linear[/red]'"),
+    (lambda: create("linear\n"), UnknownNameError, r"'linear\n'", "did you mean 'linear'?"),
+    (lambda: create("lin\u202eear"), UnknownNameError, r"'lin\u202eear'"),
+    (lambda: create("линейная"), UnknownNameError, "'линейная'", "known: "),
+    (lambda: create("linear/protect=..%2fx"), ParameterError, "'..%2fx'", "known: "),
+    (lambda: create("linear/[red]=lots"), ParameterError, "[red]"),
     (lambda: create("x" * 10_000), UnknownNameError, "known: "),
     (lambda: create(5), UnknownNameError, "5", "must be a string"),
     (lambda: create([]), UnknownNameError, "[]", "must be a string"),
@@ -83,7 +155,17 @@ WRONG = [
     # parameters of policies
     (lambda: create("linear", anchors=-1), ParameterError, "'linear'", "anchors=-1", "equal to 0"),
     (lambda: create("linear", anchors="many"), ParameterError, "anchors='many'", "integer"),
-    (lambda: create("linear", anchors=2.5), ParameterError, "anchors=2.5", "fractional"),
+    (lambda: create("linear", anchors=2.5), ParameterError, "anchors=2.5", "valid integer"),
+    (lambda: create("linear", anchors="3"), ParameterError, "anchors='3'", "valid integer"),
+    (lambda: create("linear", anchors=3.0), ParameterError, "anchors=3.0", "valid integer"),
+    (lambda: create("linear", anchors=True), ParameterError, "anchors=True", "valid integer"),
+    (lambda: create("linear", anchors=[3]), ParameterError, "anchors=[3]", "valid integer"),
+    (lambda: create("h2o", recent="0.5"), ParameterError, "recent='0.5'", "valid number"),
+    (lambda: create("h2o", recent=True), ParameterError, "recent=True", "valid number"),
+    (lambda: Arithmetic(beta="2"), ParameterError, "beta='2'", "valid number"),
+    (lambda: PerLayer(shares=("1", 2)), ParameterError, "shares.0='1'", "valid number"),
+    (lambda: create("linear/protect=anchors:x"), ParameterError, "anchors:x", "valid integer"),
+    (lambda: create("linear/protect=anchors:1.5"), ParameterError, "count=1.5", "valid integer"),
     (lambda: create("linear", anchors=None), ParameterError, "anchors=None", "never evicted"),
     (lambda: create("linear", anchor=3), ParameterError, "'anchor'", "did you mean 'anchors'?"),
     (lambda: create("linear", recent_lines=-1), ParameterError, "recent_lines=-1"),
@@ -222,6 +304,28 @@ WRONG = [
     (lambda: kvpolicy.register("linear")(kvpolicy.policies.H2O), ParameterError, "is taken by"),
     (lambda: kvpolicy.register("My Policy"), ParameterError, "'My Policy'", "lower-case"),
 ]
+
+if zoo is not None:
+    WRONG += [
+        *[
+            (lambda name=name: zoo.load(name), UnknownNameError, repr(name), "known: 'fashion-ar'")
+            for name in (
+                "../fashion_ar",
+                "fashion-ar\n",
+                "[red]",
+                "/etc/passwd",
+                "x" * 5_000,
+                "ﬁ",
+                "",
+            )
+        ],
+        (lambda: zoo.load(None), UnknownNameError, "None", "known: 'fashion-ar'"),
+        *[
+            (lambda case=case: damaged(case), zoo.CorruptFileError, *words)
+            for case, words in DAMAGE.items()
+        ],
+    ]
+    BUILT_IN[zoo.CorruptFileError] = OSError
 
 
 @pytest.mark.parametrize(

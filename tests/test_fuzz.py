@@ -8,9 +8,10 @@ import pytest
 
 import kvpolicy
 import kvpolicy.layer
-from kvpolicy import ParameterError, SlotStore
+from kvpolicy import ParameterError, SlotStore, TextLayout
 from kvpolicy.layer import LayerCache
 from kvpolicy.registry import POLICIES
+from kvpolicy.testing import INVARIANTS, Case, Stream
 from kvpolicy.testing import fuzz as command
 from kvpolicy.testing.draw import draw_parameters, draw_policy
 from kvpolicy.testing.fuzz import DRIVERS, Violation, fuzz
@@ -114,6 +115,26 @@ def test_bounds_are_kept():
     assert max(shares) <= 1
     assert len(set(shares)) > 20
     assert any("recent" not in values for values in drawn), "defaults are tried, too"
+
+
+# -- what it has found -----------------------------------------------------------------------------
+
+
+def test_a_steep_schedule_does_not_make_the_check_of_lossless_take_all_memory(monkeypatch):
+    """Top layers of a text without an end had room only once the lowest had gigabytes."""
+    slots = []
+
+    class Watched(SlotStore):
+        def __init__(self, shape, key, value):
+            slots.append(shape.slots)
+            super().__init__(shape, key, value)
+
+    monkeypatch.setattr(kvpolicy.layer, "SlotStore", Watched)
+    policy = kvpolicy.create("pyramid", beta=1e6, window=3, interval=3, kernel=1)
+    stream = Stream(TextLayout(sinks=4, line_length=3), tokens=29, budget=36, layers=2)
+    INVARIANTS["lossless"](Case(policy, stream))
+    assert slots
+    assert max(slots) < 1_000
 
 
 def test_wrong_arguments(capsys):

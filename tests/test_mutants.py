@@ -9,6 +9,7 @@ import itertools
 from collections.abc import Callable
 from typing import ClassVar
 
+import invariants_page
 import pytest
 import torch
 from pydantic import Field
@@ -681,6 +682,12 @@ def test_is_caught(name, monkeypatch):
 def test_every_invariant_has_a_mutant():
     assert {invariant for invariant, _ in MUTANTS.values()} == set(INVARIANTS)
     assert len(MUTANTS) >= 24
+
+
+def test_the_page_says_what_is_caught():
+    assert invariants_page.PAGE.read_text(encoding="utf-8") == invariants_page.page(), (
+        f"docs/invariants.md is not what the mutants say; run: {invariants_page.COMMAND}"
+    )
 
 
 def test_the_message_explains(monkeypatch):

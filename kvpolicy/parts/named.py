@@ -78,13 +78,26 @@ def read_part(kind: str, text: str) -> Any:
     name, *values = text.strip().split(":")
     part = PARTS[kind].get(name)
     fields = list(part.model_fields)
-    given: dict[str, Any] = dict(zip(fields, values, strict=False))
+    given: dict[str, Any] = {
+        field: value if part.model_fields[field].annotation is str else _number(value)
+        for field, value in zip(fields, values, strict=False)
+    }
     if issubclass(part, PerLayer):
-        given = {fields[0]: values}
+        given = {fields[0]: [_number(value) for value in values]}
     elif len(values) > len(fields):
         takes = ":".join([name, *fields])
         raise ParameterError(f"{kind}={text!r} has {len(values)} values; {name!r} is {takes!r}")
     return part(**given)
+
+
+def _number(text: str) -> int | float | str:
+    """The number that a text spells; the text, where it spells none."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
 
 
 def spell_part(kind: str, part: AnyPart) -> str:

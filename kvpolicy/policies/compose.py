@@ -169,4 +169,5 @@ def compose(
         "schedule": schedule,
     }
     changed = {kind: part for kind, part in named.items() if part is not None}
-    return Compose(**{"base": base, **changed})
+    chosen: dict[str, Any] = {"base": base, **changed}
+    return Compose(**chosen)

@@ -29,6 +29,8 @@ __all__ = ["INVARIANTS", "Case", "Invariant", "applicable"]
 
 #: Seeds of the tensors that replace others; beyond those that the streams draw.
 _OTHER = 2**20
+#: How many times what a layer needs its neighbours may be given so that it has enough.
+_MOST_ROOM = 64
 
 
 class Case:
@@ -419,7 +421,7 @@ def _lossless(case: Case) -> None:
     stream = case.stream
     if stream.dtype != "float32":
         return
-    trace = drive(case.policy, stream, budget=_enough(case))
+    trace = _roomy(case)
     tokens = trace.tokens
     close = 2e-3  # peaked attention magnifies the rounding of its scores
     for layer, output in enumerate(trace.outputs):
@@ -689,17 +691,25 @@ def _decisive(case: Case) -> bool:
     return True
 
 
-def _enough(case: Case) -> int:
-    """A budget that gives every layer room for the whole stream, however layers share it."""
+def _roomy(case: Case) -> Trace:
+    """The run with a budget that gives every layer room for the whole stream."""
     layout, stream = case.stream.layout, case.stream
-    if layout.evictable is not None:
-        return layout.evictable
-    floor = case.policy.min_budget(layout)
-    # Without a length, a policy may make room for more tokens than there will be.
-    enough = budget = stream.tokens + floor
-    while min(case.policy.schedule().layers(budget, stream.layers, floor=floor)) < enough:
-        budget *= 2
-    return budget
+    if layout.evictable is None:
+        floor = case.policy.min_budget(layout)
+        # Without a length, a policy may make room for more tokens than there will be.
+        enough = budget = stream.tokens + floor
+        schedule = case.policy.schedule()
+        while budget <= _MOST_ROOM * enough:
+            if min(schedule.layers(budget, stream.layers, floor=floor)) >= enough:
+                return drive(case.policy, stream, budget=budget)
+            budget *= 2
+        # A schedule so steep would cost more memory than there is; with a length no layer gets
+        # more than that.
+        length = max(stream.tokens, layout.prefix + 1)
+        stream = replace(stream, layout=layout.model_copy(update={"length": length}))
+        layout = stream.layout
+    assert layout.evictable is not None
+    return drive(case.policy, stream, budget=layout.evictable)
 
 
 def _plain_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

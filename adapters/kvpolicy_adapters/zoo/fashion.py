@@ -9,6 +9,7 @@ from importlib.resources.abc import Traversable
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import ValidationError
 from safetensors.torch import load as parse_safetensors
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -103,8 +104,13 @@ def read_fashion(folder: Traversable) -> FashionModel:
     try:
         card = ModelCard.model_validate_json(folder.joinpath("card.json").read_bytes())
     except (OSError, ValueError) as error:
+        why = str(error)
+        if isinstance(error, ValidationError):
+            first = error.errors()[0]
+            field = ".".join(str(part) for part in first["loc"])
+            why = f"{field}: {first['msg']}" if field else first["msg"]
         raise CorruptFileError(
-            f"{folder.joinpath('card.json')} can't be read ({error}); reinstall kvpolicy"
+            f"{folder.joinpath('card.json')} can't be read ({why}); reinstall kvpolicy"
         ) from error
     data = {name: read_sealed(folder, name, card.files) for name in FILES}
     images = parse_safetensors(data["test_images.safetensors"])
