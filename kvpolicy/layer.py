@@ -184,37 +184,45 @@ class LayerCache:
         return torch.cat(outputs, dim=2)
 
     def attend_again(self, query: Tensor, terms: Terms) -> Tensor:
-        """Attend from another layer's T queries to what the newest T tokens attended to here.
+        """Attend from another layer's queries to what the newest T tokens attended to here.
 
         Nothing is cached and nothing is observed: a layer that borrows keys and values has no say
         in what the layer that owns them keeps.
 
         Args:
-            query: ``[B, G * H, T, D]``, for the same tokens as the newest call of :meth:`attend`.
+            query: ``[B, G * H, T', D]``, of the last T' of those T tokens.
             terms: scale, soft cap and sinks of the borrowing layer; masks are the owner's.
 
         Returns:
-            Output ``[B, G * H, T, Dv]``.
+            Output ``[B, G * H, T', Dv]``.
+
+        Raises:
+            CacheStateError: there are more queries than tokens.
         """
-        count = sum(each.queries for each in self.passes)
-        if not self.passes or query.shape[2] != count:
+        skipped = sum(each.queries for each in self.passes) - query.shape[2]
+        if skipped < 0:
             raise CacheStateError(
-                f"layer {self.layer} lends its tokens to a query of {query.shape[2]} tokens, but "
-                f"its own newest call had {count}"
+                f"layer {self.layer} lends its tokens to {query.shape[2]} queries, but its own "
+                f"newest call had {query.shape[2] + skipped}"
             )
         outputs = []
         done = 0
         for each in self.passes:
+            if skipped >= each.queries:
+                skipped -= each.queries
+                continue
+            rows = Terms(visible=each.visible, bias=each.bias).rows(slice(skipped, None))
+            count, skipped = each.queries - skipped, 0
             output, _ = attend(
-                query[:, :, done : done + each.queries],
+                query[:, :, done : done + count],
                 each.keys,
                 each.values,
-                visible=each.visible,
-                bias=each.bias,
+                visible=rows.visible,
+                bias=rows.bias,
                 **terms.scoring(),
             )
             outputs.append(output)
-            done += each.queries
+            done += count
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
 
     def weights(self, query: Tensor, terms: Terms) -> Tensor:

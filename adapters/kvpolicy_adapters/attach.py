@@ -159,7 +159,7 @@ def _enter(model: PreTrainedModel) -> list[PreTrainedConfig]:
             ).blocks += 1
         try:
             model.set_attn_implementation(_NAME)
-            if model.config._attn_implementation != _NAME:
+            if all(config._attn_implementation != _NAME for config in configs):
                 raise ParameterError(
                     f"{type(model).__name__} does not use transformers' attention interface, so "
                     f"no policy can be attached to it"

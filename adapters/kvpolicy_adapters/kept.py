@@ -69,6 +69,12 @@ def kept_by(model: PreTrainedModel) -> Kept:
             f"{name} has no num_hidden_layers in its configuration: it is no causal language model "
             f"that attach() knows"
         )
+    if getattr(config, "kv_lora_rank", None):
+        raise ModelError(
+            f"{name} keeps compressed latents (multi-head latent attention) and makes keys and "
+            f"values of all of them anew at each step: there are no keys and values per head to "
+            f"evict; attach() serves layers that keep keys and values per head"
+        )
     layers = DynamicCache(config=model.config).layers
     windows = tuple(_window(name, index, layer) for index, layer in enumerate(layers))
     if all(window == 0 for window in windows):

@@ -285,6 +285,11 @@ def policy_attention(
         bias = visible if bias is None else bias + visible
         visible = visible > torch.finfo(visible.dtype).min / 2
         bias = bias.masked_fill(~visible, 0.0)
+    if visible is not None and visible.shape[1] not in (1, key.shape[1]):
+        raise ModelError(
+            f"{type(module).__name__} masks each query head in its own way, while query heads "
+            f"share the slots of their KV head; kvpolicy can't serve this model"
+        )
     terms = Terms(
         scale=scaling,
         visible=visible,
@@ -297,7 +302,13 @@ def policy_attention(
         layer.cache.expected = None
         layer.layer.watched = asked
         output = layer.layer.attend(query, key, value, terms)
-    else:
+    elif layer.layer.lent:
         output = layer.layer.attend_again(query, terms)
+    else:
+        raise ModelError(
+            f"{type(module).__name__} attends more than once to the keys of layer "
+            f"{layer.layer.layer}, and its configuration does not say that layers share them "
+            f"(kv_sharing_modes); kvpolicy can't serve this model"
+        )
     weights = layer.layer.weights(query, terms) if asked else None
     return output.transpose(1, 2).contiguous(), weights

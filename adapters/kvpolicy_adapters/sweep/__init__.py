@@ -1,0 +1,1 @@
+"""Every causal-LM architecture of transformers, tiny: does a policy serve it?"""

@@ -1,0 +1,98 @@
+"""The support table, as a page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import transformers
+
+from kvpolicy_adapters.sweep.examine import POLICIES, Finding
+
+__all__ = ["COMMAND", "page", "row"]
+
+COMMAND = "python -m kvpolicy_adapters.sweep --out docs/models.md"
+
+_INTRODUCTION = """\
+# Text models
+
+`attach` serves every causal language model of transformers that computes its attention through
+transformers' attention interface and keeps keys and values per head. This page is made by
+
+```bash
+{command}
+```
+
+which builds the real class of every architecture that `AutoModelForCausalLM` knows, tiny and with
+random weights (torch {torch}, transformers {transformers}, float32), and attaches policies to it.
+Image models have [a page of their own](image-models.md).
+
+**{passing} of {total} architectures pass.** Each of those, with a batch of two prompts:
+
+- *lossless*: with a budget as long as the text, under `h2o`, greedy `generate` gives the same
+  tokens as with the model's own cache, and the same logits within 1e-4 (of the largest logit,
+  where that is above 1);
+- *a quarter*: with a budget of a quarter of the text, shorter than the prompt, no head of any layer
+  under the policy ever holds more, and every such layer evicts;
+- {policies} run at that budget, with finite logits;
+- *padded*: a left-padded batch is lossless, too, under `streaming_llm` (– where the model itself
+  can't take one).
+
+*Heads* are query heads / KV heads of a layer, in the tiny model. *Layers* says what its layers
+keep: `every token` comes under the policy; `a window` does, too, unless its budget holds the whole
+window (then the layer is left as it is, and `cache.stats().left_alone` says so); a recurrent state,
+or keys and values borrowed from another layer, are left as they are.
+"""
+
+
+def page(findings: Sequence[Finding]) -> str:
+    """The whole page; one row for each finding, in the order of their names."""
+    ordered = sorted(findings, key=lambda finding: finding.name.lower())
+    passing = [finding for finding in ordered if finding.passes]
+    failing = [finding for finding in ordered if not finding.passes]
+    names = [f"`{name}`" for name in POLICIES]
+    introduction = _INTRODUCTION.format(
+        command=COMMAND,
+        torch=torch.__version__.partition("+")[0],
+        transformers=transformers.__version__,
+        passing=len(passing),
+        total=len(ordered),
+        policies=", ".join(names[:-1]) + f" and {names[-1]}",
+    )
+    header = ["architecture", "model types", "heads", "layers", "lossless", "a quarter", *POLICIES]
+    return "\n".join(
+        [
+            introduction,
+            "## What passes\n",
+            *_header([*header, "padded"]),
+            *map(row, passing),
+            "\n## What does not, and why\n",
+            *_header(["architecture", "model types", "reason"]),
+            *map(row, failing),
+            "",
+        ]
+    )
+
+
+def row(finding: Finding) -> str:
+    """One architecture's line in its table."""
+    start = [f"`{_safe(finding.name)}`", ", ".join(map(_safe, finding.model_types))]
+    if not finding.passes:
+        return _line([*start, _safe(finding.reason)])
+    padded = {True: "yes", False: "**no**", None: "–"}[finding.padded]
+    yes = ["yes"] * (2 + len(POLICIES))
+    return _line([*start, _safe(finding.heads), _safe(finding.layers), *yes, padded])
+
+
+def _header(cells: Sequence[str]) -> list[str]:
+    return [_line(cells), _line(["---"] * len(cells))]
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _safe(text: str) -> str:
+    """Text that can't break a table, nor be taken for markup."""
+    text = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return text.replace("|", "\\|").replace("`", "'").replace("[", "\\[").replace("_", "\\_")
