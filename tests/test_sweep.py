@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -54,7 +55,8 @@ def test_a_broken_attention_fails(monkeypatch):
         output, weights = whole(module, query, key, value, mask, **kwargs)
         return output * 0.9, weights
 
-    monkeypatch.setattr("kvpolicy_adapters.attach.policy_attention", forgets)
+    # The function of this name hides its module.
+    monkeypatch.setattr(sys.modules["kvpolicy_adapters.attach"], "policy_attention", forgets)
     finding = examine("LlamaForCausalLM", ("llama",))
     assert not finding.passes
     assert "logits differ" in finding.reason or "other tokens" in finding.reason
@@ -67,7 +69,7 @@ def test_a_budget_that_does_not_hold_fails(monkeypatch):
         return torch.cat([held(self, layer)] * 2, dim=-1)
 
     monkeypatch.setattr(transformers_cache.TransformersCache, "positions", more)
-    assert "held 16 of 8" in examine("LlamaForCausalLM", ("llama",)).reason
+    assert "held 16 tokens with a budget of 8" in examine("LlamaForCausalLM", ("llama",)).reason
 
 
 def test_models_are_tiny_and_the_same_each_time():

@@ -76,20 +76,19 @@ def _examine(name: str, model_types: tuple[str, ...]) -> Finding:
     try:
         with _attached(model, "h2o", _LENGTH) as cache:
             got_tokens, got_logits = _generate(model, tokens, torch.ones_like(mask), cache)
-            heads, layers = _describe(model, cache)
+            layers = ", ".join(dict.fromkeys(map(_kept, cache.layers)))
         if not torch.equal(got_tokens, own_tokens):
-            return Finding(
-                name, model_types, heads, layers, reason="other tokens than its own cache"
-            )
+            return Finding(name, model_types, reason="other tokens than with its own cache")
         difference = (got_logits - own_logits).abs().max().item()
         if not difference <= _TOLERANCE * max(1.0, own_logits.abs().max().item()):
-            return Finding(
-                name, model_types, heads, layers, reason=f"logits differ by {difference:.1e}"
-            )
+            return Finding(name, model_types, reason=f"logits differ by {difference:.1e}")
+        heads = ""
         for policy in POLICIES:
-            reason = _at_a_quarter(model, policy, tokens)
+            with _attached(model, policy, _BUDGET) as cache:
+                reason = _at_a_quarter(model, tokens, cache)
+                heads = _heads(model, cache)
             if reason:
-                return Finding(name, model_types, heads, layers, reason=f"{policy}: {reason}")
+                return Finding(name, model_types, reason=f"{policy}: {reason}")
     except KVPolicyError as error:
         return Finding(name, model_types, reason=str(error))
     except Exception as error:
@@ -97,19 +96,26 @@ def _examine(name: str, model_types: tuple[str, ...]) -> Finding:
     return Finding(name, model_types, heads, layers, padded=_padded(model, tokens, mask))
 
 
-def _at_a_quarter(model: PreTrainedModel, policy: str, tokens: Tensor) -> str:
+def _at_a_quarter(model: PreTrainedModel, tokens: Tensor, cache: TransformersCache) -> str:
     """What is wrong at a quarter of the cache, or nothing."""
-    with _attached(model, policy, _BUDGET) as cache:
-        _, logits = _generate(model, tokens, torch.ones_like(tokens), cache)
-        stats = cache.stats()
-        managed = [n for n in range(len(stats.budgets)) if n not in stats.left_alone]
-        for layer in managed:
-            held = (cache.positions(layer) >= 0).sum(-1).max().item()
-            if max(held, stats.peak_tokens[layer]) > _BUDGET:
-                return f"layer {layer} held {max(held, stats.peak_tokens[layer])} of {_BUDGET}"
-            if stats.evictions[layer] == 0:
-                return f"layer {layer} evicted nothing"
+    _, logits = _generate(model, tokens, torch.ones_like(tokens), cache)
+    stats = cache.stats()
+    for layer in _managed(cache):
+        held = (cache.positions(layer) >= 0).sum(-1).max().item()
+        most = max(int(held), stats.peak_tokens[layer])
+        if most > _BUDGET:
+            return f"layer {layer} held {most} tokens with a budget of {_BUDGET}"
+        if stats.evictions[layer] == 0:
+            return f"layer {layer} evicted nothing"
+    if not _managed(cache):
+        return "no layer came under the policy"
     return "" if logits.isfinite().all() else "logits are not finite"
+
+
+def _managed(cache: TransformersCache) -> list[int]:
+    """The layers under the policy."""
+    left_alone = cache.stats().left_alone
+    return [layer for layer in range(len(cache.layers)) if layer not in left_alone]
 
 
 def _padded(model: PreTrainedModel, tokens: Tensor, mask: Tensor) -> bool | None:
@@ -159,20 +165,15 @@ def _generate(
     return out.sequences, torch.stack(out.logits, dim=1).float()
 
 
-def _describe(model: PreTrainedModel, cache: TransformersCache) -> tuple[str, str]:
-    """Heads of a managed layer, and what the layers keep."""
-    left_alone = cache.stats().left_alone
-    managed = [n for n in range(len(cache.layers)) if n not in left_alone]
-    layers = [_kept(layer, n) for n, layer in enumerate(cache.layers)]
-    words = ", ".join(dict.fromkeys(layers))
-    if not managed:
-        return "-", words
-    store = cache.policy_cache.layers[managed[0]].require_store()
+def _heads(model: PreTrainedModel, cache: TransformersCache) -> str:
+    """Query heads and KV heads of a layer under the policy."""
+    store = cache.policy_cache.layers[_managed(cache)[0]].require_store()
     config = model.config.get_text_config(decoder=True)
-    return f"{getattr(config, 'num_attention_heads', '?')} / {store.shape.heads}", words
+    return f"{getattr(config, 'num_attention_heads', '?')} / {store.shape.heads}"
 
 
-def _kept(layer: Any, index: int) -> str:
+def _kept(layer: Any) -> str:
+    """What a layer keeps where everything fits, in words."""
     kind = type(layer).__name__
     return {
         "PolicyLayer": "every token",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import torch
@@ -25,7 +26,6 @@ transformers' attention interface and keeps keys and values per head. This page 
 
 which builds the real class of every architecture that `AutoModelForCausalLM` knows, tiny and with
 random weights (torch {torch}, transformers {transformers}, float32), and attaches policies to it.
-Image models have [a page of their own](image-models.md).
 
 **{passing} of {total} architectures pass.** Each of those, with a batch of two prompts:
 
@@ -76,7 +76,7 @@ def page(findings: Sequence[Finding]) -> str:
 
 def row(finding: Finding) -> str:
     """One architecture's line in its table."""
-    start = [f"`{_safe(finding.name)}`", ", ".join(map(_safe, finding.model_types))]
+    start = [_code(finding.name), ", ".join(map(_code, finding.model_types))]
     if not finding.passes:
         return _line([*start, _safe(finding.reason)])
     padded = {True: "yes", False: "**no**", None: "–"}[finding.padded]
@@ -90,6 +90,11 @@ def _header(cells: Sequence[str]) -> list[str]:
 
 def _line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
+
+
+def _code(name: str) -> str:
+    """A name as code, which can't break out of it."""
+    return f"`{re.sub(r'[^A-Za-z0-9_.-]', '?', name)}`"
 
 
 def _safe(text: str) -> str:
