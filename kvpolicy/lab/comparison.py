@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -50,12 +50,14 @@ class Finding:
             bootstrap's standard error); None where there is no difference to judge.
         clear: whether the difference is not noise: p, corrected for the number of comparisons of
             this metric (Holm), is below 0.05.
+        items: how many items the figure comes from; None for a figure without items.
     """
 
     estimate: Estimate
     difference: Estimate | None = None
     p: float | None = None
     clear: bool = False
+    items: int | None = None
 
 
 @dataclass(frozen=True)
@@ -184,9 +186,12 @@ def _finding(
     own = sampler.sample(group, metric)
     if own is None:
         return None
-    estimate = Estimate(own.value, *_interval(own.value, own.replicates))
+    found = Finding(
+        Estimate(own.value, *_interval(own.value, own.replicates)),
+        items=None if metric.array is None else len(own.items),
+    )
     if full is None or group is full or metric.better is None:
-        return Finding(estimate)
+        return found
     # Only seeds that both have can be compared.
     both = {cell.cell.seed for cell in group} & {cell.cell.seed for cell in full}
     own, other = (
@@ -194,15 +199,15 @@ def _finding(
         for side in (group, full)
     )
     if own is None or other is None or not np.array_equal(own.items, other.items):
-        return Finding(estimate)
+        return found
     replicates = own.replicates - other.replicates
     value = own.value - other.value
     difference = Estimate(value, *_interval(value, replicates))
     if metric.timing or len(replicates) < 2:
-        return Finding(estimate, difference)
+        return replace(found, difference=difference)
     error = float(replicates.std(ddof=1))
     p = math.erfc(abs(value) / error / math.sqrt(2)) if error else float(value == 0)
-    return Finding(estimate, difference, p)
+    return replace(found, difference=difference, p=p)
 
 
 def _replicates(values: Array, statistic: Callable[[Array], float] | None) -> Array:
@@ -248,5 +253,5 @@ def _judged(findings: list[Finding | None]) -> list[Finding | None]:
             break
         old = findings[number]
         assert old is not None
-        judged[number] = Finding(old.estimate, old.difference, old.p, True)
+        judged[number] = replace(old, clear=True)
     return judged

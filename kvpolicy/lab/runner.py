@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 from kvpolicy.cache import PolicyCache
 from kvpolicy.errors import BudgetError, ParameterError, RunFolderError, near_matches
 from kvpolicy.lab.environment import find_environment
-from kvpolicy.lab.executors import Executor
+from kvpolicy.lab.executors import Executor, Inline
 from kvpolicy.lab.named import make_policy
 from kvpolicy.lab.plan import Cell, Plan
 from kvpolicy.lab.run_folder import CellRecord, Failure, LeftOut, RunFolder, SubjectInfo
@@ -129,18 +129,40 @@ def prepare(plan: Plan) -> Prepared:
     return Prepared(plan, subject, tuple(cells), reasons)
 
 
+class _Nobody:
+    """Wants to know nothing."""
+
+    def begun(self, waiting: Sequence[Cell], finished: Sequence[CellRecord]) -> None: ...
+    def done(self, record: CellRecord) -> None: ...
+    def failed(self, failure: Failure) -> None: ...
+
+
 def run(
-    prepared: Prepared, path: Path, executor: Executor, threads: int, watcher: Watcher
+    prepared: Prepared,
+    path: Path | str,
+    executor: Executor | None = None,
+    threads: int = 1,
+    watcher: Watcher | None = None,
 ) -> RunFolder:
     """Measure every cell that has not finished, and keep each as it ends.
 
     Cells that failed before are tried again. Interrupt it at any moment, in any way: what has
     finished stays, and the same call goes on from there.
 
+    Args:
+        prepared: what to measure.
+        path: folder of the run.
+        executor: where cells run; in this process by default.
+        threads: of torch, in each worker.
+        watcher: who is told how it goes.
+
     Raises:
         ParameterError: the folder holds another plan, or something else.
         RunFolderError: it can't be written, or another run is at work in it.
     """
+    path = Path(path)
+    executor = executor or Inline()
+    watcher = watcher or _Nobody()
     with alone(path):
         environment = find_environment(prepared.subject, executor, threads)
         with writing(path):

@@ -135,7 +135,7 @@ def markdown_table(entries: Sequence[Entry], metrics: Sequence[MetricInfo]) -> s
         f"| {' | '.join(['---', '---'] + ['---:'] * (len(heads) - 2))} |",
         *(f"| {' | '.join(row)} |" for row in rows),
     ]
-    return "\n".join(lines) + "\n\n" + _caption(str) + "\n"
+    return "\n".join(lines) + "\n\n" + _caption(entries, metrics, str) + "\n"
 
 
 def latex_table(entries: Sequence[Entry], metrics: Sequence[MetricInfo]) -> str:
@@ -160,7 +160,7 @@ def latex_table(entries: Sequence[Entry], metrics: Sequence[MetricInfo]) -> str:
     lines = [
         r"\begin{table}",
         r"\centering\small",
-        rf"\caption{{{_caption(escape)}}}",
+        rf"\caption{{{_caption(entries, metrics, escape)}}}",
         rf"\begin{{tabular}}{{ll{'r' * (len(heads) - 2)}}}",
         r"\toprule",
         " & ".join(heads) + r" \\",
@@ -176,11 +176,23 @@ def latex_table(entries: Sequence[Entry], metrics: Sequence[MetricInfo]) -> str:
     return text.replace("†", r"$^{\dagger}$").replace("–", "--").replace(" ± ", r"\,$\pm$\,")
 
 
-def _caption(escape: Callable[[str], str]) -> str:
+def _caption(
+    entries: Sequence[Entry], metrics: Sequence[MetricInfo], escape: Callable[[str], str]
+) -> str:
+    counts = []
+    for metric in metrics:
+        found = {
+            entry.findings[metric.name].items for entry in entries if metric.name in entry.findings
+        }
+        numbers = sorted(number for number in found if number is not None)
+        if numbers:
+            most = "" if len(numbers) == 1 else f" to {numbers[-1]}"
+            counts.append(f"{metric.label} from {numbers[0]}{most} items")
+    items = f" A row's {', '.join(counts)}." if counts else ""
     return escape(
         "Δ: difference to the full cache on the same items, with its 95% interval (paired "
-        "bootstrap). †: not noise (p < 0.05 after Holm's correction). Bold: the best at this "
-        "budget. ↓, ↑: lower, higher is better."
+        "bootstrap); ±: half of a 95% interval. †: not noise (p < 0.05 after Holm's correction). "
+        f"Bold: the best at this budget. ↓, ↑: lower, higher is better.{items}"
     )
 
 
