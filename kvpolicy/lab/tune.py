@@ -33,7 +33,6 @@ from kvpolicy.lab.runner import alone, prepare, writing
 from kvpolicy.lab.subject import Metric, Subject
 from kvpolicy.lab.worker import Raised, Task, measure_cell
 from kvpolicy.layout import LateLayout
-from kvpolicy.registry import POLICIES
 
 __all__ = ["Choice", "Found", "Range", "Space", "Tried", "search_space", "tune"]
 
@@ -122,7 +121,7 @@ def search_space(policy: str, budget: str, subject: Subject) -> Space:
     """
     if isinstance(subject.layout, LateLayout):
         raise ParameterError("tune needs a subject whose layout is known from the beginning")
-    kind = type(make_policy(policy, {})) if ":" in policy else POLICIES.get(policy)
+    kind = type(make_policy(policy, {}))
     tokens = Budget.parse(budget).tokens(subject.layout)
     space: Space = {}
     for name, field in kind.model_fields.items():
