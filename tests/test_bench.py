@@ -258,7 +258,7 @@ def test_an_interrupt_keeps_what_is_finished():
     assert rounds.interrupted
     assert rounds.finished == 1
     assert kept == [8]
-    assert len(rounds.blocks) >= 8
+    assert len(rounds.blocks) == 10  # the line that was interrupted does not count
     summary = figures_of(rounds, plan)
     assert summary.figures[0].step == 1.0
 

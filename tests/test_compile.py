@@ -71,8 +71,10 @@ def both(model, name, given, *, prompt=2, mask=None, backend=None, images=1, **o
                 c.reset()
                 logits = draw(model, c, prompt, given, mask)
             held = [c.positions(layer).sort().values for layer in range(LAYERS)]
-            results.append((logits, held, c.stats()))
-    (ours, held, stats), (theirs, held_too, stats_too) = results
+            readings = [o.mass for each in c.policy_cache.layers for o in each.observers]
+            results.append((logits, held, c.stats(), readings))
+    (ours, held, stats, read), (theirs, held_too, stats_too, read_too) = results
+    torch.testing.assert_close(read_too, read, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-5)
     assert all(torch.equal(a, b) for a, b in zip(held, held_too, strict=True))
     assert stats == stats_too

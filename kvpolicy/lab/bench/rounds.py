@@ -133,6 +133,7 @@ class Rounds:
             # Another one begins each time: coming first must not be anybody's privilege.
             first = (line + number) % len(self.sessions)
             order = [*self.sessions[first:], *self.sessions[:first]]
+            # All of them or none: a line that is interrupted does not count.
             self.blocks += [self._block(session, number, line) for session in order]
         for session in self.sessions:
             self.cache_bytes[session.contender.name] = session.cache_bytes()

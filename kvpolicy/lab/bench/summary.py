@@ -139,13 +139,8 @@ def summarise(
     cache_bytes: dict[str, int],
     memory: dict[str, int],
 ) -> Summary:
-    """Work everything out from what was measured.
-
-    Lines that some contender has not finished are left out.
-    """
+    """Work everything out from what was measured: lines that all contenders have finished."""
     names = [contender.name for contender in contenders]
-    held = {(block.round, block.line, block.contender) for block in blocks}
-    blocks = [b for b in blocks if all((b.round, b.line, name) in held for name in names)]
     own = {name: [block for block in blocks if block.contender == name] for name in names}
     lines = {name: _Lines(own[name], plan.lines) for name in names}
     by_kind = {contender.kind: contender.name for contender in contenders if not contender.compiled}
