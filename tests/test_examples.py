@@ -20,6 +20,7 @@ FAMILIES = {
     "janus": "RasterLayout(rows=24, cols=24, line_break=0, prefix=5, suffix=0)",
     "llamagen": "RasterLayout",
     "lumina_mgpt": "RasterLayout(rows=20, cols=20, line_break=1, prefix=7, suffix=2)",
+    "text": "held at most 36 of 159 tokens; 13,056 bytes\nlayers that need no policy: 0, 2",
 }
 SCRIPTS = {name: ROOT / "examples" / f"{name}.py" for name in FAMILIES}
 
