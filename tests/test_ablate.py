@@ -375,6 +375,26 @@ def test_ray_agrees_bit_for_bit_and_survives_a_killed_worker(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_ray_cluster_that_runs_already_is_used_and_left_running(tmp_path):
+    ray = pytest.importorskip("ray", reason="needs the extra 'ray'")
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    try:
+        cluster.add_node(num_cpus=1)
+        wanted = plan(tmp_path / "diary", options={"seconds": 0.3})
+        sweep(wanted, tmp_path / "ray", make_executor("ray", None, 1, cluster.address))
+        sweep(wanted, tmp_path / "inline")
+        assert results(tmp_path / "ray") == results(tmp_path / "inline")
+        lines = [line.split() for line in (tmp_path / "diary").read_text().splitlines()]
+        assert len({pid for _, pid, _ in lines} - {str(os.getpid())}) >= 2
+        assert not ray.is_initialized()
+        assert all(node.all_processes for node in cluster.list_all_nodes())
+    finally:
+        cluster.shutdown()
+
+
+@pytest.mark.slow
 def test_fashion_ar_gives_the_same_bits_in_every_executor(tmp_path):
     wanted = Plan(
         subject="fashion-ar",

@@ -10,13 +10,16 @@ from typing import Annotated, Any
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from kvpolicy.commands.arguments import pair, split, value_of, whole_number
 from kvpolicy.commands.console import console
 from kvpolicy.commands.progress import progress_for, spell_seconds
 from kvpolicy.errors import ParameterError, near_matches
+from kvpolicy.lab.comparison import Entry
 from kvpolicy.lab.executors import Executor, make_executor
 from kvpolicy.lab.plan import Plan, PolicyPlan, read_plan
+from kvpolicy.lab.subject import MetricInfo
 
 __all__ = ["ablate"]
 
@@ -119,7 +122,9 @@ def ablate(
         own = [metric for metric in prepared.subject.metrics if metric.name in chosen]
         names = {metric.name for metric in own}
         every = [*own, *(metric for metric in prepared.metrics if metric.name not in names)]
-        _, files = write_outputs(folder, every)
+        entries, files = write_outputs(folder, every)
+        if console.is_terminal and main is not None:
+            console.print(_result(entries, main))
         for file in files:
             if file.suffix != ".svg":
                 _note(f"wrote {file}")
@@ -185,6 +190,25 @@ def _note(text: str) -> None:
     typer.echo(text, err=not console.is_terminal)
 
 
+def _result(entries: Sequence[Entry], metric: MetricInfo) -> Table:
+    """The main figure of every policy and budget; the rest is in the files."""
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    table.add_column("policy")
+    for heading in ("budget", metric.label, "difference to full", ""):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for entry in entries:
+        if (finding := entry.findings.get(metric.name)) is None:
+            continue
+        difference = finding.difference
+        text = "-" if difference is None else f"{difference.value:+.4f}"
+        if difference is not None and difference.low is not None and difference.high is not None:
+            text += f" ({difference.low:+.4f}…{difference.high:+.4f})"
+        remark = "" if difference is None or finding.clear else "noise?"
+        value = f"{finding.estimate.value:.4f}"
+        table.add_row(Text(entry.label), entry.budget or "all", value, text, remark)
+    return table
+
+
 def _say_left_out(left_out: Sequence[Any]) -> None:
     for item in left_out:
         _note(f"left out: {item.label} at {item.budget}: {item.reason}")
@@ -200,7 +224,7 @@ def _dry_run(prepared: Any, out: Path, executor: Executor, threads: int) -> None
         table.add_column(heading, no_wrap=heading != "cell")
     for cell in prepared.cells:
         state = "finished" if seconds.get(cell.id) == 0 else ""
-        table.add_row(cell.label, cell.budget or "all", str(cell.seed), cell.id, state)
+        table.add_row(Text(cell.label), cell.budget or "all", str(cell.seed), cell.id, state)
     console.print(table)
     _say_left_out(prepared.left_out)
     waiting = sum(1 for cell in prepared.cells if seconds.get(cell.id) != 0)
