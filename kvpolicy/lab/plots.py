@@ -185,6 +185,9 @@ def _draw(
         every += [estimate.value for _, estimate in points]
     sizes = [across(entry) for entry in entries if not entry.is_full]
     _scale(axes, sizes, every)
+    full = next((styles[entry.label] for entry in entries if entry.is_full), None)
+    if as_loss and full is not None and axes.get_yscale() == "linear":
+        axes.axhline(0, color=full[0], linewidth=1, linestyle=full[2])
 
 
 def _scale(axes: Axes, sizes: Sequence[float], values: Sequence[float]) -> None:
