@@ -26,7 +26,7 @@ from kvpolicy_adapters.zoo.card import ModelCard
 from kvpolicy_adapters.zoo.classifier import FashionClassifier
 from kvpolicy_adapters.zoo.fashion import FILES, pack_pixels
 
-SHIPPED = 1_000
+SHIPPED, CALIBRATION = 1_000, 256
 
 
 @torch.inference_mode()
@@ -46,8 +46,12 @@ def main(
 
     test = read_tokens(data, "t10k")
     shipped = test[:SHIPPED]
-    images = {"labels": shipped[:, 0] - GREYS, "pixels": pack_pixels(shipped[:, 1:])}
-    (out / "test_images.safetensors").write_bytes(save(images))
+    for name, part in (
+        ("test", shipped),
+        ("calibration", test[SHIPPED : SHIPPED + CALIBRATION]),
+    ):
+        images = {"labels": part[:, 0] - GREYS, "pixels": pack_pixels(part[:, 1:])}
+        (out / f"{name}_images.safetensors").write_bytes(save(images))
 
     judge = FashionClassifier().eval()
     judge.load_state_dict(judged)

@@ -11,6 +11,7 @@ from kvpolicy import policies
 from kvpolicy.attention import attend
 from kvpolicy.budget import Arithmetic, Budget, PerLayer, Schedule, Uniform
 from kvpolicy.cache import CacheStats, PolicyCache
+from kvpolicy.calibrated import Calibrated
 from kvpolicy.composition import Decide, Observe, Part, Parts, Protect, Score
 from kvpolicy.errors import (
     AttentionError,
@@ -59,6 +60,7 @@ __all__ = [
     "CacheStateError",
     "CacheStats",
     "CacheView",
+    "Calibrated",
     "CumulativeMass",
     "Decide",
     "EvictionPolicy",

@@ -144,6 +144,9 @@ class Schedule(BaseModel, ABC):
     def weights(self, num_layers: int) -> Sequence[Fraction]:
         """Shares of the layers, lowest first; only their ratios count."""
 
+    def check(self, layout: TokenLayout) -> None:
+        """Raise a BudgetError where this schedule is not for this layout; most fit any."""
+
     def layers(
         self, budget: int, num_layers: int, *, floor: int = 0, ceiling: int | None = None
     ) -> tuple[int, ...]:

@@ -229,6 +229,7 @@ class PolicyCache:
         """The budget of each layer that the policy manages."""
         if not self._managed:
             return {}
+        self.schedule.check(layout)
         open_end = self._goes_on and self._budget is not None and self._budget.kind != "fraction"
         budgets = self.schedule.layers(
             average,

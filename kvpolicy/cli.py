@@ -8,6 +8,7 @@ from rich.text import Text
 
 from kvpolicy.commands.ablate import ablate
 from kvpolicy.commands.bench import bench
+from kvpolicy.commands.calibrate import calibrate
 from kvpolicy.commands.check import check
 from kvpolicy.commands.demo import demo
 from kvpolicy.commands.list_policies import list_policies
@@ -29,6 +30,7 @@ app.command("bench")(bench)
 app.command("ablate")(ablate)
 app.command("check")(check)
 app.command("tune")(tune)
+app.command("calibrate")(calibrate)
 
 
 def main() -> None:

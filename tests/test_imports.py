@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 #: left. "" is kvpolicy/__init__.py, which only what lies above it may import.
 FLOORS = (
     ("errors",),
-    ("layout", "budget"),
+    ("layout", "budget", "calibrated"),
     ("slots", "observer"),
     ("view", "composition", "policy"),
     ("registry", "parts", "policies"),

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from kvpolicy.errors import ParameterError
+from kvpolicy.errors import ParameterError, near_matches
 from kvpolicy.lab.metrics import FrechetTo
 from kvpolicy.lab.subject import Advance, Generated, Measurement, Metric, Scored, Setting
 from kvpolicy_adapters import zoo
@@ -24,7 +24,7 @@ __all__ = ["FashionAR"]
 
 _GREYS, _CLASSES = 16, 10
 _SCORE_BATCH, _DRAW_BATCH = 64, 250
-_REAL = 1000  # test images that ship
+_REAL = {"test": 1000, "calibration": 256}  # images that ship
 
 
 class FashionAR:
@@ -34,8 +34,9 @@ class FashionAR:
     the first again after the last that ships) and draws its own.
 
     Args:
-        scored: real images that are scored, 2 to 1,000.
+        scored: real images that are scored, 2 to 1,000 (256 of ``calibration``).
         images: images that are drawn, at least 10.
+        split: real images that are scored: ``test``, or ``calibration``, which are others.
 
     Raises:
         ParameterError: an argument is out of range.
@@ -55,13 +56,16 @@ class FashionAR:
         "boot",
     )
 
-    def __init__(self, scored: int = 256, images: int = 200) -> None:
-        for name, value, low, high in (("scored", scored, 2, _REAL), ("images", images, 10, 10**6)):
+    def __init__(self, scored: int = 256, images: int = 200, split: str = "test") -> None:
+        if split not in _REAL:
+            raise ParameterError(f"fashion-ar: split={split!r}; {near_matches(str(split), _REAL)}")
+        real = _REAL[split]
+        for name, value, low, high in (("scored", scored, 2, real), ("images", images, 10, 10**6)):
             if type(value) is not int or not low <= value <= high:
                 raise ParameterError(
                     f"fashion-ar: {name}={value!r} must be a whole number from {low} to {high}"
                 )
-        self.scored, self.images = scored, images
+        self.scored, self.images, self.split = scored, images, split
         self.zoo = zoo.load("fashion-ar")
         self.layout = self.zoo.layout
         self.num_layers = self.zoo.model.config.num_hidden_layers
@@ -104,7 +108,7 @@ class FashionAR:
         figures, images = {}, None
         drawing = {"frechet", "class_accuracy", "images_per_second"} & set(wanted)
         if "bits_per_pixel" in wanted or not drawing:
-            blocks = _REAL // self.scored
+            blocks = _REAL[self.split] // self.scored
             first = seed % blocks * self.scored
             score = self.score(setting, self.scored, _ignore, first=first)
             arrays |= {"bits": score.bits, "real": np.arange(first, first + self.scored)}
@@ -120,6 +124,10 @@ class FashionAR:
             images, stats, batch = drawn.images, drawn.stats, drawn.batch
         return Measurement(arrays, stats, batch, figures, images)
 
+    def calibration(self) -> FashionAR:
+        """The same model on real images that no test scores."""
+        return FashionAR(min(self.scored, _REAL["calibration"]), self.images, "calibration")
+
     def estimate(self, setting: Setting) -> float:
         """Seconds that ``measure`` will take, from a few images scored and a few lines drawn."""
         begun = time.perf_counter()
@@ -134,9 +142,10 @@ class FashionAR:
         return scoring + (time.perf_counter() - begun) * pixels / tokens * self.images / batch
 
     def score(self, setting: Setting, images: int, advance: Advance, *, first: int = 0) -> Scored:
-        """Teacher-force test images from ``first`` on; ``advance`` counts images."""
+        """Teacher-force images of the split from ``first`` on; ``advance`` counts images."""
+        tokens_of = {"test": self.zoo.test_tokens, "calibration": self.zoo.calibration_tokens}
         bits = []
-        for tokens in self.zoo.test_tokens(first + images)[first:].split(_SCORE_BATCH):
+        for tokens in tokens_of[self.split](first + images)[first:].split(_SCORE_BATCH):
             with self._attached(setting) as cache, torch.inference_mode():
                 logits = self.zoo.model(tokens[:, :-1], past_key_values=cache).logits
             nats = functional.cross_entropy(

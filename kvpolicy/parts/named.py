@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from kvpolicy.budget import Arithmetic, PerLayer, Schedule, Uniform
+from kvpolicy.calibrated import Calibrated
 from kvpolicy.composition import Decide, Observe, Part, Protect, Score
 from kvpolicy.errors import ParameterError, near_matches
 from kvpolicy.registry import Registry
@@ -122,5 +123,10 @@ def _spell_value(value: Any) -> str:
     return str(value).removesuffix(".0") if isinstance(value, float) else str(value)
 
 
-for _name, _schedule in (("uniform", Uniform), ("arithmetic", Arithmetic), ("per_layer", PerLayer)):
+for _name, _schedule in (
+    ("uniform", Uniform),
+    ("arithmetic", Arithmetic),
+    ("per_layer", PerLayer),
+    ("calibrated", Calibrated),
+):
     register_part(_name)(_schedule)

@@ -30,6 +30,7 @@ FILES = (
     "classifier.safetensors",
     "reference.safetensors",
     "test_images.safetensors",
+    "calibration_images.safetensors",
 )
 
 
@@ -54,6 +55,7 @@ class FashionModel:
     reference: tuple[NDArray[np.float64], NDArray[np.float64]] = field(repr=False)
     _classifier: FashionClassifier = field(repr=False)
     _test: Tensor = field(repr=False)
+    _calibration: Tensor = field(repr=False)
 
     def test_tokens(self, n: int) -> Tensor:
         """The first ``n`` real test images: int64 ``[n, 785]``, class token first.
@@ -64,6 +66,18 @@ class FashionModel:
         if not 1 <= n <= len(self._test):
             raise ParameterError(f"n={n}: between 1 and {len(self._test)} test images ship")
         return self._test[:n].long()
+
+    def calibration_tokens(self, n: int) -> Tensor:
+        """The first ``n`` real images to calibrate on, none a test image: int64 ``[n, 785]``.
+
+        Raises:
+            ParameterError: n is not between 1 and 256 (the number that ships).
+        """
+        if not 1 <= n <= len(self._calibration):
+            raise ParameterError(
+                f"n={n}: between 1 and {len(self._calibration)} calibration images ship"
+            )
+        return self._calibration[:n].long()
 
     @torch.no_grad()
     def features(self, pixels: Tensor) -> Tensor:
@@ -113,7 +127,6 @@ def read_fashion(folder: Traversable) -> FashionModel:
             f"{folder.joinpath('card.json')} can't be read ({why}); reinstall kvpolicy"
         ) from error
     data = {name: read_sealed(folder, name, card.files) for name in FILES}
-    images = parse_safetensors(data["test_images.safetensors"])
     moments = parse_safetensors(data["reference.safetensors"])
     with torch.random.fork_rng(devices=[]):  # making modules draws; the caller's seed stays
         model = LlamaForCausalLM(LlamaConfig(**json.loads(data["config.json"])))
@@ -121,15 +134,22 @@ def read_fashion(folder: Traversable) -> FashionModel:
     model.config.dtype = torch.float32  # as loaded; the file holds bfloat16
     model.load_state_dict(parse_safetensors(data["model.safetensors"]))
     classifier.load_state_dict(parse_safetensors(data["classifier.safetensors"]))
-    pixels = unpack_pixels(images["pixels"])
     return FashionModel(
         model=model.float().eval().requires_grad_(False),
         layout=RasterLayout(rows=_ROWS, cols=_COLS, prefix=1),
         card=card,
         reference=(moments["mean"].numpy(), moments["covariance"].numpy()),
         _classifier=classifier.eval().requires_grad_(False),
-        _test=torch.cat([images["labels"][:, None] + _GREYS, pixels], dim=1),
+        _test=_tokens(data["test_images.safetensors"]),
+        _calibration=_tokens(data["calibration_images.safetensors"]),
     )
+
+
+def _tokens(packed: bytes) -> Tensor:
+    """Images as they are packed, as sequences: uint8 ``[n, 785]``."""
+    images = parse_safetensors(packed)
+    labels: Tensor = images["labels"][:, None] + _GREYS
+    return torch.cat([labels, unpack_pixels(images["pixels"])], dim=1)
 
 
 def pack_pixels(pixels: Tensor) -> Tensor:
