@@ -45,8 +45,10 @@ from kvpolicy.observer import (
 from kvpolicy.parts import available_parts, register_part
 from kvpolicy.policies.compose import compose
 from kvpolicy.policy import EvictionPolicy, ScoredPolicy
+from kvpolicy.recording import Recording, trace
 from kvpolicy.registry import PolicySpec, available, create, register, spec
 from kvpolicy.slots import SlotShape, SlotStore
+from kvpolicy.traces import LayerTrace, Trace, load_trace
 from kvpolicy.view import CacheView
 
 __all__ = [
@@ -68,6 +70,7 @@ __all__ = [
     "KVPolicyError",
     "LastQuery",
     "LateLayout",
+    "LayerTrace",
     "LayoutError",
     "LineMass",
     "ModelError",
@@ -81,6 +84,7 @@ __all__ = [
     "PolicySpec",
     "Protect",
     "RasterLayout",
+    "Recording",
     "Schedule",
     "Score",
     "ScoredPolicy",
@@ -90,6 +94,7 @@ __all__ = [
     "SlotStore",
     "TextLayout",
     "TokenLayout",
+    "Trace",
     "Uniform",
     "UnknownNameError",
     "WindowMass",
@@ -98,8 +103,10 @@ __all__ = [
     "available_parts",
     "compose",
     "create",
+    "load_trace",
     "policies",
     "register",
     "register_part",
     "spec",
+    "trace",
 ]

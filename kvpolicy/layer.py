@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -39,6 +40,15 @@ QUERY_CHUNK = 128
 #: Given a layer, its tokens so far, how many are about to come, and its layout so far (None if it
 #: has none): the layout from now on and the layer's budget; None while the layout is unknown.
 Bind = Callable[[int, int, int, TokenLayout | None], tuple[TokenLayout, int] | None]
+
+
+class DecisionRecorder(Protocol):
+    """Told of each decision of a layer; see :mod:`kvpolicy.recording`."""
+
+    def decided(self, layer: LayerCache, view: CacheView, victims: Tensor, fresh: int) -> None: ...
+    def compressed(self, layer: LayerCache, view: CacheView, victims: Tensor) -> None: ...
+    def select_batch(self, index: Tensor) -> None: ...
+    def reset(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -95,6 +105,8 @@ class LayerCache:
         self.watched = False
         # Where processes share a layer's heads, the index of the first one here.
         self.first_head = 0
+        # Told of each decision, where somebody wants a trace.
+        self.recorder: DecisionRecorder | None = None
         self.reset()
 
     @property
@@ -104,6 +116,8 @@ class LayerCache:
 
     def reset(self) -> None:
         """Back to the state before the first token."""
+        if self.recorder is not None:
+            self.recorder.reset()
         if self.bind is not None:
             self.layout, self.budget = UNBOUND, 0
         self.store: SlotStore | None = None
@@ -140,6 +154,8 @@ class LayerCache:
         index = index.to(self.store.keys.device)
         self.store.select_batch(index)
         self._step = None  # its tensors have the batch that was
+        if self.recorder is not None:
+            self.recorder.select_batch(index)
         if self.start is not None:
             self.start = self.start.index_select(0, index)
         for observer in self.observers:
@@ -377,6 +393,8 @@ class LayerCache:
             )
         self._expire(store)
         victims = self._victims(view, count)
+        if self.recorder is not None:
+            self.recorder.decided(self, view, victims, store.fresh)
         # Victims of an earlier decision that were not reclaimed stay cached unless chosen again.
         self.queue, self.reused = victims, 0
         if self.eager:
@@ -617,7 +635,10 @@ class LayerCache:
         view = self._view(prompt, count, 0)
         surplus = count - self.capacity
         gone = torch.zeros_like(prompt.positions, dtype=torch.bool)
-        gone.scatter_(2, self._victims(view, surplus), True)
+        victims = self._victims(view, surplus)
+        gone.scatter_(2, victims, True)
+        if self.recorder is not None:
+            self.recorder.compressed(self, view, victims)
         # A stable sort of the flags lists the survivors first, in the order of their positions.
         kept = gone.to(torch.int8).argsort(dim=-1, stable=True)[:, :, : self.capacity]
         self.store = SlotStore(self._shape(key, self.capacity), key, value)

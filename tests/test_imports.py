@@ -21,7 +21,7 @@ FLOORS = (
     ("slots", "observer"),
     ("view", "composition", "policy"),
     ("registry", "parts", "policies"),
-    ("kernels", "attention", "terms", "checks", "step", "layer", "cache"),
+    ("kernels", "attention", "terms", "checks", "step", "layer", "cache", "traces", "recording"),
     ("",),
     ("testing", "lab"),
     ("commands", "cli"),
@@ -33,6 +33,7 @@ HEIGHT = {part: (i, j) for i, floor in enumerate(FLOORS) for j, part in enumerat
 CORE_LIBRARIES = {"numpy", "pydantic", "torch", "triton"}
 LIBRARIES = {
     "testing": CORE_LIBRARIES | {"hypothesis", "pytest"},
+    "traces": CORE_LIBRARIES | {"safetensors"},  # to write and read files only
     "lab": None,  # whatever its extras bring
     "commands": None,
     "cli": None,
