@@ -53,6 +53,14 @@ class Registry(Generic[Item]):
         """All names, sorted, those of entry points included."""
         return tuple(sorted({*self._items, *self._entry_points()}))
 
+    def waiting(self) -> dict[str, str]:
+        """Names whose entry points have not been loaded, and the packages that they come from."""
+        return {
+            name: point.dist.name if point.dist else point.module
+            for name, point in sorted(self._entry_points().items())
+            if name not in self._items
+        }
+
     def get(self, name: str) -> Item:
         """The item of this name, loading its entry point if need be.
 

@@ -8,16 +8,25 @@ from rich.text import Text
 
 import kvpolicy
 from kvpolicy.commands.console import console
+from kvpolicy.registry import POLICIES
 
 __all__ = ["list_policies"]
 
 
 def list_policies() -> None:
-    """Print the registry: every policy that can be named."""
+    """Print the registry: every policy that can be named.
+
+    Those of other packages are named, but not loaded.
+    """
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for heading in ("policy", "what it does", "watches", "source"):
         table.add_column(heading, no_wrap=heading != "what it does")
+    waiting = POLICIES.waiting()
     for name in kvpolicy.available():
+        if name in waiting:  # a stranger's code runs only when it is asked for by name
+            about = Text.assemble("of the package ", waiting[name], (" (not loaded)", "dim"))
+            table.add_row(Text(name), about, "?", "?")
+            continue
         spec = kvpolicy.spec(name)
         parameters = ", ".join(
             f"{field}={about.get('default', '(required)')}"
@@ -27,5 +36,5 @@ def list_policies() -> None:
         if parameters:
             about.append(f"\n{parameters}", style="dim")
         watches = spec.needs.name.lower().replace("_", " ")
-        table.add_row(name, about, watches, spec.paper or "-")
+        table.add_row(name, about, watches, Text(spec.paper or "-"))
     console.print(table)
