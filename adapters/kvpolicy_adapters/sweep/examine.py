@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 from transformers.utils import logging
 
 import kvpolicy
@@ -24,8 +26,21 @@ __all__ = ["POLICIES", "Finding", "examine"]
 POLICIES: dict[str, dict[str, Any]] = {"linear": {"anchors": 2}, "h2o": {}, "streaming_llm": {}}
 _PROMPT, _NEW, _PADDING, _LINE = 14, 18, 3, 3
 _LENGTH, _BUDGET = _PROMPT + _NEW, (_PROMPT + _NEW) // 4
+#: Fields of configurations whose models cache latents, or several tokens as one.
+_COMPRESSED = ("kv_lora_rank", "compress_rates")
 #: Largest difference of a logit, float32, to the model's own cache.
 _TOLERANCE = 1e-4
+
+_DRAFT = "a draft model: all its layers attend to the keys and values of another model's cache"
+#: Classes of which no tiny model stands alone, and why.
+_NOT_ALONE = {
+    "Gemma3nForConditionalGeneration": (
+        "not tried: its vision tower comes from another package (timm); its text model, "
+        "Gemma3nForCausalLM, passes"
+    ),
+    "Gemma4AssistantForCausalLM": _DRAFT,
+    "Gemma4UnifiedAssistantForCausalLM": _DRAFT,
+}
 
 
 @dataclass(frozen=True)
@@ -40,6 +55,7 @@ class Finding:
         padded: whether a left-padded batch gives what it gives with the model's own cache; None
             where the model itself can't take one.
         reason: why it does not pass; empty where it does.
+        by_design: where it does not pass, whether it keeps nothing that a policy could evict.
     """
 
     name: str
@@ -48,11 +64,16 @@ class Finding:
     layers: str = ""
     padded: bool | None = None
     reason: str = ""
+    by_design: bool = False
 
     @property
     def passes(self) -> bool:
         """Whether it is served: lossless when it fits, and within its budget when not."""
         return not self.reason
+
+
+class _NotHeld(Exception):
+    """Something does not hold; the message says what."""
 
 
 def examine(name: str, model_types: tuple[str, ...]) -> Finding:
@@ -67,33 +88,61 @@ def examine(name: str, model_types: tuple[str, ...]) -> Finding:
 
 
 def _examine(name: str, model_types: tuple[str, ...]) -> Finding:
+    if name in _NOT_ALONE:
+        return Finding(name, model_types, reason=_NOT_ALONE[name])
     try:
-        model = build(model_types[0])
+        model = build(name)
         tokens, mask = _prompt()
-        own_tokens, own_logits = _generate(model, tokens, torch.ones_like(mask), None)
+        _generate(model, tokens, torch.ones_like(mask), None)
     except Exception as error:
         return Finding(name, model_types, reason=f"can't be built tiny here ({_brief(error)})")
     try:
-        with _attached(model, "h2o", _LENGTH) as cache:
-            got_tokens, got_logits = _generate(model, tokens, torch.ones_like(mask), cache)
-            layers = ", ".join(dict.fromkeys(map(_kept, cache.layers)))
-        if not torch.equal(got_tokens, own_tokens):
-            return Finding(name, model_types, reason="other tokens than with its own cache")
-        difference = (got_logits - own_logits).abs().max().item()
-        if not difference <= _TOLERANCE * max(1.0, own_logits.abs().max().item()):
-            return Finding(name, model_types, reason=f"logits differ by {difference:.1e}")
-        heads = ""
+        layers = _lossless(model, tokens)
+        if "every token" not in layers:
+            # The budget holds each whole window, so the policy had nothing to do. It has where
+            # windows are longer than the text.
+            wide = _lossless(build(name, window=2 * _LENGTH), tokens)
+            if "every token" not in wide:
+                raise _NotHeld("no layer comes under a policy, not even where windows are long")
         for policy in POLICIES:
             with _attached(model, policy, _BUDGET) as cache:
                 reason = _at_a_quarter(model, tokens, cache)
+                if reason:
+                    raise _NotHeld(f"{policy}: {reason}")
                 heads = _heads(model, cache)
-            if reason:
-                return Finding(name, model_types, reason=f"{policy}: {reason}")
-    except KVPolicyError as error:
+        padded = _padded(model, tokens, mask)
+        if padded is False:
+            raise _NotHeld("a left-padded batch gives other logits than with its own cache")
+    except _NotHeld as error:
         return Finding(name, model_types, reason=str(error))
+    except KVPolicyError as error:
+        design = _nothing_to_evict(model)
+        return Finding(name, model_types, reason=_said(name, error), by_design=design)
     except Exception as error:
         return Finding(name, model_types, reason=f"fails under a policy ({_brief(error)})")
-    return Finding(name, model_types, heads, layers, padded=_padded(model, tokens, mask))
+    return Finding(name, model_types, heads, ", ".join(layers), padded)
+
+
+def _lossless(model: PreTrainedModel, tokens: Tensor) -> list[str]:
+    """With room for everything, tokens and logits are those of the model's own cache.
+
+    Returns:
+        What its layers keep, in words.
+
+    Raises:
+        _NotHeld: they are not.
+    """
+    mask = torch.ones_like(tokens)
+    own_tokens, own_logits = _generate(model, tokens, mask, None)
+    with _attached(model, "h2o", _LENGTH) as cache:
+        got_tokens, got_logits = _generate(model, tokens, mask, cache)
+        layers = list(dict.fromkeys(map(_kept, cache.layers)))
+    difference = (got_logits - own_logits).abs().max().item()
+    if not difference <= _TOLERANCE * max(1.0, own_logits.abs().max().item()):
+        raise _NotHeld("other logits than with its own cache")
+    if not torch.equal(got_tokens, own_tokens):
+        raise _NotHeld("other tokens than with its own cache")
+    return layers
 
 
 def _at_a_quarter(model: PreTrainedModel, tokens: Tensor, cache: TransformersCache) -> str:
@@ -113,9 +162,10 @@ def _at_a_quarter(model: PreTrainedModel, tokens: Tensor, cache: TransformersCac
 
 
 def _managed(cache: TransformersCache) -> list[int]:
-    """The layers under the policy."""
+    """The layers under the policy, but for those that no text comes to (attention to an image)."""
     left_alone = cache.stats().left_alone
-    return [layer for layer in range(len(cache.layers)) if layer not in left_alone]
+    layers = enumerate(cache.policy_cache.layers)
+    return [n for n, layer in layers if n not in left_alone and layer.store is not None]
 
 
 def _padded(model: PreTrainedModel, tokens: Tensor, mask: Tensor) -> bool | None:
@@ -183,7 +233,24 @@ def _kept(layer: Any) -> str:
     }.get(kind, kind)
 
 
+def _nothing_to_evict(model: PreTrainedModel) -> bool:
+    """Whether a refused model keeps nothing that a policy could evict head by head."""
+    config = model.config.get_text_config(decoder=True).to_dict()
+    if model.config.is_encoder_decoder or any(config.get(name) for name in _COMPRESSED):
+        return True
+    layers = DynamicCache(config=model.config).layers
+    if model._is_stateful and all(type(layer) is DynamicLayer for layer in layers):
+        return True  # a state of which transformers' own cache does not know
+    # A layer may keep a state or an index beside keys and values: those could be evicted.
+    return not any(isinstance(layer, DynamicLayer) for layer in layers)
+
+
+def _said(name: str, error: KVPolicyError) -> str:
+    """What attach says of a model, without its name, which the row has already."""
+    return " ".join(str(error).split()).removeprefix(name).lstrip(": ")
+
+
 def _brief(error: Exception) -> str:
-    """An error in one line."""
-    text = " ".join(str(error).split())
+    """An error in one line, without the paths of this machine."""
+    text = re.sub(r"(/[\w.\-]+){2,}", "...", " ".join(str(error).split()))
     return f"{type(error).__name__}: {text[:120]}"

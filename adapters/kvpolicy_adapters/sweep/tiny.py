@@ -1,91 +1,207 @@
-"""A tiny random model of every causal-LM architecture that transformers has."""
+"""A tiny configuration of any architecture, from the names of its fields.
+
+Names mean the same in almost every configuration of transformers, so one table of sizes makes most
+of them tiny; what an architecture wants besides stands in :data:`OVERRIDES`.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+import transformers
+from torch import nn
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.pytorch_utils import Conv1D
 
-__all__ = ["VOCAB", "WINDOW", "architectures", "build"]
+__all__ = ["LAYERS", "VOCAB", "WINDOW", "architectures", "build", "shrink"]
 
-VOCAB, WINDOW = 64, 12
-_LAYERS, _HIDDEN, _HEADS, _KV_HEADS, _HEAD_DIM = 2, 32, 4, 2, 8
+VOCAB, LAYERS, HEADS, KV_HEADS, HEAD_DIM = 64, 4, 4, 2, 8
+#: Larger than a quarter of a generation, and smaller than all of it: it hides tokens.
+WINDOW = 12
 
-#: Sizes by the names that configurations use; only fields that a configuration has are set.
-_SIZES: dict[str, Any] = {
-    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers"), _LAYERS),
-    **dict.fromkeys(("decoder_layers", "encoder_layers"), _LAYERS),
-    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "embedding_size"), _HIDDEN),
-    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads"), _HEADS),
-    **dict.fromkeys(("decoder_attention_heads", "encoder_attention_heads"), _HEADS),
-    **dict.fromkeys(("num_key_value_heads", "n_head_kv"), _KV_HEADS),
-    **dict.fromkeys(("head_dim", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"), _HEAD_DIM),
-    **dict.fromkeys(("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner"), 48),
-    **dict.fromkeys(("decoder_ffn_dim", "encoder_ffn_dim", "shared_intermediate_size"), 48),
-    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 16),
-    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
-    **dict.fromkeys(("num_experts_per_tok", "moe_topk", "moe_k"), 2),
-    **dict.fromkeys(("n_group", "topk_group", "n_groups", "n_shared_experts"), 1),
-    **dict.fromkeys(
-        ("q_lora_rank", "kv_lora_rank", "rotary_dim", "linear_key_head_dim"), _HEAD_DIM
-    ),
-    **dict.fromkeys(("linear_value_head_dim", "mamba_d_head", "mamba_head_dim"), _HEAD_DIM),
-    **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads"), 2),
-    **dict.fromkeys(("mamba_d_state", "state_size", "ssm_state_size"), 4),
-    **dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"), 256),
-    **dict.fromkeys(
-        ("vocab_size", "vocab_size_per_layer_input", "text_vocab_size", "n_words"), VOCAB
-    ),
-    **dict.fromkeys(("sliding_window", "attention_chunk_size"), WINDOW),
-    **dict.fromkeys(("mlp_dim", "out_hidden_size", "projector_hidden_size"), 48),
-    "initializer_range": 0.1,
-    "hidden_size_per_layer_input": _HEAD_DIM,
-    "laurel_rank": 4,
-    "num_kv_shared_layers": 0,
-    "query_pre_attn_scalar": _HEAD_DIM,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": None,
-    "is_decoder": True,
-}
-
-_HYBRID = {"num_hidden_layers": 4}
-_BORROWING = {
-    "num_hidden_layers": 4,
-    "num_kv_shared_layers": 2,
+#: Field name -> value. The first that matches the whole name is taken; a value that is smaller
+#: already stays.
+_SIZES: tuple[tuple[str, int], ...] = (
+    (r"(\w+_)?vocab_size(_per_layer_input)?|encoder_hash_byte_group_vocab", VOCAB),
+    (r"hidden_size|d_model|n_embd|emb_dim|embedding_dim|word_embed_proj_dim|embedding_size", 32),
+    (r"(input|output)_embedding_size|backbone_hidden_size|lru_width", 32),
+    (r"hidden_size_per_layer_input|laurel_rank|router_hidden_size|num_centroids|ple_embed_dim", 8),
+    (r"\w*intermediate_size(_mlp)?|\w*ffn_dim|\w*ffn_hidden_size|n_inner|dff|dim_ff", 48),
+    (r"(num_)?(decoder_|encoder_|hidden_)?layers|n_layers?|num_blocks", LAYERS),
+    (r"(swa_)?num_key_value_heads|num_kv_heads|num_query_groups|kv_n_heads", KV_HEADS),
+    (r"(swa_)?num_attention_heads|n_heads?|num_heads|\w*attention_heads|index_n_heads", HEADS),
+    (r"qk_head_dim", 16),
+    (r"(\w+_)?head_dim|kv_channels|dim_head|d_head|attention_head_size|qk_rope_head_dim", HEAD_DIM),
+    (r"(q|o|kv)_lora_rank|query_pre_attn_scalar|index_topk", 16),
+    (r"n_routed_experts|(num|moe_num)_(local_)?experts|zero_expert_num", 4),
+    (r"num_experts_per_tok(en)?|moe_topk|moe_k|num_selected_experts|top_k_experts", 2),
+    (r"n_group|num_expert_group|topk_group|n_shared_experts|num_shared_experts", 1),
+    (r"moe_num_shared_experts|first_k_dense_replace|num_dense_layers|num_nextn_predict_layers", 1),
+    (r"moe_layer_start_index", 1),
+    (r"linear_num_(key_|value_)?heads|mamba_n(um)?_heads", KV_HEADS),
+    (r"rotary_dim|ssm_state_size|state_size|mamba_d_state|chunk_size|mamba_chunk_size", HEAD_DIM),
+    (r"max_position_embeddings|n_positions|n_ctx|max_seq_len|model_max_length|context_length", 256),
+    (r"max_(source|target)_positions|seq_length|prompt_mid_dim|position_bias_max_distance", 256),
+    (r"rel_extent|keep_window_size", 64),
+    (r"mamba_n_?groups|n_groups|o_groups", 1),
+)
+_WINDOWS = re.compile(
+    r"sliding_window(_size)?|attention_(chunk|window)_size|window_size|local_attention"
+)
+_PATTERNS = tuple((re.compile(name), size) for name, size in _SIZES)
+#: Switches: a model that can be a decoder is one, and weights that many heads share stay so.
+_SWITCHES: dict[str, Any] = {"is_decoder": True, "use_cache": True, "attention_dropout": 0.0}
+#: Fields that are tiny where the configuration leaves them open, too.
+_UNSET = {"head_dim": HEAD_DIM, "sliding_window": WINDOW}
+#: What each architecture wants besides, by the class of its configuration.
+_GEMMA4 = {
+    "global_head_dim": 16,
     "layer_types": ["sliding_attention", "full_attention"] * 2,
 }
-#: What only one kind of configuration needs.
-_OVERRIDES: dict[str, dict[str, Any]] = {
-    "bailing_hybrid": _HYBRID | {"layer_group_size": 2},
-    "bamba": {"mamba_n_heads": 8, "attn_layer_indices": [1]},
-    "dots3_note": {"num_key_value_heads": _HEADS},
-    "gemma3": {"vision_config": {"image_size": 28, "patch_size": 14}},
-    **dict.fromkeys(("gemma3n_text", "gemma4_text"), _BORROWING),
-    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": WINDOW},
-    "granitemoehybrid": {"mamba_n_heads": 8, "layer_types": ["mamba", "attention"]},
-    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2},
-    "kimi_linear": {"layer_types": ["linear_attention", "full_attention"]},
-    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
-    "lfm3": _HYBRID,
-    "mamba2": {"num_heads": 8},
-    "moshi": {"audio_vocab_size": VOCAB},
-    "qwen3_5": {"text_config": _HYBRID},
-    "qwen3_5_moe": {"text_config": _HYBRID},
-    "qwen3_next": _HYBRID,
-    "qwen4_exp": {"text_config": _HYBRID},
-    "recurrent_gemma": {"num_hidden_layers": 3},
-    "reformer": {"axial_pos_embds_dim": [16, 16], "axial_pos_shape": [16, 16]},
-    "roc_bert": {"pronunciation_vocab_size": VOCAB, "shape_vocab_size": VOCAB},
-    "xlm": {"emb_dim": _HIDDEN, "n_words": VOCAB},
-    "xmod": {"default_language": "en_XX"},
-    "zamba": {"layer_types": ["linear_attention", "hybrid"]},
-    "zamba2": {"layer_types": ["linear_attention", "hybrid"]},
-    "zaya": {"num_experts_per_tok": 1},
+_SHARED = {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}
+OVERRIDES: dict[str, dict[str, Any]] = {
+    "BambaConfig": {"mamba_n_heads": 4, "mamba_d_head": 16, "attn_layer_indices": [1, 3]},
+    "BlenderbotConfig": {"encoder_layers": LAYERS},
+    "CohereCompassTextConfig": {
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+            "full_attention": None,
+        },
+    },
+    "DbrxAttentionConfig": {"kv_n_heads": KV_HEADS, "rope_theta": 10_000.0, "clip_qkv": 8.0},
+    "DeepseekV2Config": {"num_experts_per_tok": 2},
+    "Dots1Config": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
+    "FalconH1Config": {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_ssm": 64},
+    "Gemma3nTextConfig": {
+        "num_hidden_layers": 6,
+        "intermediate_size": [48] * 6,
+        "activation_sparsity_pattern": [0.0] * 6,
+        "layer_types": ["sliding_attention", "full_attention"] * 3,
+        "num_kv_shared_layers": 2,
+        "altup_num_inputs": 2,
+    },
+    "Gemma4TextConfig": _GEMMA4,
+    "Gemma4UnifiedTextConfig": _GEMMA4,
+    "GPTNeoConfig": {"attention_types": [[["global", "local"], 2]]},
+    "GraniteMoeHybridConfig": {
+        "mamba_n_heads": 4,
+        "mamba_d_head": 16,
+        "layer_types": ["mamba", "attention"] * 2,
+    },
+    "HrmTextConfig": {"num_hidden_layers": 1, "num_layers_per_stack": None},
+    "JambaConfig": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "Lfm2MoeConfig": {"layer_types": ["conv", "full_attention"] * 2},
+    "Mamba2Config": {"num_heads": 4, "head_dim": 16},
+    "MusicgenDecoderConfig": {"num_codebooks": 1},
+    "MusicgenMelodyDecoderConfig": {"num_codebooks": 1},
+    "NemotronConfig": {"num_key_value_heads": KV_HEADS},
+    "Qwen4ExpTextConfig": {
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 8,
+        "indexer_budget": 16,
+        "indexer_compress_ratio": 4,
+    },
+    "ReformerConfig": {"axial_pos_embds": False},
+    "RwkvConfig": {"attention_hidden_size": 32},
+    "XmodConfig": {"languages": ["en_XX"], "default_language": "en_XX"},
+    "ZambaConfig": {
+        "attention_hidden_size": 64,
+        "attention_head_dim": 16,
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+    },
+    "xLSTMConfig": {"chunk_size": 64, "hidden_size": 128, "embedding_dim": 128},
 }
+
+
+def shrink(kind: type[PreTrainedConfig], window: int = WINDOW) -> PreTrainedConfig:
+    """A tiny configuration of a class: four layers, width 32, two KV heads for four query heads.
+
+    Args:
+        kind: the class of the configuration.
+        window: tokens that a sliding window or a chunk of attention spans, where there is one.
+
+    Raises:
+        ValueError: the configuration can't have these sizes.
+    """
+    return _tiny(kind(), window)
+
+
+def _tiny(config: PreTrainedConfig, window: int) -> PreTrainedConfig:
+    return type(config)(**_changes(config, window))
+
+
+def _changes(config: PreTrainedConfig, window: int) -> dict[str, Any]:
+    """The arguments that make a configuration like this one tiny."""
+    kind = type(config)
+    if getattr(config, "is_heterogeneous", False):
+        config.allow_global_per_layer_attribute_access = True
+    own = OVERRIDES.get(kind.__name__, {})
+    layers = _layers(config)
+    changes: dict[str, Any] = {}
+    for name in _fields(kind):
+        if name in own:
+            continue
+        value = getattr(config, name, None)
+        if isinstance(value, PreTrainedConfig):
+            changes[name] = _tiny(value, window)
+        elif name in _SWITCHES:
+            changes[name] = _SWITCHES[name]
+        elif re.fullmatch(r"\w*_token_(id|index)|\w*_index", name):
+            changes[name] = _token(name)
+        elif name == "num_key_value_heads" and hasattr(config, "kv_lora_rank"):
+            changes[name] = HEADS  # latents are unfolded to as many
+        elif isinstance(value, int) and not isinstance(value, bool):
+            changes[name] = _size(name, value, window)
+        elif value is None and name in _UNSET:
+            changes[name] = window if name == "sliding_window" else _UNSET[name]
+        elif isinstance(value, list | tuple) and layers and len(value) == layers:
+            changes[name] = _per_layer(value)
+    return changes | own
+
+
+def _fields(kind: type[PreTrainedConfig]) -> list[str]:
+    """The arguments of a configuration's constructor."""
+    passed_over = {"transformers_version", "architectures", "dtype"}
+    names = (field.name for field in dataclasses.fields(kind) if field.init)
+    return [name for name in names if name not in passed_over]
+
+
+def _layers(config: PreTrainedConfig) -> int | None:
+    count = getattr(config, "num_hidden_layers", None)
+    return count if isinstance(count, int) else None
+
+
+def _token(name: str) -> int:
+    """A special token, none of which a prompt has: padding is 0, the beginning and the end 1."""
+    if name in ("pad_token_id", "pad_index"):
+        return 0
+    return 1 if name in ("bos_token_id", "eos_token_id") else VOCAB - 1
+
+
+def _size(name: str, value: int, window: int) -> int:
+    if _WINDOWS.fullmatch(name):
+        return window
+    for pattern, size in _PATTERNS:
+        if pattern.fullmatch(name):
+            return min(value, size) if value > 0 else value
+    return value
+
+
+def _per_layer(values: Sequence[Any]) -> list[Any]:
+    """One value for each of the few layers, with every kind that occurs among them."""
+    kinds: list[Any] = []
+    for value in values:
+        if value not in kinds:
+            kinds.append(value)
+    count = max(LAYERS, len(kinds))
+    return (kinds * count)[:count]
 
 
 def architectures() -> dict[str, tuple[str, ...]]:
@@ -97,26 +213,37 @@ def architectures() -> dict[str, tuple[str, ...]]:
     return {name: tuple(found[name]) for name in sorted(found, key=str.lower)}
 
 
-def build(model_type: str) -> PreTrainedModel:
-    """The real class of a model type, tiny, with random weights; the same ones each time."""
-    torch.manual_seed(0)
-    config = _shrink(CONFIG_MAPPING[model_type], _OVERRIDES.get(model_type, {}))
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    return model.eval()
+def build(name: str, window: int = WINDOW, seed: int = 0) -> PreTrainedModel:
+    """The real class of this name, tiny, in float32; the same weights each time.
+
+    Weights as transformers draws them attend almost uniformly, so that a wrong cache would hardly
+    show: these tell tokens apart.
+
+    Args:
+        name: the class.
+        window: tokens that a sliding window or a chunk of attention spans, where there is one.
+        seed: of the weights.
+    """
+    torch.manual_seed(seed)
+    kind = getattr(transformers, name)
+    model: PreTrainedModel = kind(shrink(kind.config_class, window)).float().eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Linear | nn.Embedding | Conv1D):
+                fan = module.weight.shape[0 if isinstance(module, Conv1D) else -1]
+                spread = 1.0 if isinstance(module, nn.Embedding) else fan**-0.5
+                if _is_query_or_key(name):
+                    spread *= 2
+                module.weight.normal_(0, spread, generator=generator)
+    model.generation_config = GenerationConfig(
+        pad_token_id=0, decoder_start_token_id=1, num_return_sequences=1
+    )
+    return model
 
 
-def _shrink(kind: type, changes: dict[str, Any]) -> Any:
-    """A configuration of this class with the sizes above."""
-    fields = {field.name for field in dataclasses.fields(kind)}
-    sizes = {name: size for name, size in _SIZES.items() if name in fields}
-    if "kv_lora_rank" in fields and "num_key_value_heads" in fields:
-        sizes["num_key_value_heads"] = _HEADS  # a latent is expanded into keys of every head
-    parts = [name for name in getattr(kind, "sub_configs", {}) if name in fields]
-    if parts:
-        whole = kind()
-        for name in parts:
-            part = getattr(whole, name)
-            if part is not None:
-                sizes[name] = _shrink(type(part), changes.get(name, {})).to_dict()
-    flat = {name: value for name, value in changes.items() if name not in parts}
-    return kind(**sizes | flat)
+def _is_query_or_key(name: str) -> bool:
+    last = name.rpartition(".")[2]
+    return bool(
+        re.fullmatch(r"[qk]_proj|query|key|query_key_value|c_attn|Wqkv|wqkv|qkv_proj", last)
+    )
