@@ -192,7 +192,8 @@ class PolicyCache:
             ShapeError: a tensor has the wrong shape, dtype or device.
             LayoutError: more tokens than the layout has.
             CacheStateError: the batch size has changed since the last call.
-            AttentionError: the attention is NaN.
+            AttentionError: the attention is NaN. Seen where the policy observes attention: one that
+                observes none pays nothing for it, and NaN goes on into the output.
         """
         terms = Terms(scale=scale, visible=visible, bias=bias, softcap=softcap, sinks=sinks)
         return self._layer(layer).attend(query, key, value, terms)

@@ -1,14 +1,18 @@
 """What an installation brings, and what importing it leaves alone."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
 import venv
 import zipfile
+from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parent.parent
 
@@ -134,6 +138,120 @@ def test_core_alone_attends(wheel, tmp_path):
     assert done.returncode == 2, done
     assert "kvpolicy[lab]" in done.stderr
     assert done.stderr.count("\n") == 1, done.stderr
+
+
+def bare(folder, *packages):
+    """A virtual environment with nothing in it, but for links to these packages' needs."""
+    venv.create(folder, with_pip=False)
+    (site,) = folder.glob("lib/python*/site-packages") or folder.glob("Lib/site-packages")
+    wanted, met = list(packages), set()
+    while wanted:
+        requirement = Requirement(wanted.pop())
+        name = requirement.name.lower().replace("_", "-")
+        if name in met or (requirement.marker and not requirement.marker.evaluate({"extra": ""})):
+            continue
+        met.add(name)
+        there = distribution(name)
+        wanted += there.requires or []
+        for top in {file.parts[0] for file in there.files if file.parts[0] not in ("..", "/")}:
+            link = site / top
+            if not link.exists() and top != "__pycache__":
+                link.symlink_to(Path(there.locate_file(top)).resolve())
+    return folder / ("Scripts" if os.name == "nt" else "bin") / "python"
+
+
+def add(python, *what):
+    """Really install packages, without what they need."""
+    pip = (sys.executable, "-m", "pip", "--python", python, "install", "-qq", "--no-deps")
+    run(*pip, "--no-build-isolation", "--no-index", *what, cwd=ROOT)
+
+
+@pytest.mark.slow
+def test_core_tests_pass_where_nothing_else_is_installed(wheel, tmp_path):
+    """As `pip install kvpolicy pytest hypothesis` has it: no transformers, no command line."""
+    python = bare(tmp_path / "venv", "torch", "numpy", "pydantic", "pytest", "hypothesis")
+    add(python, wheel)
+    tests = tmp_path / "tests"
+    tests.mkdir()
+    for name in ("conftest", "test_layout", "test_budget", "test_policy", "test_attention"):
+        shutil.copy(ROOT / "tests" / f"{name}.py", tests)
+    missing = "import importlib.util as u; assert u.find_spec('transformers') is None"
+    run(python, "-c", missing, cwd=tmp_path)
+    said = run(python, "-m", "pytest", "-q", tests, cwd=tmp_path, OMP_NUM_THREADS="1")
+    assert " passed" in said
+    said = run(python, "-c", CHECKED, cwd=tmp_path, OMP_NUM_THREADS="1")
+    assert "holds" in said
+
+
+CHECKED = """
+import kvpolicy, kvpolicy.testing
+assert "site-packages" in kvpolicy.__file__, kvpolicy.__file__
+kvpolicy.testing.check_policy(kvpolicy.create("linear", anchors=2), examples=5)
+print("holds")
+"""
+
+
+@pytest.mark.slow
+def test_a_package_of_ones_own_joins_by_being_installed(wheel, tmp_path):
+    """examples/my_policy: listed without being loaded, checked, and compared."""
+    for package_name in ("typer", "pyarrow", "transformers"):
+        pytest.importorskip(package_name, reason="ablate needs the extra 'lab'")
+    venv.create(tmp_path / "venv", with_pip=False)
+    python = tmp_path / "venv" / ("Scripts" if os.name == "nt" else "bin") / "python"
+    (site,) = (tmp_path / "venv").glob("lib/python*/site-packages")
+    # torch and the rest come from where they are; kvpolicy and the package are really installed.
+    theirs = [path for path in sys.path if path.endswith("site-packages")]
+    (site / "theirs.pth").write_text("\n".join(theirs) + "\n")
+    package = tmp_path / "my_policy"
+    shutil.copytree(ROOT / "examples" / "my_policy", package)
+    add(python, wheel, package)
+
+    def call(*command):
+        return run(python, "-P", "-m", *command, cwd=tmp_path, OMP_NUM_THREADS="1", COLUMNS="120")
+
+    asked = "import kvpolicy, sys; kvpolicy.available(); print(kvpolicy.__file__, *sys.modules)"
+    said = run(python, "-P", "-c", asked, cwd=tmp_path)
+    assert str(site) in said
+    assert "my_policy" not in said.split()
+    assert "of the package my-policy (not loaded)" in call("kvpolicy", "list")
+    said = call("kvpolicy", "check", "mass_rate", "--examples", "10", "--set", "window=2")
+    assert "MassRate(window=2)" in said
+    assert "invariants hold" in said
+    own = call("pytest", "-q", package / "test_my_policy.py", "-p", "no:cacheprovider")
+    assert "1 passed" in own
+    plugin = call(
+        "pytest", "-q", "--kvpolicy", "mass_rate", "--kvpolicy-examples", "2", "-k", "pins"
+    )
+    assert "1 passed" in plugin
+    sizes = ("--option", "images=10", "--option", "scored=2", "--executor", "inline")
+    plan = ("--subject", "fashion-ar", "--policies", "mass_rate", "--budgets", "1/6")
+    call("kvpolicy", "ablate", *plan, *sizes, "--out", "run")
+    assert "mass_rate" in (tmp_path / "run" / "summary.csv").read_text()
+
+
+@pytest.mark.slow
+def test_the_metadata_is_complete(wheel):
+    inside = zipfile.ZipFile(wheel)
+    names = inside.namelist()
+    (metadata,) = (name for name in names if name.endswith(".dist-info/METADATA"))
+    text = inside.read(metadata).decode()
+    for field in (
+        "Name: kvpolicy",
+        "Summary: ",
+        "License-Expression: Apache-2.0",
+        "License-File: LICENSE",
+        "Requires-Python: >=3.11",
+        "Classifier: Typing :: Typed",
+        "Provides-Extra: lab",
+        "Description-Content-Type: text/markdown",
+    ):
+        assert f"\n{field}" in text, field
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+    # Of the data and of the weights that ship.
+    assert "kvpolicy_adapters/zoo/fashion_ar/LICENSE.fashion-mnist" in names
+    card = json.loads(inside.read("kvpolicy_adapters/zoo/fashion_ar/card.json"))
+    assert card["data_licence"]
+    assert card["weights_licence"]
 
 
 @pytest.mark.slow
