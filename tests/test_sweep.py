@@ -187,6 +187,11 @@ def test_check_tells_a_changed_page(tmp_path, monkeypatch, capsys):
     out.write_text(out.read_text().replace("| 4 / 2 |", "| 4 / 4 |"))
     assert command.main(["--out", str(out), "--check"]) == 1
     assert "+| `LlamaForCausalLM`" in capsys.readouterr().out
+    assert "| 4 / 4 |" in out.read_text()  # it writes nothing
+    out.write_text(out.read_text().replace(transformers.__version__, "4.0.0"))
+    with pytest.raises(SystemExit):
+        command.main(["--out", str(out), "--check"])
+    assert "was not made with torch" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import torch
 
 from kvpolicy.errors import near_matches
 from kvpolicy_adapters.sweep.examine import examine
-from kvpolicy_adapters.sweep.page import page, row
+from kvpolicy_adapters.sweep.page import page, row, versions
 from kvpolicy_adapters.sweep.tiny import architectures
 
 
@@ -32,6 +32,9 @@ def main(arguments: list[str] | None = None) -> int:
             parser.error(f"--only {name}: no such architecture; {near_matches(name, known)}")
     if chosen.check and chosen.out is None:
         parser.error("--check needs the page: --out docs/models.md")
+    if chosen.check and versions() not in " ".join(chosen.out.read_text(encoding="utf-8").split()):
+        # Other versions find other things, which is no mistake of the page's.
+        parser.error(f"{chosen.out} was not made with {versions()}; check it with what it names")
     torch.set_num_threads(1)  # the models are tiny: a second thread would only wait at barriers
     findings = []
     names = chosen.only or list(known)

@@ -10,7 +10,7 @@ import transformers
 
 from kvpolicy_adapters.sweep.examine import POLICIES, Finding
 
-__all__ = ["COMMAND", "page", "row"]
+__all__ = ["COMMAND", "page", "row", "versions"]
 
 COMMAND = "python -m kvpolicy_adapters.sweep --out docs/models.md"
 
@@ -25,7 +25,7 @@ transformers' attention interface and keeps keys and values per head. This page 
 ```
 
 which builds the real class of every architecture that `AutoModelForCausalLM` knows, tiny, with
-every kind of layer that it has and with random weights (torch {torch}, transformers {transformers},
+every kind of layer that it has and with random weights ({versions},
 float32), and attaches policies to it.
 
 **{passing} of {total} architectures pass**; {nothing} have nothing to evict. For each that
@@ -49,6 +49,11 @@ or keys and values borrowed from another layer, are left as they are.
 """
 
 
+def versions() -> str:
+    """What the findings are of, in words."""
+    return f"torch {torch.__version__.partition('+')[0]}, transformers {transformers.__version__}"
+
+
 def page(findings: Sequence[Finding]) -> str:
     """The whole page; one row for each finding, in the order of their names."""
     ordered = sorted(findings, key=lambda finding: finding.name.lower())
@@ -58,8 +63,7 @@ def page(findings: Sequence[Finding]) -> str:
     names = [f"`{name}`" for name in POLICIES]
     introduction = _INTRODUCTION.format(
         command=COMMAND,
-        torch=torch.__version__.partition("+")[0],
-        transformers=transformers.__version__,
+        versions=versions(),
         passing=len(passing),
         total=len(ordered),
         nothing=len(nothing),
