@@ -88,7 +88,7 @@ def ablate(
     Nothing that has finished is lost, however a run ends: the same command goes on.
     """
     from kvpolicy.lab.outputs import write_outputs
-    from kvpolicy.lab.runner import prepare, run
+    from kvpolicy.lab.runner import prepare, run, writing
 
     sys.path.insert(0, os.getcwd())  # modules of the user's own
     given = {
@@ -122,7 +122,8 @@ def ablate(
         own = [metric for metric in prepared.subject.metrics if metric.name in chosen]
         names = {metric.name for metric in own}
         every = [*own, *(metric for metric in prepared.metrics if metric.name not in names)]
-        entries, files = write_outputs(folder, every)
+        with writing(out):
+            entries, files = write_outputs(folder, every)
         if console.is_terminal and main is not None:
             console.print(_result(entries, main))
         for file in files:
