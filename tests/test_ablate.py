@@ -210,7 +210,7 @@ def test_ctrl_c_ends_cleanly_and_says_how_to_go_on(tmp_path):
         stdout=subprocess.DEVNULL,
         text=True,
     )
-    while not diary.exists():
+    while not diary.exists() or "\n" not in diary.read_text():
         assert process.poll() is None
         time.sleep(0.01)
     worker = int(diary.read_text().split()[1])
