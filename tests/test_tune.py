@@ -13,8 +13,9 @@ pytest.importorskip("typer", reason="tune needs the extra 'lab'")
 pytest.importorskip("optuna", reason="tune needs the extra 'tune'")
 
 from kvpolicy.errors import BudgetError, ParameterError
+from kvpolicy.lab.search_space import Range, search_space
 from kvpolicy.lab.subject import Subject, load_subject
-from kvpolicy.lab.tune import Range, search_space, tune
+from kvpolicy.lab.tune import tune
 
 HERE = Path(__file__).parent
 

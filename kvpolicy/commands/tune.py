@@ -38,10 +38,11 @@ def tune(
     """
     from kvpolicy.lab import tune as lab
     from kvpolicy.lab.executors import processors
+    from kvpolicy.lab.search_space import Space
 
     sys.path.insert(0, os.getcwd())  # modules of the user's own
 
-    def tell_space(space: lab.Space) -> None:
+    def tell_space(space: Space) -> None:
         for name, part in space.items():
             console.print(f"{name}: {part}", highlight=False, markup=False)
 

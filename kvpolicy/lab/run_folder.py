@@ -22,16 +22,24 @@ import time
 from collections.abc import Iterator, Mapping
 from difflib import unified_diff
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors.numpy import load_file, save
 
 from kvpolicy.errors import ParameterError
 from kvpolicy.lab.files import UNFINISHED, whole_folder, write_whole
 from kvpolicy.lab.plan import Cell, Plan
+from kvpolicy.lab.records import (
+    CellRecord,
+    CellStats,
+    Environment,
+    Failure,
+    LeftOut,
+    SubjectInfo,
+    read_record,
+)
 from kvpolicy.lab.subject import MetricInfo
 
 __all__ = [
@@ -48,128 +56,6 @@ __all__ = [
 ]
 
 Arrays = dict[str, NDArray[Any]]
-Model = TypeVar("Model", bound=BaseModel)
-
-
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    def text(self) -> str:
-        """As JSON."""
-        return json.dumps(self.model_dump(mode="json"), indent=2) + "\n"
-
-
-class LeftOut(_Record):
-    """A combination that can't be, and why: a policy that needs a larger budget, say."""
-
-    label: str
-    budget: str
-    reason: str
-
-
-class SubjectInfo(_Record):
-    """What a reader of a run needs to know about its subject.
-
-    Attributes:
-        name: the subject's own name.
-        metrics: what was measured; the first one is the main one.
-        class_names: of the items, where they have classes.
-        rows: of the image grid; None for text.
-        cols: of the image grid; None for text.
-        prefix: pinned tokens before the first one of the grid.
-        line_break: tokens that end a line.
-        num_layers: layers that have a cache.
-        left_out: combinations of the plan that can't be.
-    """
-
-    name: str
-    metrics: tuple[MetricInfo, ...]
-    class_names: tuple[str, ...] = ()
-    rows: int | None = None
-    cols: int | None = None
-    prefix: int = 0
-    line_break: int = 0
-    num_layers: int
-    left_out: tuple[LeftOut, ...] = ()
-
-
-class Environment(_Record):
-    """What the run ran on.
-
-    Attributes:
-        versions: of Python, kvpolicy, torch, transformers, numpy.
-        revision: of the git repository that kvpolicy runs from, if any; ends in ``+`` where files
-            were changed.
-        system: operating system and machine type.
-        processor: number of logical processors.
-        device: where tensors lay.
-        threads: of torch, in each worker.
-        executor: what ran the cells.
-    """
-
-    versions: dict[str, str]
-    revision: str | None = None
-    system: str
-    processors: int
-    device: str
-    threads: int
-    executor: str
-
-
-class CellStats(_Record):
-    """What the cache cost; see :class:`kvpolicy.CacheStats`.
-
-    Attributes:
-        budgets: evictable tokens a head may hold, per layer.
-        peak_tokens: most tokens that a head held at any instant, prefix included, per layer.
-        bytes: keys and values allocated for one sequence.
-        overhead_bytes: positions and observers beside them, for one sequence.
-        evictions: tokens that a head lost, per layer.
-    """
-
-    budgets: tuple[int, ...]
-    peak_tokens: tuple[int, ...]
-    bytes: int
-    overhead_bytes: int
-    evictions: tuple[int, ...]
-
-
-class CellRecord(_Record):
-    """``cell.json``: a finished cell.
-
-    Attributes:
-        cell: what was measured.
-        id: name of its folder.
-        parameters: all parameters of the policy, defaults included.
-        metrics: name to figure.
-        stats: what its cache cost.
-        seconds: that it took.
-    """
-
-    cell: Cell
-    id: str
-    parameters: dict[str, Any]
-    metrics: dict[str, float]
-    stats: CellStats
-    seconds: float
-
-
-class Failure(_Record):
-    """``failures/<cell-id>.json``: a cell that raised, or whose worker died.
-
-    Attributes:
-        cell: what was to be measured.
-        id: its name.
-        error: the exception, in one line.
-        traceback: all of it.
-        attempts: how often this cell has failed.
-    """
-
-    cell: Cell
-    id: str
-    error: str
-    traceback: str
-    attempts: int = 1
 
 
 class FinishedCell:
@@ -182,7 +68,7 @@ class FinishedCell:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.record = _read(CellRecord, folder / "cell.json")
+        self.record = read_record(CellRecord, folder / "cell.json")
 
     @property
     def cell(self) -> Cell:
@@ -213,7 +99,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.plan = _read(Plan, path / "plan.json")
+        self.plan = read_record(Plan, path / "plan.json")
 
     @classmethod
     def begin(cls, path: Path, plan: Plan) -> RunFolder:
@@ -225,7 +111,7 @@ class RunFolder:
         """
         file = path / "plan.json"
         if file.exists():
-            held = _read(Plan, file)
+            held = read_record(Plan, file)
             if held != plan:
                 lines = unified_diff(
                     held.text().splitlines(), plan.text().splitlines(), "there", "asked for", n=1
@@ -254,7 +140,7 @@ class RunFolder:
         Raises:
             ParameterError: the run has not begun, or the file is damaged.
         """
-        return _read(Environment, self.path / "environment.json")
+        return read_record(Environment, self.path / "environment.json")
 
     @property
     def subject(self) -> SubjectInfo:
@@ -263,7 +149,7 @@ class RunFolder:
         Raises:
             ParameterError: the run has not begun, or the file is damaged.
         """
-        return _read(SubjectInfo, self.path / "subject.json")
+        return read_record(SubjectInfo, self.path / "subject.json")
 
     def describe(self, environment: Environment, subject: SubjectInfo) -> None:
         """Write what the run ran on, and what about."""
@@ -291,7 +177,7 @@ class RunFolder:
     def failures(self) -> list[Failure]:
         """Every cell that has failed and not finished since, in the plan's order."""
         files = [self.path / "failures" / f"{cell.id}.json" for cell in self.plan.cells()]
-        return [_read(Failure, file) for file in files if file.exists()]
+        return [read_record(Failure, file) for file in files if file.exists()]
 
     def keep(
         self,
@@ -322,7 +208,7 @@ class RunFolder:
     def fail(self, cell: Cell, error: str, traceback: str) -> Failure:
         """Write why a cell has no result."""
         file = self.path / "failures" / f"{cell.id}.json"
-        before = _read(Failure, file).attempts if file.exists() else 0
+        before = read_record(Failure, file).attempts if file.exists() else 0
         failure = Failure(
             cell=cell, id=cell.id, error=error, traceback=traceback, attempts=before + 1
         )
@@ -370,10 +256,3 @@ def open_run(path: Path | str) -> RunFolder:
 
 def _pack(arrays: Mapping[str, NDArray[Any]]) -> bytes:
     return save({name: np.ascontiguousarray(array) for name, array in arrays.items()})
-
-
-def _read(kind: type[Model], path: Path) -> Model:
-    try:
-        return kind.model_validate_json(path.read_bytes())
-    except (OSError, ValidationError) as error:
-        raise ParameterError(f"{path} can't be read: {error}") from None
