@@ -9,6 +9,7 @@ from typing import Annotated
 
 import torch
 import typer
+from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
@@ -173,9 +174,10 @@ def _names(listed: str) -> list[str]:
 def _print(summary: Summary, job: Bench, facts: list[str]) -> None:
     for fact in facts:
         console.print(fact, highlight=False)
+    # A table that is wider than the terminal is better than one with broken numbers.
+    wide = Console(width=max(console.width, 150))
     for grid in grids(summary, job.contenders):
-        # A table that is wider than the terminal is better than one with broken numbers.
-        console.print(_table(grid), width=max(console.width, 120), crop=False)
+        wide.print(_table(grid))
 
 
 def _table(grid: Grid) -> Table:

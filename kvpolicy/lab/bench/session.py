@@ -18,10 +18,20 @@ class LocalSession:
         model: whose step is timed.
         contender: which cache it has.
         workload: what is decoded.
+        singly: whether tokens that are skipped come one by one, as decoding has them, and not a
+            line at a time, which is faster and takes more memory for a moment.
     """
 
-    def __init__(self, model: BenchModel, contender: Contender, workload: Workload) -> None:
+    def __init__(
+        self,
+        model: BenchModel,
+        contender: Contender,
+        workload: Workload,
+        *,
+        singly: bool = False,
+    ) -> None:
         self.contender = contender
+        self.singly = singly
         length = model.layout.length
         self.tokens = workload.tokens(length, model.dimensions.vocab).to(workload.device)
         self.prefix = model.layout.prefix
@@ -53,7 +63,8 @@ class LocalSession:
     @torch.inference_mode()
     def skip(self, count: int) -> None:
         """Go on by so many tokens without the model."""
-        self.decoder.skip(count)
+        for part in [1] * count if self.singly else [count]:
+            self.decoder.skip(part)
         self.seen += count
 
     def cache_bytes(self) -> int:

@@ -20,7 +20,7 @@ def make(job: dict[str, Any]) -> LocalSession:
         device=workload.device,
         seed=workload.seed,
     )
-    return LocalSession(model, Contender(**job["contender"]), workload)
+    return LocalSession(model, Contender(**job["contender"]), workload, singly=True)
 
 
 if __name__ == "__main__":
