@@ -64,6 +64,7 @@ class OnRay:
             # Where modules of the user's own lie is known here only.
             path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
             options |= {
+                "address": "local",  # never one that happens to run here
                 "num_cpus": self.workers * threads,
                 "include_dashboard": False,
                 "runtime_env": {"env_vars": {"PYTHONPATH": path}},
