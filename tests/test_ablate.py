@@ -197,7 +197,7 @@ def test_killing_the_command_ends_its_workers_and_loses_nothing(tmp_path):
     assert {name: now[name] for name in safe} == safe
 
 
-def test_ctrl_c_ends_cleanly_and_says_how_to_go_on(tmp_path):
+def test_ctrl_c_ends_cleanly_and_says_how_to_go_on(tmp_path, request):
     diary, folder = tmp_path / "diary", tmp_path / "run"
     process = subprocess.Popen(
         [
@@ -210,6 +210,7 @@ def test_ctrl_c_ends_cleanly_and_says_how_to_go_on(tmp_path):
         stdout=subprocess.DEVNULL,
         text=True,
     )
+    request.addfinalizer(process.kill)  # should the test fail, its workers end too
     while not diary.exists() or "\n" not in diary.read_text():
         assert process.poll() is None
         time.sleep(0.01)
