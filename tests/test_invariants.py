@@ -21,6 +21,7 @@ from kvpolicy.testing import (
 #: Parameters so small that short streams already evict; a policy that is not listed takes its own.
 SMALL = {
     "linear": {"anchors": 3, "recent_lines": 1},
+    "linear2d": {"anchors": 3, "recent_lines": 1},
     "streaming_llm": {"sinks": 2},
     "pyramid": {"window": 2, "interval": 3, "kernel": 3},
     "snapkv": {"window": 2, "interval": 3, "kernel": 3},

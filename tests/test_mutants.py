@@ -19,7 +19,8 @@ import kvpolicy.layer
 from kvpolicy import CumulativeMass, FadingMass, LineMass, Need, SlotStore
 from kvpolicy.layer import LayerCache
 from kvpolicy.parts import RecentTokens
-from kvpolicy.policies import H2O, RKV, SSD, Full, Linear, Pyramid, Random, StreamingLLM
+from kvpolicy.policies import H2O, RKV, SSD, Full, Linear, Linear2D, Pyramid, Random, StreamingLLM
+from kvpolicy.policies.linear2d import MovingMass
 from kvpolicy.policies.rkv import NotRedundant
 from kvpolicy.policies.ssd import ByHead
 from kvpolicy.testing import INVARIANTS, PolicyCheckError, check_policy, find_violation
@@ -448,6 +449,14 @@ def compares_keys_across_heads(patch):
     return RKV(**SMALL_RKV)
 
 
+@caught_by("independence")
+def looks_up_in_another_head(patch):
+    """Mass that has moved down from the head beside it."""
+    whole = MovingMass.worth
+    patch.setattr(MovingMass, "worth", lambda self, view: whole(self, view).roll(1, 1))
+    return Linear2D(**SMALL_LINEAR)
+
+
 # -- 8: determinism --------------------------------------------------------------------------------
 
 
@@ -472,6 +481,15 @@ def counts_its_decisions(patch):
 
 
 # -- 9: inter-line only ----------------------------------------------------------------------------
+
+
+@caught_by("inter-line only")
+def moves_down_what_all_lines_gave(patch):
+    class AllLines(Linear2D):
+        def observers(self, shape):
+            return (CumulativeMass(shape),)
+
+    return AllLines(**SMALL_LINEAR)
 
 
 @caught_by("inter-line only")

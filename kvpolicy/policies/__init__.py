@@ -5,6 +5,7 @@ from kvpolicy.policies.full import Full
 from kvpolicy.policies.h2o import H2O
 from kvpolicy.policies.knorm import KNorm
 from kvpolicy.policies.linear import Linear
+from kvpolicy.policies.linear2d import Linear2D
 from kvpolicy.policies.pyramid import Pyramid
 from kvpolicy.policies.random import Random
 from kvpolicy.policies.rkv import RKV
@@ -22,6 +23,7 @@ __all__ = [
     "Full",
     "KNorm",
     "Linear",
+    "Linear2D",
     "Pyramid",
     "Random",
     "SnapKV",
