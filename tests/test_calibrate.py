@@ -14,6 +14,7 @@ from kvpolicy.calibrated import LayerBudgets, read_layer_budgets
 from kvpolicy.cli import app
 from kvpolicy.lab.calibrate import Curve, calibrate, share_out
 from kvpolicy.lab.subject import Measurement, Metric
+from kvpolicy.parts.named import read_part, spell_part
 
 LAYOUT = RasterLayout(rows=8, cols=4, prefix=1)
 SMALL = "linear/protect=anchors:1+lines:1"
@@ -50,6 +51,12 @@ def test_a_file_is_a_schedule_for_any_policy_and_for_the_command_line(file):
             ),
         ):
             assert made.stats().budgets == (16, 9, 11)
+
+
+def test_it_is_spelled_and_read_back(file):
+    schedule = read_part("schedule", f"calibrated:{file}")
+    assert schedule == Calibrated(file=str(file))
+    assert spell_part("schedule", schedule) == f"calibrated:{file}"
 
 
 @pytest.mark.parametrize(

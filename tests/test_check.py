@@ -161,7 +161,7 @@ def test_a_policy_that_raises_is_told_where(check):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["lineer"], "did you mean 'linear'?"),
+        (["lineer"], "did you mean 'linear'"),
         (["theirs:Main"], "module 'theirs' has no 'Main'; did you mean 'made' or 'Mine'"),
         (["theirs:nothing"], "3 is no policy"),
         (["theirs:made", "--set", "window=1"], "has its parameters already"),

@@ -204,6 +204,8 @@ def test_parts_may_be_given_as_objects():
 def test_every_part_is_spelled_and_read_back(kind):
     assert available_parts(kind) == tuple(sorted(PARTS[kind].names()))
     for name in available_parts(kind):
+        if name == "calibrated":
+            continue  # needs a file: test_calibrate
         part = read_part(kind, "per_layer:1:2" if name == "per_layer" else name)
         assert read_part(kind, spell_part(kind, part)) == part
         assert type(part).__doc__

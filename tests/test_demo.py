@@ -64,7 +64,7 @@ def test_help_everywhere(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--policies", "linar"), "did you mean 'linear'?"),
+        (("--policies", "linar"), "did you mean 'linear'"),
         (("--budget", "1/50"), "the smallest budget that works is"),
         (("--budget", "a sixth"), "budget='a sixth' is not a budget"),
     ],

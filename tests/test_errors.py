@@ -135,14 +135,14 @@ def alike(tensor: torch.Tensor, **options):
 
 WRONG = [
     # names
-    (lambda: create("lineer"), UnknownNameError, "'lineer'", "did you mean 'linear'?"),
-    (lambda: create("LINEAR"), UnknownNameError, "did you mean 'linear'?"),
+    (lambda: create("lineer"), UnknownNameError, "'lineer'", "did you mean 'linear'"),
+    (lambda: create("LINEAR"), UnknownNameError, "did you mean 'linear'"),
     (lambda: create("h20"), UnknownNameError, "did you mean 'h2o'?"),
     (lambda: create(""), UnknownNameError, "''", "known: ", "'full'"),
     (lambda: create("../../etc/passwd"), UnknownNameError, "'../../etc/passwd'", "known: "),
     (lambda: create("linear\0"), UnknownNameError, r"'linear\x00'"),
     (lambda: create("[red]linear[/red]"), UnknownNameError, "'[red]linear[/red]'"),
-    (lambda: create("linear\n"), UnknownNameError, r"'linear\n'", "did you mean 'linear'?"),
+    (lambda: create("linear\n"), UnknownNameError, r"'linear\n'", "did you mean 'linear'"),
     (lambda: create("lin\u202eear"), UnknownNameError, r"'lin\u202eear'"),
     (lambda: create("линейная"), UnknownNameError, "'линейная'", "known: "),
     (lambda: create("linear/protect=..%2fx"), ParameterError, "'..%2fx'", "known: "),

@@ -52,7 +52,7 @@ def test_every_policy_has_a_spec_and_round_trips(name):
     assert spec.name == policy.key == name
     assert spec.summary.endswith(".")
     assert "\n" not in spec.summary
-    assert spec.paper.startswith("arXiv:") or name in ("compose", "full", "random")
+    assert spec.paper.startswith("arXiv:") or name in ("compose", "full", "linear2d", "random")
     assert set(spec.parameters.get("properties", {})) == set(type(policy).model_fields)
     for about in spec.parameters.get("properties", {}).values():
         assert about["description"], "every parameter says what it is"

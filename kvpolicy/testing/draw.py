@@ -91,9 +91,9 @@ def _choices(rng: random.Random) -> dict[str, Any]:
         parts = []
         for _ in range(rng.choice((0, 1, 2)) if kind == "protect" else 1):
             part = PARTS[kind].get(rng.choice(available_parts(kind)))
+            if {"shares", "file"} & set(part.model_fields):
+                continue  # a share for each layer, or a file: the layers are not known yet
             values = draw_parameters(rng, part)
-            if "shares" in part.model_fields:
-                continue  # one share a layer: the number of layers is not known yet
             parts.append(spell_part(kind, part(**values)))
         if parts:
             chosen[kind] = "+".join(parts)
