@@ -192,8 +192,9 @@ class PolicyCache:
             ShapeError: a tensor has the wrong shape, dtype or device.
             LayoutError: more tokens than the layout has.
             CacheStateError: the batch size has changed since the last call.
-            AttentionError: the attention is NaN. Seen where the policy observes attention: one that
-                observes none pays nothing for it, and NaN goes on into the output.
+            AttentionError: the attention is NaN, or a score that a decision is made from. One whose
+                policy neither observes attention nor scores keys pays nothing for it, and NaN goes
+                on into the output. (On a GPU it is asserted there, so that nobody waits for it.)
         """
         terms = Terms(scale=scale, visible=visible, bias=bias, softcap=softcap, sinks=sinks)
         return self._layer(layer).attend(query, key, value, terms)

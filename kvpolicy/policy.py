@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kvpolicy.budget import Schedule, Uniform
 from kvpolicy.composition import Parts
-from kvpolicy.errors import ParameterError, parameter_error
+from kvpolicy.errors import AttentionError, ParameterError, parameter_error
 from kvpolicy.layout import TokenLayout
 from kvpolicy.observer import AttentionObserver
 from kvpolicy.slots import SlotShape
@@ -163,7 +163,12 @@ class ScoredPolicy(EvictionPolicy):
         return self.parts.score.worth(view)
 
     def victims(self, view: CacheView, count: int) -> Tensor:
-        """The ``count`` lowest scores among the unprotected, worst first."""
+        """The ``count`` lowest scores among the unprotected, worst first.
+
+        Raises:
+            AttentionError: a score is NaN (on a device other than the CPU it is asserted there,
+                so that nobody waits for it); the prefix stays either way.
+        """
         score = self.score(view).to(torch.float32)
         protected = self.protect(view)
         largest = torch.finfo(torch.float32).max
@@ -177,10 +182,23 @@ class ScoredPolicy(EvictionPolicy):
         else:
             # Where no slot was ever emptied, the prefix still lies where it was put: in the first.
             score[..., : view.layout.prefix] = torch.inf
+        least = score.amin(-1, keepdim=True)  # NaN where any score is
+        self._refuse_nan(least, view)
         if count == 1:
-            return _lowest(score, view.positions)
+            return _lowest(score, view.positions, least)
         rank = _sortable(score, view.positions)
         return rank.topk(count, dim=-1, largest=False, sorted=True).indices
+
+    def _refuse_nan(self, least: Tensor, view: CacheView) -> None:
+        """Refuse to decide from NaN; ``least`` is the lowest score of each head."""
+        wrong = least.isnan().any()
+        if wrong.device.type != "cpu":
+            torch._assert_async(~wrong)
+        elif wrong:
+            raise AttentionError(
+                f"layer {view.layer}: {self.label} scores a token NaN before position {view.seen}; "
+                f"the model's keys or values are not finite, or score() is undefined for some token"
+            )
 
 
 def _lift(score: Tensor, protected: Tensor) -> Tensor:
@@ -194,20 +212,25 @@ def _lift(score: Tensor, protected: Tensor) -> Tensor:
     return torch.maximum(score, least, out=least)
 
 
-def _lowest(score: Tensor, position: Tensor) -> Tensor:
-    """The slot with the lowest score, the oldest among equals: what ``_sortable`` ranks first."""
-    least = score.amin(-1, keepdim=True)
+def _lowest(score: Tensor, position: Tensor, least: Tensor) -> Tensor:
+    """The slot with the lowest score, the oldest among equals: what ``_sortable`` ranks first.
+
+    ``least`` is the lowest score of each head, NaN where there is one; a NaN then goes first.
+    """
+    # Nothing equals NaN, so every slot would tie with it, the prefix too.
+    least = least.masked_fill(least.isnan(), -torch.inf)
     # Not masked_fill: see _lift. No sequence is as long as what is added.
     return (score > least).to(torch.int32).mul_(1 << 30).add_(position).argmin(-1, keepdim=True)
 
 
 def _sortable(score: Tensor, position: Tensor) -> Tensor:
-    """One int64 a slot that orders by score, then by position.
+    """One int64 a slot that orders by score, then by position; NaN comes first.
 
     A single integer key makes the choice exact on every device, where sorts of floats may break
     ties as they like. IEEE floats order like sign-magnitude integers, so flipping the lower 31
     bits of the negative ones makes their bits order like the floats.
     """
-    bits = (score + 0.0).view(torch.int32)  # + 0.0 turns -0.0 into 0.0, which must tie with it
+    score = score + 0.0  # turns -0.0 into 0.0, which must tie with it
+    bits = score.nan_to_num_(-torch.inf, torch.inf, -torch.inf).view(torch.int32)
     bits = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
     return (bits.to(torch.int64) << 32) + position

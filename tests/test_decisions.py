@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,7 +19,8 @@ def test_the_lowest_is_what_sorts_first(numbers, data):
     """Ties are many here, and the older position goes first; an empty slot has position -1."""
     positions = data.draw(st.permutations(range(-1, len(numbers) - 1)))
     score, position = torch.tensor([[numbers]]), torch.tensor([[positions]], dtype=torch.int32)
-    assert _lowest(score, position).item() == _sortable(score, position).argmin(-1).item()
+    least = score.amin(-1, keepdim=True)
+    assert _lowest(score, position, least).item() == _sortable(score, position).argmin(-1).item()
 
 
 @given(st.lists(st.tuples(NUMBERS, st.booleans()), min_size=1, max_size=12))
@@ -47,3 +49,45 @@ def test_a_prefix_goes_last_whatever_scores_say():
         query = key = value = torch.randn(1, 1, 1, 4)
         cache.attend(0, query, key, value)
     assert {0, 1} <= set(cache.positions(0).flatten().tolist())
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize("nan", [NAN, -NAN])
+def test_nan_is_never_worth_more_than_the_prefix(nan):
+    """Where nobody waits for the check, what comes of NaN must still leave the prefix alone."""
+    score = torch.tensor([[[float("inf"), float("inf"), 3.0, 1.0, nan]]])
+    position = torch.tensor([[[0, 1, 2, 3, 4]]], dtype=torch.int32)
+    assert _lowest(score, position, score.amin(-1, keepdim=True)).item() == 4
+    assert _sortable(score, position).argsort(-1)[..., :3].tolist() == [[[4, 3, 2]]]
+
+
+@pytest.mark.parametrize("reclaim", ["lazy", "eager"])
+@pytest.mark.parametrize("prompt", [1, 7], ids=["token by token", "a prompt"])
+@pytest.mark.parametrize("policy", ["knorm", "knorm/decide=every:3", "knorm/protect=window:1"])
+def test_nan_is_refused_before_a_decision_is_made_from_it(policy, prompt, reclaim):
+    """Also by a policy that observes nothing, so that no attention is looked at."""
+    cache = kvpolicy.PolicyCache(
+        policy, 4, layout=kvpolicy.TextLayout(sinks=1), num_layers=2, reclaim=reclaim
+    )
+    key = torch.randn(2, 2, 12, 4)
+    key[1, 0, 4, 2] = NAN
+    name = kvpolicy.create(policy).label
+    with pytest.raises(kvpolicy.AttentionError, match=rf"layer 1: {name} scores .* position \d+;"):
+        for first in (0, *range(prompt, 12)):
+            part = slice(first, prompt if first == 0 else first + 1)
+            cache.attend(1, key[:, :, part].nan_to_num(), key[:, :, part], key[:, :, part])
+    store = cache.layers[1].store
+    if store is not None:  # a prompt that is refused leaves nothing
+        assert (store.positions == 0).any(-1).all(), "the sink went"
+
+
+def test_nan_where_a_prefix_or_nothing_lies_harms_nobody():
+    """Their scores count for nothing: the one stays, and the other goes before any token."""
+    layout = kvpolicy.TextLayout(sinks=1)
+    cache = kvpolicy.PolicyCache("knorm", 4, layout=layout, num_layers=1, reclaim="eager")
+    for position in range(12):
+        key = torch.full((1, 1, 1, 4), NAN if position == 0 else float(position))
+        cache.attend(0, key, key, key)
+    assert (cache.positions(0) == 0).any()

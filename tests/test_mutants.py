@@ -68,7 +68,7 @@ def names_a_slot_that_was_never_handed_out(patch):
     return Linear(**SMALL_LINEAR)
 
 
-@caught_by("decision")
+@caught_by("runs")
 def scores_with_nan(patch):
     class Shares(H2O):
         def score(self, view):

@@ -68,7 +68,6 @@ class Decision:
         slots: the answer.
         positions: what the layer held, ``[B, H, S]``.
         protected: what may not go, by the policy's own word and the layout's, ``[B, H, S]``.
-        has_nan: whether a score was NaN.
     """
 
     step: int
@@ -79,7 +78,6 @@ class Decision:
     slots: Tensor
     positions: Tensor
     protected: Tensor
-    has_nan: bool
 
     def well_formed(self) -> bool:
         """Whether the answer is ``[B, H, count]`` slots that have been handed out."""
@@ -255,11 +253,10 @@ class _Spy:
         """The policy's own."""
         self.look("before a decision")
         held = view.positions.clone()
-        protected, has_nan = view.pinned.clone(), False
+        protected = view.pinned.clone()
         if isinstance(self.policy, ScoredPolicy):
             said = self.policy.protect(view)
             protected = (protected if said is None else protected | said) & (held >= 0)
-            has_nan = bool(self.policy.score(view).masked_fill(held < 0, 0).isnan().any())
         # A prompt that is being compressed does not lie in the layer's own store.
         store = self.layer.store
         handed_out = held.shape[2] if store is None else store.handed_out
@@ -274,7 +271,6 @@ class _Spy:
                 slots=slots.clone(),
                 positions=held,
                 protected=protected,
-                has_nan=has_nan,
             )
         )
         return slots
@@ -355,7 +351,7 @@ def drive(
     except Exception as error:
         raise PolicyCheckError(
             "runs",
-            "with any budget from min_budget up, every stream runs to its end.",
+            "with any budget from min_budget up, every stream runs to its end; no score is NaN.",
             repr(policy),
             stream,
             f"step {step}, layer {at}, position {first}: {_told_of(error)}",
