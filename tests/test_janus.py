@@ -18,6 +18,7 @@ SIDE, PAD, BOS, BOI = 6, 0, 1, 3
 BLIND_TO_PADDING = sorted(set(kvpolicy.available()) - {"full", "knorm", "random"})
 SMALL = {
     "linear": {"anchors": 3},
+    "linear2d": {"anchors": 3},
     "pyramid": {"window": 2, "interval": 3},
     "snapkv": {"window": 2, "interval": 3},
     "rkv": {"window": 2, "interval": 3},
