@@ -141,15 +141,18 @@ def test_padding_that_is_seen_fails(monkeypatch):
     ("name", "by_design"),
     [
         ("DeepseekV3ForCausalLM", True),  # latents
+        ("Dots3NoteForCausalLM", True),  # latents, of another size in each layer
         ("MambaForCausalLM", True),  # a state
         ("BloomForCausalLM", False),  # keys and values, in attention that can't be watched
         ("ZayaForCausalLM", False),  # a state beside keys and values
+        ("MiniMaxForCausalLM", False),  # keys and values, in a cache class of its own
     ],
 )
 def test_what_has_nothing_to_evict_is_told_from_what_is_not_served_yet(name, by_design):
     finding = examine(name, (name,))
     assert (finding.passes, finding.by_design) == (False, by_design)
     assert name not in finding.reason.split(";")[0]
+    assert "fails under a policy" not in finding.reason, "attach must refuse it itself"
 
 
 def test_a_model_that_can_not_be_built_says_so_without_paths(monkeypatch):

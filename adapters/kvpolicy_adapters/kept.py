@@ -11,7 +11,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import (
     DynamicLayer,
     DynamicSlidingWindowLayer,
@@ -69,7 +69,14 @@ def kept_by(model: PreTrainedModel) -> Kept:
             f"{name} has no num_hidden_layers in its configuration: it is no causal language model "
             f"that attach() knows"
         )
-    if getattr(config, "kv_lora_rank", None):
+    own = _cache_of_its_own(model)
+    if own is not None:
+        raise ModelError(
+            f"{name} takes no cache but its own {own.__name__}, so no policy can take its place; "
+            f"attach() serves models that take any cache of transformers"
+        )
+    # Not getattr: where layers differ in it, transformers refuses to name one value for all.
+    if vars(config).get("kv_lora_rank"):
         raise ModelError(
             f"{name} keeps compressed latents (multi-head latent attention) and makes keys and "
             f"values of all of them anew at each step: there are no keys and values per head to "
@@ -95,12 +102,30 @@ def _uses_interface(model: PreTrainedModel) -> bool:
     Not every model that does so says so: hybrids leave the flag unset. A part that computes its
     attention itself after all is found out by the cache, in the first forward pass.
     """
-    parts = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
     return any(
         part._supports_attention_backend
         or hasattr(sys.modules[type(part).__module__], "ALL_ATTENTION_FUNCTIONS")
-        for part in parts
+        for part in _parts(model)
     )
+
+
+def _cache_of_its_own(model: PreTrainedModel) -> type[Cache] | None:
+    """The cache class that a model's own file defines; such models refuse any other."""
+    for part in _parts(model):
+        module = sys.modules[type(part).__module__]
+        for thing in vars(module).values():
+            if (
+                isinstance(thing, type)
+                and issubclass(thing, Cache)
+                and thing.__module__ == module.__name__
+            ):
+                return thing
+    return None
+
+
+def _parts(model: PreTrainedModel) -> list[PreTrainedModel]:
+    """A model, and the models inside it."""
+    return [module for module in model.modules() if isinstance(module, PreTrainedModel)]
 
 
 def _window(name: str, index: int, layer: Any) -> int | None:
