@@ -8,6 +8,7 @@ from rich.text import Text
 
 import kvpolicy
 from kvpolicy.commands.console import console
+from kvpolicy.policies.compose import Compose
 from kvpolicy.registry import POLICIES
 
 __all__ = ["list_policies"]
@@ -35,6 +36,7 @@ def list_policies() -> None:
         about = Text(spec.summary)
         if parameters:
             about.append(f"\n{parameters}", style="dim")
-        watches = spec.needs.name.lower().replace("_", " ")
-        table.add_row(name, about, watches, Text(spec.paper or "-"))
+        # What is put together of parts watches what they do, which its defaults don't tell.
+        watches = "as its parts" if name == Compose.key else spec.needs.name.lower()
+        table.add_row(name, about, watches.replace("_", " "), Text(spec.paper or "-"))
     console.print(table)
