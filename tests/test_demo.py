@@ -52,7 +52,7 @@ def test_list_prints_the_registry(tmp_path):
         assert name in done.stdout
     assert "anchors" in done.stdout
     assert "2512.04857" in done.stdout
-    lines = {line.split()[0]: line for line in done.stdout.splitlines() if line[:1].isalpha()}
+    lines = {line.split()[0]: line for line in done.stdout.splitlines() if line[1:2].isalpha()}
     assert "as its parts" in lines["compose"]
     assert " mass " in lines["h2o"]
     assert " none " in lines["knorm"]
