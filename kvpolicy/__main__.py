@@ -13,8 +13,11 @@ __all__ = ["main"]
 EXTRAS = {
     "filelock": "lab",
     "hypothesis": "testing",
+    "jinja2": "lab",
     "matplotlib": "lab",
     "optuna": "tune",
+    "PIL": "lab",
+    "plotly": "lab",
     "pyarrow": "lab",
     "pytest": "testing",
     "ray": "ray",

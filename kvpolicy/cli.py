@@ -12,6 +12,7 @@ from kvpolicy.commands.calibrate import calibrate
 from kvpolicy.commands.check import check
 from kvpolicy.commands.demo import demo
 from kvpolicy.commands.list_policies import list_policies
+from kvpolicy.commands.report import report
 from kvpolicy.commands.tune import tune
 from kvpolicy.errors import KVPolicyError
 
@@ -29,6 +30,7 @@ app.command("demo")(demo)
 app.command("bench")(bench)
 app.command("ablate")(ablate)
 app.command("check")(check)
+app.command("report")(report)
 app.command("tune")(tune)
 app.command("calibrate")(calibrate)
 

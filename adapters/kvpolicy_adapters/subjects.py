@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import StoppingCriteria, StoppingCriteriaList
 
+import kvpolicy
 from kvpolicy.errors import ParameterError, near_matches
 from kvpolicy.lab.metrics import FrechetTo
 from kvpolicy.lab.subject import Advance, Generated, Measurement, Metric, Scored, Setting
@@ -124,6 +125,19 @@ class FashionAR:
             images, stats, batch = drawn.images, drawn.stats, drawn.batch
         return Measurement(arrays, stats, batch, figures, images)
 
+    def trace(self, setting: Setting, seed: int) -> bytes:
+        """The decisions on this seed's first two real images, the same for every policy."""
+        blocks = _REAL[self.split] // self.scored
+        tokens = self._real(seed % blocks * self.scored, 2)
+        with (
+            self._attached(setting) as cache,
+            kvpolicy.trace(cache) as recording,
+            torch.inference_mode(),
+        ):
+            self.zoo.model(tokens, past_key_values=cache)
+        pictures = torch.as_tensor(np.array(self.zoo.images(tokens[:, 1:])))
+        return recording.finish(pictures).dump()
+
     def calibration(self) -> FashionAR:
         """The same model on real images that no test scores."""
         return FashionAR(min(self.scored, _REAL["calibration"]), self.images, "calibration")
@@ -143,9 +157,8 @@ class FashionAR:
 
     def score(self, setting: Setting, images: int, advance: Advance, *, first: int = 0) -> Scored:
         """Teacher-force images of the split from ``first`` on; ``advance`` counts images."""
-        tokens_of = {"test": self.zoo.test_tokens, "calibration": self.zoo.calibration_tokens}
         bits = []
-        for tokens in tokens_of[self.split](first + images)[first:].split(_SCORE_BATCH):
+        for tokens in self._real(first, images).split(_SCORE_BATCH):
             with self._attached(setting) as cache, torch.inference_mode():
                 logits = self.zoo.model(tokens[:, :-1], past_key_values=cache).logits
             nats = functional.cross_entropy(
@@ -154,6 +167,11 @@ class FashionAR:
             bits.append(nats.double().mean(1) / math.log(2))
             advance(len(tokens))
         return Scored(torch.cat(bits).numpy(), cache.stats())
+
+    def _real(self, first: int, images: int) -> Tensor:
+        """Tokens of real images of the split, the class first."""
+        tokens_of = {"test": self.zoo.test_tokens, "calibration": self.zoo.calibration_tokens}
+        return tokens_of[self.split](first + images)[first:]
 
     def batch_tokens(self, images: int) -> int:
         """Tokens that ``generate`` reports: those of an image, for each batch."""

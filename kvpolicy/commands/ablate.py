@@ -79,6 +79,9 @@ def ablate(
     address: Annotated[
         str | None, typer.Option(help="Of a Ray cluster that runs already: auto, or host:port.")
     ] = None,
+    trace: Annotated[
+        bool, typer.Option("--trace", help="Record every decision on a few items, for the report.")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the cells and how long they will take.")
     ] = False,
@@ -99,6 +102,7 @@ def ablate(
         "set": set_,
         "option": option,
         "metrics": metrics,
+        "trace": trace,
     }
     wanted = _plan(plan, {name: value for name, value in given.items() if value})
     runs_on = make_executor(executor, workers, threads, address)
@@ -165,6 +169,8 @@ def _plan(file: Path | None, given: dict[str, Any]) -> Plan:
         "policies": [PolicyPlan(name=name, parameters=grids.get(name, {})) for name in names],
         "options": dict(pair(text, "--option", "images=100") for text in given.get("option", [])),
     }
+    if "trace" in given:
+        fields["trace"] = True
     for name in ("budgets", "metrics"):
         if name in given:
             fields[name] = split(given[name])

@@ -154,7 +154,9 @@ class Subject(Protocol):
     """What an ablation needs: a layout to check budgets with, metrics, and one method.
 
     A subject may also have ``class_names`` (a tuple of strings), ``device``, and
-    ``estimate(setting) -> float``, the seconds that ``measure`` will take, found out in about one.
+    ``estimate(setting) -> float``, the seconds that ``measure`` will take, found out in about one,
+    and ``trace(setting, seed) -> bytes``, the file of a :class:`kvpolicy.Trace` of a few items, the
+    same ones for every setting: for a run with ``trace``, and the report's viewer.
 
     Attributes:
         name: for people.

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from kvpolicy.errors import ShapeError
 from kvpolicy.lab.named import make_policy
-from kvpolicy.lab.plan import Cell
+from kvpolicy.lab.plan import Cell, Plan
 from kvpolicy.lab.run_folder import CellRecord, CellStats
 from kvpolicy.lab.subject import Measurement, MetricInfo, Setting, Subject, load_subject
 
@@ -100,6 +100,16 @@ def subject_of(cell: Cell) -> Subject:
     return _made(cell.subject, json.dumps(cell.options, sort_keys=True))
 
 
+def metrics_of(plan: Plan) -> tuple[MetricInfo, ...]:
+    """The metrics of a plan's subject, with their statistics; the main one first.
+
+    Raises:
+        UnknownNameError: the subject is unknown here.
+        ParameterError: it can't be loaded.
+    """
+    return (*subject_of(plan.cells()[0]).metrics, *STANDARD)
+
+
 @lru_cache(maxsize=2)
 def _made(name: str, options: str) -> Subject:
     return load_subject(name, json.loads(options))
@@ -120,6 +130,9 @@ def _measure(task: Task) -> Measured:
         measured = subject.measure(Setting(policy, cell.budget), cell.seed, wanted)
         scores = {name: np.asarray(array) for name, array in measured.arrays.items()}
         figures = _figures(subject, measured, scores, wanted)
+        trace = measured.trace
+        if task.trace and trace is None and hasattr(subject, "trace"):
+            trace = subject.trace(Setting(policy, cell.budget), cell.seed)
     stats = _stats(measured)
     standard = {
         "peak_tokens": sum(stats.peak_tokens) / len(stats.peak_tokens),
@@ -134,7 +147,7 @@ def _measure(task: Task) -> Measured:
         stats=stats,
         seconds=time.perf_counter() - begun,
     )
-    return Measured(record, scores, measured.images, measured.trace)
+    return Measured(record, scores, measured.images, trace)
 
 
 def _figures(

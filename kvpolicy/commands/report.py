@@ -1,0 +1,37 @@
+"""``kvpolicy report``: a run, or a trace, as one HTML file."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+__all__ = ["report"]
+
+
+def report(
+    path: Annotated[Path, typer.Argument(help="An ablation's folder, or a trace's file.")],
+    out: Annotated[
+        Path | None, typer.Option(help="The HTML file; report.html beside what is reported on.")
+    ] = None,
+) -> None:
+    """Write one HTML file with a run's table, plots, pictures and decisions.
+
+    It needs no network and opens from disk.
+    """
+    from kvpolicy.lab.report import report_on_run, report_on_trace
+    from kvpolicy.lab.run_folder import open_run
+    from kvpolicy.lab.worker import metrics_of
+
+    if path.is_file():
+        out = path.with_suffix(".html") if out is None else out
+        report_on_trace(path, out)
+    else:
+        sys.path.insert(0, os.getcwd())  # a subject of the user's own brings its own statistics
+        run = open_run(path)
+        out = path / "report.html" if out is None else out
+        report_on_run(run, metrics_of(run.plan), out)
+    typer.echo(f"wrote {out}")

@@ -1,0 +1,252 @@
+"use strict";
+// The table: a click on a heading sorts by it.
+(() => {
+  const table = document.getElementById("figures");
+  if (!table) return;
+  const heads = [...table.tHead.rows[0].cells];
+  const body = table.tBodies[0];
+  heads.forEach((head, column) => head.querySelector("button").addEventListener("click", () => {
+    const down = head.getAttribute("aria-sort") === "ascending";
+    heads.forEach((other) => other.removeAttribute("aria-sort"));
+    head.setAttribute("aria-sort", down ? "descending" : "ascending");
+    const value = (row) => {
+      const text = row.cells[column].dataset.value;
+      const number = Number(text);
+      return text !== "" && !Number.isNaN(number) ? number : text;
+    };
+    const order = (a, b) => {
+      const [x, y] = [value(a), value(b)];
+      if (x === "" || y === "") return (x === "") - (y === "");  // what was not measured comes last
+      const sign = typeof x === "number" && typeof y === "number" ? x - y : String(x).localeCompare(String(y));
+      return down ? -sign : sign;
+    };
+    [...body.rows].sort(order).forEach((row) => body.append(row));
+  }));
+})();
+
+// The viewer: what each head holds of an image, token by token.
+(() => {
+  const source = document.getElementById("traces");
+  if (!source) return;
+  const traces = JSON.parse(source.textContent);
+  const STAYS = 65535;
+  const byId = (id) => document.getElementById(id);
+  const bytes = (text) => Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
+  const decoded = new WeakMap();
+  const decode = (item) => {
+    if (!decoded.has(item)) {
+      decoded.set(item, {
+        gone: new Uint16Array(bytes(item.gone).buffer),
+        places: new Int16Array(bytes(item.places).buffer),
+        scores: new Float32Array(bytes(item.scores).buffer),
+      });
+    }
+    return decoded.get(item);
+  };
+  const state = { layer: 0, head: 0, item: 0, moment: 0, timer: 0 };
+  const options = (select, texts, chosen) => {
+    select.replaceChildren(...texts.map((text, index) => new Option(text, index, false, index === chosen)));
+  };
+
+  class Panel {
+    constructor(root, chosen) {
+      this.root = root;
+      this.choice = root.querySelector(".policy");
+      this.grid = root.querySelector(".grid");
+      this.picture = root.querySelector(".picture");
+      this.cursor = -1;
+      options(this.choice, traces.map((t) => `${t.label}, ${t.budget}`), chosen);
+      this.choice.addEventListener("change", () => { this.build(); refreshChoices(); draw(); });
+      this.grid.addEventListener("pointerover", (event) => this.point(event.target.dataset.place));
+      this.grid.addEventListener("click", (event) => this.point(event.target.dataset.place));
+      this.grid.addEventListener("keydown", (event) => this.key(event));
+      this.grid.addEventListener("focus", () => { if (this.cursor < 0) this.point(0); });
+      this.build();
+    }
+    get trace() { return traces[Number(this.choice.value)]; }
+    get layer() { return this.trace.layers[Math.min(state.layer, this.trace.layers.length - 1)]; }
+    get head() { return Math.min(state.head, this.layer.heads - 1); }
+    get item() { return this.layer.items[Math.min(state.item, this.layer.items.length - 1)]; }
+    get line() { return this.trace.cols + this.trace.line_break; }
+    get tokens() { return Math.min(this.trace.rows * this.line, this.trace.seen - this.trace.prefix); }
+    build() {
+      const { rows, prefix, line_break, cols } = this.trace;
+      this.grid.style.gridTemplateColumns = `repeat(${cols}, 1fr)${line_break ? " .4fr" : ""}`;
+      this.cells = Array.from({ length: rows * this.line }, (_, place) => {
+        const cell = document.createElement("i");
+        cell.dataset.place = place;
+        cell.dataset.position = place + prefix;
+        if (place % this.line >= cols) cell.className = "break";
+        return cell;
+      });
+      this.grid.replaceChildren(...this.cells);
+      this.cursor = -1;
+    }
+    // What a token is at the moment when `moment` tokens of the image have come.
+    stateOf(place) {
+      const seen = this.trace.prefix + state.moment;
+      const position = place + this.trace.prefix;
+      if (place >= state.moment) return "future";
+      const gone = decode(this.item).gone[this.head * this.trace.seen + position];
+      if (gone !== STAYS && gone <= seen) return seen - gone < this.line ? "new-gone" : "gone";
+      const roles = this.trace.roles;
+      if (place < roles.anchors) return "anchor";
+      if (roles.by_recency) return "recent";
+      const current = Math.floor(Math.max(state.moment - 1, 0) / this.line);
+      const lines = Math.max(roles.recent_lines, 0);
+      if (roles.recent_lines >= 0 && Math.floor(place / this.line) >= current - lines) return "recent";
+      if (state.moment - place <= roles.recent_tokens) return "recent";
+      return "kept";
+    }
+    scoreOf(place) {
+      const item = this.item;
+      const { places, scores } = decode(item);
+      const seen = this.trace.prefix + state.moment;
+      let newest = -1;
+      item.decided.forEach((moment, index) => { if (moment <= seen) newest = index; });
+      if (newest < 0) return null;
+      const heads = this.layer.heads;
+      const size = item.sizes[newest];
+      const before = item.sizes.slice(0, newest).reduce((sum, n) => sum + n, 0) * heads;
+      const first = before + this.head * size;
+      for (let n = first; n < first + size; n += 1) {
+        if (places[n] === place + this.trace.prefix) return { score: scores[n], decided: item.decided[newest] };
+      }
+      return null;
+    }
+    draw() {
+      let held = 0;
+      this.cells.forEach((cell, place) => {
+        const now = this.stateOf(place);
+        if (cell.dataset.state !== now) cell.dataset.state = now;
+        if (now === "anchor" || now === "recent" || now === "kept") held += 1;
+      });
+      const { prefix } = this.trace;
+      this.root.querySelector(".count").textContent =
+        `layer ${this.layer.layer}, head ${this.head}: ${held} of ${state.moment} tokens cached`
+        + (prefix ? `, and ${prefix} pinned` : "");
+      this.drawPicture();
+      this.tell();
+    }
+    drawPicture() {
+      const { rows, cols, images } = this.trace;
+      this.picture.parentElement.hidden = !images;
+      if (!images) return;
+      this.picture.width = cols;
+      this.picture.height = rows;
+      const grey = bytes(images[Math.min(state.item, images.length - 1)]);
+      const context = this.picture.getContext("2d");
+      const picture = context.createImageData(cols, rows);
+      for (let row = 0; row < rows; row += 1) {
+        for (let col = 0; col < cols; col += 1) {
+          const shown = row * this.line + col < state.moment;
+          const value = grey[row * cols + col];
+          picture.data.set(shown ? [value, value, value, 255] : [0, 0, 0, 0], 4 * (row * cols + col));
+        }
+      }
+      context.putImageData(picture, 0, 0);
+    }
+    point(place) {
+      if (place === undefined) return;
+      if (this.cursor >= 0) this.cells[this.cursor].classList.remove("cursor");
+      this.cursor = Number(place);
+      this.cells[this.cursor].classList.add("cursor");
+      this.tell();
+    }
+    tell() {
+      const about = this.root.querySelector(".about");
+      if (this.cursor < 0) { about.textContent = ""; return; }
+      const place = this.cursor;
+      const words = {
+        anchor: "anchor or sink", recent: "recent", kept: "kept by its score",
+        "new-gone": "evicted within the last line", gone: "evicted", future: "not drawn yet",
+      };
+      const parts = [
+        `position ${place + this.trace.prefix}`, `row ${Math.floor(place / this.line)}`, `column ${place % this.line}`,
+      ];
+      if (place < state.moment) parts.push(`age ${state.moment - place}`);
+      const found = this.scoreOf(place);
+      if (found && Number.isFinite(found.score)) {
+        parts.push(`score ${found.score.toPrecision(3)} at the decision before token ${found.decided}`);
+      }
+      const gone = decode(this.item).gone[this.head * this.trace.seen + place + this.trace.prefix];
+      const now = this.stateOf(place);
+      if (now === "gone" || now === "new-gone") parts.push(`gone with token ${gone - 1}`);
+      about.textContent = `${words[now]}: ${parts.join(", ")}`;
+    }
+    key(event) {
+      const move = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -this.line, ArrowDown: this.line }[event.key];
+      if (move === undefined) return;
+      event.preventDefault();
+      event.stopPropagation();
+      const to = this.cursor + move;
+      if (to >= 0 && to < this.cells.length) this.point(to);
+    }
+  }
+
+  const slider = byId("moment");
+  const panels = [];
+  const draw = () => {
+    slider.value = state.moment;
+    const line = panels[0].line;
+    byId("moment-text").textContent = `${state.moment} tokens, line ${Math.floor(Math.max(state.moment - 1, 0) / line)}`;
+    panels.forEach((panel) => panel.draw());
+  };
+  const refreshChoices = () => {
+    const layers = Math.max(...panels.map((p) => p.trace.layers.length));
+    const longest = panels.find((p) => p.trace.layers.length === layers);
+    options(byId("layer"), longest.trace.layers.map((l) => String(l.layer)), Math.min(state.layer, layers - 1));
+    const heads = Math.max(...panels.map((p) => p.layer.heads));
+    options(byId("head"), Array.from({ length: heads }, (_, n) => String(n)), Math.min(state.head, heads - 1));
+    const items = Math.max(...panels.map((p) => p.layer.items.length));
+    options(byId("item"), Array.from({ length: items }, (_, n) => String(n + 1)), Math.min(state.item, items - 1));
+    byId("item-label").hidden = items < 2;
+    slider.max = Math.max(...panels.map((p) => p.tokens));
+    state.moment = Math.min(state.moment, Number(slider.max));
+  };
+  // Two policies that differ, where there are two: the second and third, as the first is mostly full.
+  const first = traces.length > 2 ? 1 : 0;
+  const second = traces.findIndex((t, n) => n > first && t.budget === traces[first].budget);
+  panels.push(new Panel(byId("left"), first));
+  if (traces.length > 1) panels.push(new Panel(byId("right"), second > 0 ? second : (first + 1) % traces.length));
+  else {
+    byId("right").remove();
+    document.querySelector(".panels").style.gridTemplateColumns = "minmax(0, 720px)";
+  }
+  refreshChoices();
+  state.moment = Math.round(Number(slider.max) * 0.6);
+
+  const stop = () => { clearInterval(state.timer); state.timer = 0; byId("play").textContent = "▶"; byId("play").setAttribute("aria-label", "play"); };
+  const play = () => {
+    if (state.timer) { stop(); return; }
+    if (state.moment >= Number(slider.max)) state.moment = 0;
+    byId("play").textContent = "❚❚";
+    byId("play").setAttribute("aria-label", "pause");
+    state.timer = setInterval(() => {
+      state.moment += 1;
+      if (state.moment >= Number(slider.max)) stop();
+      draw();
+    }, 33);
+  };
+  const go = (by) => { state.moment = Math.min(Math.max(state.moment + by, 0), Number(slider.max)); draw(); };
+  slider.addEventListener("input", () => { state.moment = Number(slider.value); draw(); });
+  slider.addEventListener("keydown", (event) => {
+    const by = { ArrowUp: panels[0].line, ArrowDown: -panels[0].line }[event.key];
+    if (by === undefined) return;
+    event.preventDefault();
+    go(by);
+  });
+  byId("play").addEventListener("click", play);
+  ["layer", "head", "item"].forEach((name) => byId(name).addEventListener("change", (event) => {
+    state[name] = Number(event.target.value);
+    refreshChoices();
+    draw();
+  }));
+  document.addEventListener("keydown", (event) => {
+    if (event.target.closest("input, select, button, a, summary, .scroll, .chart") || event.ctrlKey || event.metaKey || event.altKey) return;
+    const by = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+    if (by !== undefined) { event.preventDefault(); go(by); }
+    if (event.key === " ") { event.preventDefault(); play(); }
+  });
+  draw();
+})();
