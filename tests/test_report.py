@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -313,6 +314,21 @@ class TestInABrowser:
         opened.close()
 
 
+@needs_chromium
+def test_a_hostile_name_in_a_trace_is_text(browser, tmp_path):
+    hostile = replace(traced("linear", 15), policy=HOSTILE)
+    hostile.save(tmp_path / "t.safetensors")
+    report_on_trace(tmp_path / "t.safetensors", tmp_path / "t.html")
+    opened = browser.new_page()
+    opened.goto((tmp_path / "t.html").as_uri())
+    opened.wait_for_timeout(200)
+    assert opened.evaluate("window.ran") is None
+    chosen = "document.querySelector('#left .policy').selectedOptions[0].text"
+    assert " ".join(HOSTILE.split()) in opened.evaluate(chosen)
+    assert HOSTILE in opened.inner_text("h1")
+    opened.close()
+
+
 def test_nothing_is_linked(report):
     text = re.sub(r"<script>.*?</script>", "", report.read_text(encoding="utf-8"), flags=re.DOTALL)
     for link in re.findall(r"""(?:src|href|url)\s*[=(]\s*["']?([^"')\s>]+)""", text):
@@ -339,3 +355,28 @@ def test_a_run_without_a_finished_cell(tmp_path):
     run = RunFolder.begin(tmp_path / "r", Plan(subject="toy", policies=["full"]))
     with pytest.raises(kvpolicy.ParameterError, match="no finished cell"):
         report_on_run(run, [BITS], tmp_path / "r.html")
+
+
+def test_retention_is_the_share_of_heads_in_the_trace():
+    found = traced("linear", 15)
+    shares = retention(found, [14, 23, 30], item=1)
+    assert shares.shape == (3, LAYERS, ROWS, COLS)
+    for number, moment in enumerate((14, 23, 30)):
+        for layer in range(LAYERS):
+            held = found.layers[layer].held(moment + 2)[1, :, 2:].double().mean(0).numpy()
+            shown = shares[number, layer].ravel()
+            assert (shown[:moment] == held[:moment]).all()
+            assert not shown[moment:].any()
+    one = retention(found, [23], item=1, head=0)
+    assert set(np.unique(one)) == {0.0, 1.0}
+    for wrong in ({"item": 2}, {"head": 2}, {"moments": [31]}):
+        options = {"moments": [3]} | wrong
+        with pytest.raises(kvpolicy.ParameterError):
+            retention(found, **options)
+
+
+def test_a_run_with_traces_draws_what_is_retained(folder, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    _, files = write_outputs(open_run(copy), [BITS, SPEED])
+    assert {"retention-15.png", "retention-15.svg"} <= {file.name for file in files}

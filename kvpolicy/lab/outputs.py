@@ -11,11 +11,13 @@ from matplotlib.figure import Figure
 
 from kvpolicy.lab.comparison import Entry, compare
 from kvpolicy.lab.files import write_whole
-from kvpolicy.lab.pictures import contact_sheet
+from kvpolicy.lab.pictures import contact_sheet, retention_sheet
 from kvpolicy.lab.plots import pareto, quality_against_budget, quality_against_bytes
-from kvpolicy.lab.run_folder import RunFolder
+from kvpolicy.lab.retention import retention
+from kvpolicy.lab.run_folder import FinishedCell, RunFolder
 from kvpolicy.lab.subject import MetricInfo
 from kvpolicy.lab.tables import latex_table, markdown_table, results_parquet, summary_csv
+from kvpolicy.traces import Trace, load_trace
 
 __all__ = ["write_outputs"]
 
@@ -47,6 +49,7 @@ def write_outputs(run: RunFolder, metrics: Sequence[MetricInfo]) -> tuple[list[E
         figures["quality-bytes"] = quality_against_bytes(entries, metrics)
         figures["pareto"] = pareto(entries, judged[0])
     figures |= _sheets(entries, run.subject.class_names, judged[0] if judged else None)
+    figures |= _retention(cells)
     for name, figure in figures.items():
         for kind in ("png", "svg"):
             file = io.BytesIO()
@@ -101,3 +104,29 @@ def _remark(entry: Entry, metric: MetricInfo | None) -> str:
         return "full cache"
     difference = entry.findings[metric.name].difference
     return "" if difference is None else f"{difference.value:+.3f} {metric.label}"
+
+
+def _retention(cells: Sequence[FinishedCell]) -> dict[str, Figure]:
+    """What each policy holds of the first traced image, at each budget: over layers, over time."""
+    first = min(cell.cell.seed for cell in cells)
+    traces: dict[str, list[tuple[str, Trace]]] = {}
+    for cell in cells:
+        if cell.cell.seed == first and cell.cell.budget and cell.trace_path is not None:
+            found = load_trace(cell.trace_path)
+            if found.grid is not None and found.images is not None:
+                traces.setdefault(cell.cell.budget, []).append((cell.cell.label, found))
+    figures = {}
+    for budget, labelled in traces.items():
+        example = labelled[0][1]
+        assert example.grid is not None
+        assert example.images is not None
+        line = example.grid["cols"] + example.grid["line_break"]
+        moments = [round(example.grid["rows"] * share) * line for share in (0.5, 0.75, 1.0)]
+        moments = [min(moment, example.seen - example.grid["prefix"]) for moment in moments]
+        figures[f"retention-{budget.replace('/', '_')}"] = retention_sheet(
+            example.images[0].numpy(),
+            [(label, "", retention(found, moments)) for label, found in labelled],
+            moments,
+            f"Tokens still cached at a budget of {budget}",
+        )
+    return figures
