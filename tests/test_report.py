@@ -16,8 +16,10 @@ import kvpolicy
 pytest.importorskip("safetensors", reason="traces are safetensors files")
 pytest.importorskip("plotly", reason="the report's plots need plotly")
 
+from kvpolicy.lab.outputs import write_outputs
 from kvpolicy.lab.plan import Plan
 from kvpolicy.lab.report import report_on_run, report_on_trace
+from kvpolicy.lab.retention import retention
 from kvpolicy.lab.run_folder import (
     CellRecord,
     CellStats,
