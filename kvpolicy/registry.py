@@ -152,7 +152,7 @@ def create(name: str, **parameters: Any) -> EvictionPolicy:
     """
     if not isinstance(name, str) or "=" not in name:
         return POLICIES.get(name)(**parameters)
-    base, *changes = re.split(r"/(?=\w+=)", name)  # a value may have a slash, like a file's
+    base, *changes = re.split(r"/(?=[^/=]+=)", name)  # a value may have a slash, like a file's
     POLICIES.get(base)
     chosen: dict[str, str] = {}
     for change in changes:
