@@ -97,8 +97,8 @@ class Plan(BaseModel):
 
     Example:
         >>> plan = Plan(subject="fashion-ar", policies=["full", "linear"], budgets=["1/6"])
-        >>> [cell.label for cell in plan.cells()]
-        ['full', 'linear']
+        >>> ", ".join(cell.label for cell in plan.cells())
+        'full, linear'
 
     Attributes:
         subject: a name in the registry of subjects, or ``package.module:name``.
