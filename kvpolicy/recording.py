@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kvpolicy.cache import PolicyCache
 from kvpolicy.errors import CacheStateError, ParameterError
-from kvpolicy.layer import LayerCache
+from kvpolicy.layer_state import LayerState
 from kvpolicy.policy import ScoredPolicy
 from kvpolicy.traces import STAYS, LayerTrace, Trace
 from kvpolicy.view import CacheView
@@ -162,7 +162,7 @@ class _Recorder:
                 if tensor is not None:
                     setattr(decision, name, tensor.index_select(0, index.to(tensor.device)))
 
-    def decided(self, layer: LayerCache, view: CacheView, victims: Tensor, fresh: int) -> None:
+    def decided(self, layer: LayerState, view: CacheView, victims: Tensor, fresh: int) -> None:
         """A decision is about to take the place of the one before.
 
         Args:
@@ -191,14 +191,14 @@ class _Recorder:
             )
         )
 
-    def compressed(self, layer: LayerCache, view: CacheView, victims: Tensor) -> None:
+    def compressed(self, layer: LayerState, view: CacheView, victims: Tensor) -> None:
         """A prompt has been compressed: all victims are gone at once."""
         self.decided(layer, view, victims, 0)
         # As if they were hidden: no slot of theirs is left to reclaim.
         self.decisions[-1].eager = True
         self.decisions[-1].after = view.seen
 
-    def _close(self, layer: LayerCache) -> None:
+    def _close(self, layer: LayerState) -> None:
         """Note how many of the newest decision's victims have been reclaimed."""
         if self.decisions:
             self.decisions[-1].reclaimed = layer.reused
@@ -206,7 +206,7 @@ class _Recorder:
     def _rows(self, tensor: Tensor) -> Tensor:
         return tensor if self.samples is None else tensor[list(self.samples)]
 
-    def finish(self, layer: LayerCache) -> LayerTrace:
+    def finish(self, layer: LayerState) -> LayerTrace:
         """The layer's trace so far."""
         store = layer.require_store()
         self._close(layer)

@@ -7,7 +7,7 @@ import random
 import pytest
 
 import kvpolicy
-import kvpolicy.layer
+import kvpolicy.layer_state
 from kvpolicy import ParameterError, SlotStore, TextLayout
 from kvpolicy.layer import LayerCache
 from kvpolicy.registry import POLICIES
@@ -53,7 +53,7 @@ def test_every_policy_is_run_on_whole_models(model_driver):
 
 
 def test_it_finds_a_bug_in_the_core_and_tells_how_to_see_it_again(monkeypatch, capsys):
-    monkeypatch.setattr(kvpolicy.layer, "SlotStore", Shifted)
+    monkeypatch.setattr(kvpolicy.layer_state, "SlotStore", Shifted)
     assert command.main(["--runs", "20", "--seed", "5", "--model", "core"]) == 1
     said = capsys.readouterr().out
     assert "Invariant 'truth'" in said
@@ -78,7 +78,7 @@ def test_it_finds_a_bug_under_a_model(model_driver, monkeypatch, planted, words)
         larger = property(lambda self: self.layout.prefix + self.budget + 1)
         monkeypatch.setattr(LayerCache, "capacity", larger)
     elif planted == "reset":
-        whole = LayerCache._watch
+        whole = LayerCache.watch
 
         def watch(self, shape):
             kept = self.__dict__.get("kept", ())
@@ -88,7 +88,7 @@ def test_it_finds_a_bug_under_a_model(model_driver, monkeypatch, planted, words)
                     observer.mass = old.mass
             self.kept = self.observers
 
-        monkeypatch.setattr(LayerCache, "_watch", watch)
+        monkeypatch.setattr(LayerCache, "watch", watch)
     else:
         monkeypatch.setattr(LayerCache, "select_batch", lambda self, index: None)
     with pytest.raises(Violation, match=words) as raised:
@@ -129,7 +129,7 @@ def test_a_steep_schedule_does_not_make_the_check_of_lossless_take_all_memory(mo
             slots.append(shape.slots)
             super().__init__(shape, key, value)
 
-    monkeypatch.setattr(kvpolicy.layer, "SlotStore", Watched)
+    monkeypatch.setattr(kvpolicy.layer_state, "SlotStore", Watched)
     policy = kvpolicy.create("pyramid", beta=1e6, window=3, interval=3, kernel=1)
     stream = Stream(TextLayout(sinks=4, line_length=3), tokens=29, budget=36, layers=2)
     INVARIANTS["lossless"](Case(policy, stream))

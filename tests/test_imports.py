@@ -21,7 +21,11 @@ FLOORS = (
     ("slots", "observer"),
     ("view", "composition", "policy"),
     ("registry", "parts", "policies"),
-    ("kernels", "attention", "terms", "checks", "step", "layer", "cache", "traces", "recording"),
+    (
+        *("kernels", "attention", "terms", "checks", "step"),
+        *("newest_call", "layer_state", "making_room", "first_call", "layer"),
+        *("cache", "traces", "recording"),
+    ),
     ("",),
     ("testing", "lab"),
     ("commands", "cli"),

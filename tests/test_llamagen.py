@@ -484,13 +484,13 @@ def test_masked_caption_tokens_get_no_mass():
     reports = []
     with attach(ours, policy=make("h2o"), budget=20) as cache:
         for layer in cache.policy_cache.layers:
-            observe = layer._observe
+            observe = layer.observe
 
             def keep(mass, first, room, observe=observe, layer=layer):
                 reports.append((first, mass, layer.store.positions.clone()))
                 observe(mass, first, room)
 
-            layer._observe = keep
+            layer.observe = keep
         draw(ours, cache)
     image = [(mass, held) for first, mass, held in reports if first >= CAPTION]
     assert len(image) == LAYERS * (IMAGE - 1)

@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import kvpolicy
-from kvpolicy.layer import QUERY_CHUNK, LayerCache
+from kvpolicy.layer import LayerCache
+from kvpolicy.layer_state import QUERY_CHUNK
 
 LAYERS, BATCH, HEADS, GROUP = 2, 2, 2, 2
 ROWS = COLS = 40

@@ -16,6 +16,8 @@ from pydantic import Field
 
 import kvpolicy
 import kvpolicy.layer
+import kvpolicy.layer_state
+import kvpolicy.making_room
 from kvpolicy import CumulativeMass, FadingMass, LineMass, Need, SlotStore
 from kvpolicy.layer import LayerCache
 from kvpolicy.parts import RecentTokens
@@ -133,7 +135,7 @@ def holds_more_in_mid_line_only(patch):
                 self.positions[:, :, -1] = -1
             super().write(slots, key, value, first)
 
-    patch.setattr(kvpolicy.layer, "SlotStore", MidLine)
+    patch.setattr(kvpolicy.layer_state, "SlotStore", MidLine)
     return Random()
 
 
@@ -152,7 +154,7 @@ def holds_more_in_mid_step_only(patch):
         return output
 
     whole = LayerCache._run
-    patch.setattr(kvpolicy.layer, "SlotStore", MidStep)
+    patch.setattr(kvpolicy.layer_state, "SlotStore", MidStep)
     patch.setattr(LayerCache, "_run", run)
     return Random()
 
@@ -253,7 +255,7 @@ def resurrects(patch):
             if (where >= 0).all():
                 self.grave = (*buried, where)
 
-    patch.setattr(kvpolicy.layer, "SlotStore", Undead)
+    patch.setattr(kvpolicy.layer_state, "SlotStore", Undead)
     return Random()
 
 
@@ -266,7 +268,7 @@ def holds_a_position_twice(patch):
                 other = (slots[..., :1] + 1) % self.shape.slots
                 super().write(other, key[:, :, :1], value[:, :, :1], first)
 
-    patch.setattr(kvpolicy.layer, "SlotStore", Double)
+    patch.setattr(kvpolicy.layer_state, "SlotStore", Double)
     return Random()
 
 
@@ -279,7 +281,7 @@ def writes_the_key_of_another_token(patch):
         def write(self, slots, key, value, first):
             super().write(slots, key.roll(1, 2), value, first)
 
-    patch.setattr(kvpolicy.layer, "SlotStore", Shifted)
+    patch.setattr(kvpolicy.layer_state, "SlotStore", Shifted)
     return H2O()
 
 
@@ -289,7 +291,7 @@ def writes_the_value_of_the_neighbour_in_the_batch(patch):
         def write(self, slots, key, value, first):
             super().write(slots, key, value.roll(1, 0), first)
 
-    patch.setattr(kvpolicy.layer, "SlotStore", Crossed)
+    patch.setattr(kvpolicy.layer_state, "SlotStore", Crossed)
     return H2O()
 
 
@@ -302,7 +304,7 @@ def keeps_the_victims_value(patch):
             if self.fresh == 0:
                 self.values = old
 
-    patch.setattr(kvpolicy.layer, "SlotStore", Stale)
+    patch.setattr(kvpolicy.layer_state, "SlotStore", Stale)
     return StreamingLLM(sinks=1)
 
 
@@ -312,7 +314,7 @@ def stores_in_half_precision(patch):
         def write(self, slots, key, value, first):
             super().write(slots, key.bfloat16().to(key.dtype), value, first)
 
-    patch.setattr(kvpolicy.layer, "SlotStore", Rounded)
+    patch.setattr(kvpolicy.layer_state, "SlotStore", Rounded)
     return Random()
 
 
@@ -366,23 +368,23 @@ def has_one_slot_too_few(patch):
 
 @caught_by("lossless")
 def attends_with_another_scale(patch):
-    whole = kvpolicy.layer.attend
+    whole = kvpolicy.layer_state.attend
 
     def attend(query, keys, values, **named):
         return whole(query * 0.9, keys, values, **named)
 
-    patch.setattr(kvpolicy.layer, "attend", attend)
+    patch.setattr(kvpolicy.layer_state, "attend", attend)
     return Full()
 
 
 @caught_by("lossless")
 def mixes_up_query_groups(patch):
-    whole = kvpolicy.layer.attend
+    whole = kvpolicy.layer_state.attend
 
     def attend(query, keys, values, **named):
         return whole(query.flip(1), keys, values, **named)
 
-    patch.setattr(kvpolicy.layer, "attend", attend)
+    patch.setattr(kvpolicy.layer_state, "attend", attend)
     return Full()
 
 
@@ -534,15 +536,16 @@ def decides_within_the_line(patch):
 
 @caught_by("full use")
 def hides_victims_at_once(patch):
-    whole = LayerCache._make_room
+    whole = kvpolicy.making_room.make_room
 
-    def make_room(self):
-        before = self.queue
-        whole(self)
-        if self.queue is not before:
-            self.store.clear(self.queue)
+    def make_room(layer):
+        before = layer.queue
+        whole(layer)
+        if layer.queue is not before:
+            layer.store.clear(layer.queue)
 
-    patch.setattr(LayerCache, "_make_room", make_room)
+    for module in (kvpolicy.layer, kvpolicy.making_room):
+        patch.setattr(module, "make_room", make_room)
     return Linear(**SMALL_LINEAR)
 
 
@@ -554,7 +557,7 @@ def leaves_a_slot_empty(patch):
             if self.fresh == 0:
                 self.clear((slots[..., :1] + 1) % self.shape.slots)
 
-    patch.setattr(kvpolicy.layer, "SlotStore", Wasteful)
+    patch.setattr(kvpolicy.layer_state, "SlotStore", Wasteful)
     return Random()
 
 
@@ -620,7 +623,7 @@ def lets_mass_fade_by_reports_instead_of_queries(patch):
 
 @caught_by("reset")
 def keeps_its_observers_when_reset(patch):
-    whole = LayerCache._watch
+    whole = LayerCache.watch
 
     def watch(self, shape):
         kept = getattr(self, "kept", None)
@@ -631,7 +634,7 @@ def keeps_its_observers_when_reset(patch):
                     observer.mass = old.mass
         self.kept = self.observers
 
-    patch.setattr(LayerCache, "_watch", watch)
+    patch.setattr(LayerCache, "watch", watch)
     return H2O()
 
 
@@ -659,7 +662,7 @@ def forgets_its_queue_when_a_batch_is_reordered(patch):
 
 @caught_by("stats")
 def understates_its_peak(patch):
-    patch.setattr(LayerCache, "_held", lambda self: self.layout.prefix + self.budget // 2)
+    patch.setattr(LayerCache, "held", lambda self: self.layout.prefix + self.budget // 2)
     return Random()
 
 

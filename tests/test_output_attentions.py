@@ -123,9 +123,9 @@ def test_nothing_is_kept_where_nobody_asks():
     with torch.inference_mode(), attach(model, IMAGE) as cache:
         model(tokens(), past_key_values=cache)
         layers = cache.policy_cache.layers
-        assert not any(layer.passes for layer in layers)
+        assert not any(layer.newest.passes for layer in layers)
         cache.reset()
         attentions(model, cache, [tokens(20)])
-        assert all(layer.passes for layer in layers)
+        assert all(layer.newest.passes for layer in layers)
         model(tokens(1), past_key_values=cache)
-        assert not any(layer.passes for layer in layers)
+        assert not any(layer.newest.passes for layer in layers)

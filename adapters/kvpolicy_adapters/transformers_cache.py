@@ -300,15 +300,15 @@ def policy_attention(
     asked = bool(kwargs.get("output_attentions")) or _collected()
     if layer.cache.expected is layer:
         layer.cache.expected = None
-        layer.layer.watched = asked
+        layer.layer.newest.watched = asked
         output = layer.layer.attend(query, key, value, terms)
-    elif layer.layer.lent:
-        output = layer.layer.attend_again(query, terms)
+    elif layer.layer.newest.lent:
+        output = layer.layer.newest.attend_again(query, terms)
     else:
         raise ModelError(
             f"{type(module).__name__} attends more than once to the keys of layer "
             f"{layer.layer.layer}, and its configuration does not say that layers share them "
             f"(kv_sharing_modes); kvpolicy can't serve this model"
         )
-    weights = layer.layer.weights(query, terms) if asked else None
+    weights = layer.layer.newest.weights(query, terms, layer.layer.seen) if asked else None
     return output.transpose(1, 2).contiguous(), weights
