@@ -18,6 +18,7 @@ LENGTH = LAYOUT.length
 # Pooling makes neighbours tie but for rounding; without it, calls of any size decide alike.
 SMALL = {
     "linear": {"anchors": 3},
+    "linear2d": {"anchors": 3},
     "pyramid": {"window": 2, "interval": 3, "kernel": 1},
     "snapkv": {"window": 2, "interval": 3, "kernel": 1},
     "rkv": {"window": 2, "interval": 3, "kernel": 1},

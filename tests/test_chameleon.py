@@ -14,6 +14,7 @@ transformers = pytest.importorskip("transformers", reason="the adapters need tra
 
 SMALL = {
     "linear": {"anchors": 3},
+    "linear2d": {"anchors": 3},
     "pyramid": {"window": 2, "interval": 3},
     "snapkv": {"window": 2, "interval": 3},
     "rkv": {"window": 2, "interval": 3},

@@ -19,7 +19,7 @@ from kvpolicy_adapters.llamagen import LlamaGen, LlamaGenConfig
 
 LAYERS, BATCH, VOCAB = 2, 2, 50
 LAYOUT = RasterLayout(rows=6, cols=6, prefix=2)
-SMALL = {"linear": {"anchors": 6}, "pyramid": {"beta": 2.0}}
+SMALL = {"linear": {"anchors": 6}, "linear2d": {"anchors": 6}, "pyramid": {"beta": 2.0}}
 
 
 @pytest.fixture(autouse=True)

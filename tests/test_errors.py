@@ -366,7 +366,11 @@ def test_a_wrong_tensor_changes_nothing():
 @pytest.mark.parametrize("layers", [1, 3])
 @pytest.mark.parametrize("name", [name for name in kvpolicy.available() if name != "full"])
 def test_the_smallest_budget_that_the_message_names_works_and_no_smaller(name, layers, layout):
-    small = {"linear": {"anchors": 2}, "pyramid": {"window": 2, "interval": 3}}
+    small = {
+        "linear": {"anchors": 2},
+        "linear2d": {"anchors": 2},
+        "pyramid": {"window": 2, "interval": 3},
+    }
     policy = create(name, **small.get(name, {}))
     floor = policy.min_budget(layout)
     if layout.evictable is not None:

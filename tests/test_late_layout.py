@@ -12,6 +12,7 @@ PROMPT = 7
 KNOWN = GRID.model_copy(update={"prefix": PROMPT})
 SMALL = {
     "linear": {"anchors": 3},
+    "linear2d": {"anchors": 3},
     "pyramid": {"window": 2, "interval": 3},
     "snapkv": {"window": 2, "interval": 3},
     "rkv": {"window": 2, "interval": 3},

@@ -28,6 +28,7 @@ IMAGE = SIDE * SIDE
 KINDS = ["c2i", "t2i"]
 SMALL = {
     "linear": {"anchors": 3},
+    "linear2d": {"anchors": 3},
     "pyramid": {"window": 2, "interval": 3},
     "snapkv": {"window": 2, "interval": 3},
     "rkv": {"window": 2, "interval": 3},

@@ -18,7 +18,7 @@ from kvpolicy.layer_state import QUERY_CHUNK
 LAYERS, BATCH, HEADS, GROUP = 2, 2, 2, 2
 ROWS = COLS = 40
 BUDGET = 800
-SMALL = {"linear": {"anchors": 40}, "pyramid": {"beta": 2.0}}
+SMALL = {"linear": {"anchors": 40}, "linear2d": {"anchors": 40}, "pyramid": {"beta": 2.0}}
 POLICIES = kvpolicy.available()
 EVICTING = [name for name in POLICIES if name != "full"]
 KINDS = [

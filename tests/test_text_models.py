@@ -17,6 +17,7 @@ EVICTING = [name for name in kvpolicy.available() if name != "full"]
 BY_TOKEN = ["h2o", "knorm", "streaming_llm", "tova"]
 SMALL = {
     "linear": {"anchors": 2},
+    "linear2d": {"anchors": 2},
     "pyramid": {"window": 2, "interval": 3, "kernel": 1},
     "snapkv": {"window": 2, "interval": 3, "kernel": 1},
 }

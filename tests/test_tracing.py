@@ -18,6 +18,7 @@ safetensors = pytest.importorskip("safetensors.torch", reason="traces are safete
 RASTER = kvpolicy.RasterLayout(rows=6, cols=4, prefix=2)
 SMALL = {
     "linear": {"anchors": 2},
+    "linear2d": {"anchors": 2},
     "pyramid": {"window": 2, "interval": 3, "kernel": 1},
     "snapkv": {"window": 2, "interval": 3, "kernel": 1},
     "rkv": {"window": 2, "interval": 3, "kernel": 1},
