@@ -233,4 +233,4 @@ def _sortable(score: Tensor, position: Tensor) -> Tensor:
     score = score + 0.0  # turns -0.0 into 0.0, which must tie with it
     bits = score.nan_to_num_(-torch.inf, torch.inf, -torch.inf).view(torch.int32)
     bits = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    return (bits.to(torch.int64) << 32) + position
+    return bits.to(torch.int64).bitwise_left_shift_(32).add_(position)

@@ -28,7 +28,7 @@ from kvpolicy.lab.bench.machine import Machine
 from kvpolicy.lab.bench.peers import PeerError, PeerSession
 from kvpolicy.lab.bench.report import grids, markdown, plot
 from kvpolicy.lab.bench.rounds import Block, Plan, Rounds, lines_of_round
-from kvpolicy.lab.bench.run import capacity_of, enlist, plan_of
+from kvpolicy.lab.bench.run import Bench, capacity_of, enlist, plan_of
 from kvpolicy.lab.bench.session import LocalSession
 from kvpolicy.lab.bench.summary import summarise
 
@@ -424,6 +424,43 @@ def test_wrong_arguments_fail_before_anything_runs(arguments, said, tmp_path):
 
 
 # -- other processes ----------------------------------------------------------------------------
+
+
+def test_memory_is_watched_after_a_whole_image_decisions_and_all(model, monkeypatch):
+    """What the first decision loads (code, libraries) is not what a cache costs."""
+    done = []
+
+    class Recording(PeerSession):
+        def __init__(self):
+            pass
+
+        def restart(self):
+            done.append("restart")
+
+        def run(self, count):
+            done.append(("run", count))
+
+        def skip(self, count):
+            done.append(("skip", count))
+
+        def watch(self):
+            done.append("watch")
+
+        def memory(self):
+            return 7
+
+        def close(self):
+            done.append("close")
+
+    plan = plan_of(model.layout, steps=96, rounds=1, every=2, minutes=None, whole_images=False)
+    contender = Contender("h2o", "policy", "h2o")
+    bench = Bench(model, EIGHT, plan, [contender], MACHINE, 12, "")
+    monkeypatch.setattr(bench, "session", lambda contender, watched: Recording())
+    assert bench.watch_memory(lambda count: None) == {"h2o": 7}
+    begun = done.index("watch")
+    run, skip = ("run", 24), ("skip", 24)
+    assert done[:begun] == ["restart", run, skip, skip, run]
+    assert done[begun + 1 :] == ["restart", run, skip, run, run, "close"]
 
 
 def in_a_process(model, **options) -> PeerSession:

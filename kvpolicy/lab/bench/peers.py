@@ -117,7 +117,8 @@ class PeerSession:
                 "OMP_NUM_THREADS": threads,
                 "MKL_NUM_THREADS": threads,
                 # What is freed goes back to the system at once, so that growth can be watched.
-                "MALLOC_MMAP_THRESHOLD_": str(1 << 17) if watched else "",
+                # A layer's positions and readings are no larger than this.
+                "MALLOC_MMAP_THRESHOLD_": str(1 << 14) if watched else "",
             },
             start_new_session=True,  # Ctrl-C is for the bench, which then closes its workers
         )

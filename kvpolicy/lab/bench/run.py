@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -181,20 +181,25 @@ class Bench:
             session = self.session(contender, watched=True)
             assert isinstance(session, PeerSession)
             try:
-                session.restart()
-                session.run(self.plan.line_length)
+                # Through an image once, decisions and all: what a process loads but once, and what
+                # its heap keeps from then on, is no cache's.
+                self._decode(session, {0, self.plan.lines - 1})
                 session.watch()
-                session.restart()
-                for line in range(self.plan.lines):
-                    if line in chosen:
-                        session.run(self.plan.line_length)
-                    else:
-                        session.skip(self.plan.line_length)
+                self._decode(session, chosen)
                 grown[contender.name] = session.memory()
             finally:
                 session.close()
             advance(1)
         return grown
+
+    def _decode(self, session: Session, chosen: Collection[int]) -> None:
+        """Decode the chosen lines of an image, and skip the others."""
+        session.restart()
+        for line in range(self.plan.lines):
+            if line in chosen:
+                session.run(self.plan.line_length)
+            else:
+                session.skip(self.plan.line_length)
 
     def summarise(self, rounds: Rounds, memory: dict[str, int]) -> Summary:
         """Work everything out."""
