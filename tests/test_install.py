@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import textwrap
 import venv
 import zipfile
@@ -120,6 +121,24 @@ def test_wheel_holds_the_packages_and_their_data(wheel):
     }
     assert {"kvpolicy/py.typed", "kvpolicy_adapters/py.typed"} <= inside
     assert inside == expected
+
+
+@pytest.mark.slow
+def test_the_source_distribution_builds_the_same_wheel(wheel, tmp_path):
+    build = (sys.executable, "-m", "build", "--no-isolation")
+    run(*build, "--sdist", "--outdir", tmp_path, ROOT, cwd=tmp_path)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as packed:
+        names = packed.getnames()
+        packed.extractall(tmp_path, filter="data")
+    inside = {name.partition("/")[2] for name in names}
+    assert {"tests/conftest.py", "docs/index.md", "examples/text.py", "Makefile"} <= inside
+    assert not [name for name in inside if "__pycache__" in name or ".venv" in name]
+    (source,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    run(*build, "--wheel", "--outdir", tmp_path / "again", source, cwd=tmp_path)
+    (again,) = (tmp_path / "again").glob("*.whl")
+    with zipfile.ZipFile(again) as first, zipfile.ZipFile(wheel) as second:
+        assert sorted(first.namelist()) == sorted(second.namelist())
 
 
 @pytest.mark.slow
