@@ -41,10 +41,12 @@ class NotRedundant(Score):
         return self.importance * mass - (1 - self.importance) * self.redundancy(view)
 
     def redundancy(self, view: CacheView) -> Tensor:
-        """Softmax over tokens of each key's mean cosine with the others, ``[B, H, S]``.
+        """Softmax over evictable tokens of each key's mean cosine with the others, ``[B, H, S]``.
 
         Each token spares the newest of those that are like it: of many alike, the newest stays.
         """
+        # The prefix stays whatever it is like, and the padding in it must not count.
+        out = view.empty | view.pinned
         norms = torch.linalg.vector_norm(view.keys, dim=-1, dtype=torch.float32).clamp(min=1e-8)
         total = torch.zeros_like(norms)
         for first in range(0, view.handed_out, ROWS):
@@ -52,13 +54,13 @@ class NotRedundant(Score):
             cosine = (view.keys[:, :, rows] @ view.keys.transpose(2, 3)).to(torch.float32)
             cosine /= norms[:, :, rows, None] * norms.unsqueeze(2)
             cosine.diagonal(first, dim1=2, dim2=3).zero_()
-            cosine.masked_fill_(view.empty[:, :, rows, None] | view.empty.unsqueeze(2), 0.0)
+            cosine.masked_fill_(out[:, :, rows, None] | out.unsqueeze(2), 0.0)
             alike = view.positions.unsqueeze(2).masked_fill(cosine <= self.similar, -1)
             newest, place = alike.max(-1, keepdim=True)
             cosine.scatter_(3, place, cosine.gather(3, place).masked_fill(newest >= 0, 0.0))
             total += cosine.sum(2)
-        mean = total / (~view.empty).sum(-1, keepdim=True)
-        return mean.masked_fill(view.empty, -torch.inf).softmax(-1)
+        mean = total / (~out).sum(-1, keepdim=True).clamp(min=1)
+        return mean.masked_fill(out, torch.finfo(torch.float32).min).softmax(-1)
 
 
 @register("rkv", paper="arXiv:2505.24133")
