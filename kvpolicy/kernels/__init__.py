@@ -30,6 +30,9 @@ def decode(
     """
     if not _TRITON or not query.is_cuda or query.shape[2] != 1 or query.requires_grad:
         return None
+    # Tensors can say that they lie on a GPU where there is none: those that only have a shape.
+    if not torch.cuda.is_available():
+        return None
     if max(query.shape[3], values.shape[3]) > _WIDEST or query.dtype not in _DTYPES:
         return None
     if torch.compiler.is_compiling():
