@@ -78,9 +78,8 @@ def attend(
     probabilities = _softmax(scores)
     if share is not None:
         probabilities = (probabilities.view_as(shared) * share).view_as(scores)
-    output = torch.bmm(
-        probabilities.to(values.dtype), values.reshape(batch * heads, slots, values.shape[-1])
-    )
+    weights = probabilities if values.dtype == torch.float32 else probabilities.to(values.dtype)
+    output = torch.bmm(weights, values.reshape(batch * heads, slots, values.shape[-1]))
     output = output.view(batch, query_heads, count, values.shape[-1])
     if not need_mass:
         return output, None
@@ -126,7 +125,8 @@ def _scores(query: Tensor, keys: Tensor, rows: int, scale: float) -> Tensor:
     # beta=0 ignores the first argument, which only says where the result goes; alpha scales
     # within the product, which saves a pass over the queries.
     into = query.new_empty(batch * heads, rows, slots)
-    return torch.baddbmm(into, flat_query, flat_keys, beta=0, alpha=scale).to(torch.float32)
+    scores = torch.baddbmm(into, flat_query, flat_keys, beta=0, alpha=scale)
+    return scores if scores.dtype == torch.float32 else scores.to(torch.float32)
 
 
 def _softmax(scores: Tensor) -> Tensor:

@@ -2,17 +2,52 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from kvpolicy.errors import CacheStateError, ShapeError
 from kvpolicy.slots import SlotStore
 from kvpolicy.terms import Terms
 
-__all__ = ["check_tokens"]
+__all__ = ["Accepted", "check_tokens"]
+
+
+class Accepted:
+    """What :func:`check_tokens` accepted last: most calls are like the one before."""
+
+    def __init__(self) -> None:
+        self._like: tuple[Any, ...] = ()
+        self._store: SlotStore | None = None
+        self._sizes = (0, 0, 0, 0)
+
+    def check(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        terms: Terms,
+        store: SlotStore | None,
+        seen: int,
+    ) -> int:
+        """Refuse wrong tensors before anything changes; returns T. See :func:`check_tokens`."""
+        like: tuple[Any, ...] = ()
+        if type(query) is type(key) is type(value) is Tensor:
+            like = (
+                *(query.shape, key.shape, value.shape),
+                *(query.dtype, key.dtype, value.dtype),
+                *(query.device, key.device, value.device),
+            )
+        if not like or like != self._like or self._store is not store:
+            count = check_tokens(query, key, value, store, seen)
+            self._like, self._store = like, store
+            self._sizes = key.shape[0], key.shape[1], query.shape[1], count
+        terms.check(*self._sizes, seen + self._sizes[3])
+        return self._sizes[3]
 
 
 def check_tokens(
-    query: Tensor, key: Tensor, value: Tensor, terms: Terms, store: SlotStore | None, seen: int
+    query: Tensor, key: Tensor, value: Tensor, store: SlotStore | None, seen: int
 ) -> int:
     """Refuse wrong tensors before anything changes; returns T.
 
@@ -56,5 +91,4 @@ def check_tokens(
                 f"tokens; use select_batch() to reorder a batch, reset() to start a new one"
             )
         store.check(key, value)
-    terms.check(batch, heads, query.shape[1], count, seen + count)
     return count

@@ -8,6 +8,7 @@ from rich.text import Text
 
 from kvpolicy.commands.ablate import ablate
 from kvpolicy.commands.bench import bench
+from kvpolicy.commands.build_kernel import build_kernel
 from kvpolicy.commands.calibrate import calibrate
 from kvpolicy.commands.check import check
 from kvpolicy.commands.demo import demo
@@ -28,6 +29,7 @@ app = typer.Typer(
 app.command("list")(list_policies)
 app.command("demo")(demo)
 app.command("bench")(bench)
+app.command("build-kernel")(build_kernel)
 app.command("ablate")(ablate)
 app.command("check")(check)
 app.command("report")(report)

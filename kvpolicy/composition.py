@@ -89,6 +89,13 @@ class Score(Part):
     def worth(self, view: CacheView) -> Tensor:
         """``[B, H, S]``; higher = keep. NaN is not allowed."""
 
+    def rank(self, view: CacheView) -> Tensor | None:
+        """The same order in integers, int32 ``[B, H, S]``, distinct, from 0; None if it has none.
+
+        It saves what floats need besides: looking for NaN, and breaking ties.
+        """
+        return None
+
 
 class Decide(Part):
     """When it is decided, and for how many tokens."""

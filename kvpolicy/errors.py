@@ -16,6 +16,7 @@ __all__ = [
     "BudgetError",
     "CacheStateError",
     "KVPolicyError",
+    "KernelError",
     "LayoutError",
     "ModelError",
     "ParameterError",
@@ -53,6 +54,10 @@ class CacheStateError(KVPolicyError, RuntimeError):
 
 class AttentionError(KVPolicyError, FloatingPointError):
     """Attention gave NaN: decisions made from it would be meaningless."""
+
+
+class KernelError(KVPolicyError, RuntimeError):
+    """The CPU kernel can't be built or loaded; the message says what the compiler said."""
 
 
 class ModelError(KVPolicyError, TypeError):

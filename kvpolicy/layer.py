@@ -7,14 +7,15 @@ or out.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from kvpolicy.checks import check_tokens
 from kvpolicy.errors import CacheStateError, ParameterError
 from kvpolicy.first_call import compress_prompt, follow, hold_all
+from kvpolicy.kernels import native
 from kvpolicy.layer_state import LayerState
 from kvpolicy.layout import UNBOUND
 from kvpolicy.making_room import find_start, hand_out, make_room, run_length
@@ -33,7 +34,7 @@ class LayerCache(LayerState):
         """Cache T tokens and attend from them; see :meth:`PolicyCache.attend`."""
         if self.step is not None:
             return self.step.attend(query, key, value, terms)
-        count = check_tokens(query, key, value, terms, self.store, self.seen)
+        count = self.accepted.check(query, key, value, terms, self.store, self.seen)
         follow(self, count)
         self.check_length(count)
         find_start(self, terms, count)
@@ -63,57 +64,105 @@ class LayerCache(LayerState):
 
     def _run(self, query: Tensor, key: Tensor, value: Tensor, terms: Terms) -> Tensor:
         """Write consecutive tokens and attend from them."""
-        store = self.require_store()
         count = key.shape[2]
-        before = store.handed_out
+        before = self.require_store().handed_out
         slots, fresh = hand_out(self, count)
         reclaimed = slots[:, :, fresh:]
-        if count == 1:
-            store.write(slots, key, value, self.seen)
-            held = store.handed_out
-            positions = store.positions[:, :, :held]
-            output, mass = self.attend_over(
-                query,
-                store.keys[:, :, :held],
-                store.values[:, :, :held],
-                terms,
-                self._visible(terms.visible, positions),
-                None if terms.bias is None else by_slot(terms.bias, positions),
-                positions,
-            )
+        finite: bool | None = None
+        if count > 1:
+            output, mass = self._several(query, key, value, terms, slots, before)
+        elif self._one_pass(query, key, value, terms):
+            output, mass, finite = self._by_kernel(query, key, value, terms, slots)
         else:
-            # Token i reclaims its slot when its turn comes, so the queries before it still see
-            # the victim: attend to the slots as they were, and to the new tokens beside them.
-            seen_by = self._visible_to_run(terms.visible, before, slots)
-            bias = None
-            if terms.bias is not None:
-                old = by_slot(terms.bias, store.positions[:, :, :before])
-                new = terms.bias[..., self.seen : self.seen + count]
-                bias = torch.cat([old, new.expand(*old.shape[:3], count)], dim=-1)
-            output, beside = self.attend_over(
-                query,
-                torch.cat([store.keys[:, :, :before], key], dim=2),
-                torch.cat([store.values[:, :, :before], value], dim=2),
-                terms,
-                seen_by,
-                bias,
-                store.positions[:, :, :before],
-            )
-            store.write(slots, key, value, self.seen)
-            mass = None
-            if beside is not None:
-                mass = beside.new_zeros(*beside.shape[:3], store.handed_out)
-                mass[..., :before] = beside[..., :before]
-                into = slots.unsqueeze(2).expand(*beside.shape[:3], count)
-                mass.scatter_(3, into, beside[..., before:])
+            output, mass = self._one(query, key, value, terms, slots)
         first = self.seen
         self.seen += count
         self.peak = max(self.peak, self.held())
         if reclaimed.shape[-1]:
             for observer in self.observers:
                 observer.forget(reclaimed)
-        self.observe(mass, first, self.room)
+        self.observe(mass, first, self.room, finite)
         return output
+
+    def _one(
+        self, query: Tensor, key: Tensor, value: Tensor, terms: Terms, slots: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Write a token, then attend from it."""
+        store = self.require_store()
+        store.write(slots, key, value, self.seen)
+        keys, values, positions = store.cached()
+        return self.attend_over(
+            query,
+            keys,
+            values,
+            terms,
+            self._visible(terms.visible, positions),
+            None if terms.bias is None else by_slot(terms.bias, positions),
+            positions,
+        )
+
+    def _one_pass(self, query: Tensor, key: Tensor, value: Tensor, terms: Terms) -> bool:
+        """Whether the CPU kernel serves this token: nothing is hidden or added."""
+        return (
+            self.require_store().decoder is not None
+            and terms.plain
+            and not self.eager
+            and not self.newest.wanted
+            and native.serves(query, key, value)
+        )
+
+    def _by_kernel(
+        self, query: Tensor, key: Tensor, value: Tensor, terms: Terms, slots: Tensor
+    ) -> tuple[Tensor, Tensor | None, bool]:
+        """Write a token and attend from it in one pass; also tells whether that was finite."""
+        store = self.require_store()
+        assert store.decoder is not None
+        output, mass, finite = store.decoder(
+            *(query, store.keys, store.values, store.positions, slots, key, value),
+            *(self.seen, store.handed_out),
+            1 / math.sqrt(query.shape[3]) if terms.scale is None else terms.scale,
+            self.need is not Need.NONE,
+        )
+        return output, None if self.need is Need.NONE else mass, finite
+
+    def _several(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        terms: Terms,
+        slots: Tensor,
+        before: int,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend from tokens, the first of which still see what the last of them replace.
+
+        Token i reclaims its slot when its turn comes, so the queries before it still see the
+        victim: attend to the slots as they were, and to the new tokens beside them.
+        """
+        store = self.require_store()
+        count = key.shape[2]
+        seen_by = self._visible_to_run(terms.visible, before, slots)
+        bias = None
+        if terms.bias is not None:
+            old = by_slot(terms.bias, store.positions[:, :, :before])
+            new = terms.bias[..., self.seen : self.seen + count]
+            bias = torch.cat([old, new.expand(*old.shape[:3], count)], dim=-1)
+        output, beside = self.attend_over(
+            query,
+            torch.cat([store.keys[:, :, :before], key], dim=2),
+            torch.cat([store.values[:, :, :before], value], dim=2),
+            terms,
+            seen_by,
+            bias,
+            store.positions[:, :, :before],
+        )
+        store.write(slots, key, value, self.seen)
+        if beside is None:
+            return output, None
+        mass = beside.new_zeros(*beside.shape[:3], store.handed_out)
+        mass[..., :before] = beside[..., :before]
+        into = slots.unsqueeze(2).expand(*beside.shape[:3], count)
+        return output, mass.scatter_(3, into, beside[..., before:])
 
     # -- a step in three parts, the middle one compiled -------------------------------------------
 

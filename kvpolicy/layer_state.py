@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from kvpolicy.attention import attend
+from kvpolicy.checks import Accepted
 from kvpolicy.errors import AttentionError, CacheStateError, LayoutError
 from kvpolicy.layout import UNBOUND, TokenLayout
 from kvpolicy.newest_call import NewestCall
@@ -85,6 +86,7 @@ class LayerState:
         self.first_head = 0
         # Told of each decision, where somebody wants a trace.
         self.recorder: DecisionRecorder | None = None
+        self.accepted = Accepted()
         self.reset()
 
     @property
@@ -219,19 +221,20 @@ class LayerState:
             **terms.scoring(),
         )
 
-    def observe(self, mass: Tensor | None, first: int, room: int) -> None:
-        """Hand the mass to the observers, after refusing NaN."""
+    def observe(
+        self, mass: Tensor | None, first: int, room: int, finite: bool | None = None
+    ) -> None:
+        """Hand the mass to the observers, after refusing NaN; ``finite`` where that is known."""
         if mass is None:
             return
-        total = mass.sum()
         if mass.device.type == "cpu":
-            if not math.isfinite(total.item()):
+            if not (math.isfinite(mass.sum().item()) if finite is None else finite):
                 raise AttentionError(
                     f"layer {self.layer}: attention from position {first} is NaN; the model's "
                     f"queries or keys are not finite"
                 )
         else:
-            torch._assert_async(total.isfinite())
+            torch._assert_async(mass.sum().isfinite())
         report = AttentionReport(mass=mass, first=first, room=room, layout=self.layout)
         for observer in self.observers:
             observer.observe(report)

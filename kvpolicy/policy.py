@@ -7,6 +7,7 @@ never moves a tensor.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
@@ -169,58 +170,82 @@ class ScoredPolicy(EvictionPolicy):
             AttentionError: a score is NaN (on a device other than the CPU it is asserted there,
                 so that nobody waits for it); the prefix stays either way.
         """
-        score = self.score(view).to(torch.float32)
         protected = self.protect(view)
-        largest = torch.finfo(torch.float32).max
-        # The prefix stands above what a policy protects, should that be more than fits.
-        if protected is None:
-            score = score.clamp(max=largest)
-        else:
-            score = _lift(score, protected).clamp_(max=largest)
+        rank = self._rank(view)
+        if rank is not None:
+            return _first(rank, protected, view, count)
+        score = _lift(self.score(view).to(torch.float32), protected)
         if view.may_be_empty:
             score.masked_fill_(view.pinned, torch.inf).masked_fill_(view.empty, -torch.inf)
-        else:
+        elif view.layout.prefix:
             # Where no slot was ever emptied, the prefix still lies where it was put: in the first.
-            score[..., : view.layout.prefix] = torch.inf
+            score[..., : view.layout.prefix].fill_(torch.inf)
         least = score.amin(-1, keepdim=True)  # NaN where any score is
-        self._refuse_nan(least, view)
+        least = self._refuse_nan(least, view)
         if count == 1:
             return _lowest(score, view.positions, least)
-        rank = _sortable(score, view.positions)
-        return rank.topk(count, dim=-1, largest=False, sorted=True).indices
+        order = _sortable(score, view.positions)
+        return order.topk(count, dim=-1, largest=False, sorted=True).indices
 
-    def _refuse_nan(self, least: Tensor, view: CacheView) -> None:
+    def _rank(self, view: CacheView) -> Tensor | None:
+        """The score's own ranking, where it has one and nobody overrides the score."""
+        part = self.parts.score
+        return (
+            None if part is None or type(self).score is not ScoredPolicy.score else part.rank(view)
+        )
+
+    def _refuse_nan(self, least: Tensor, view: CacheView) -> Tensor:
         """Refuse to decide from NaN; ``least`` is the lowest score of each head."""
-        wrong = least.isnan().any()
-        if wrong.device.type != "cpu":
-            torch._assert_async(~wrong)
-        elif wrong:
+        if least.device.type != "cpu":
+            wrong = least.isnan()
+            torch._assert_async(~wrong.any())
+            # Nothing equals NaN, so every slot would tie with it, the prefix too.
+            return least.masked_fill(wrong, -torch.inf)
+        if math.isnan(least.sum().item()) and least.isnan().any():  # the sum of infinities may be
             raise AttentionError(
                 f"layer {view.layer}: {self.label} scores a token NaN before position {view.seen}; "
                 f"the model's keys or values are not finite, or score() is undefined for some token"
             )
+        return least
 
 
-def _lift(score: Tensor, protected: Tensor) -> Tensor:
-    """The score, but the largest finite number where a token is protected.
+#: Scores beyond this tie with it, so that there is room above for what is protected.
+_ROOF = torch.finfo(torch.float32).max / 4
+
+
+def _lift(score: Tensor, protected: Tensor | None) -> Tensor:
+    """A copy of the score in which whatever is protected stands above all that is not.
 
     Arithmetic without a branch: a CPU's ``masked_fill`` and ``where`` branch at every element, and
     with a mask as irregular as slots are, that took four times as long.
     """
-    largest = torch.finfo(torch.float32).max
-    least = protected.to(torch.float32).sub_(0.5).mul_(2).mul_(largest)
-    return torch.maximum(score, least, out=least)
+    score = score.clamp(-_ROOF, _ROOF)
+    return score if protected is None else score.add_(protected, alpha=2.5 * _ROOF)
 
 
 def _lowest(score: Tensor, position: Tensor, least: Tensor) -> Tensor:
     """The slot with the lowest score, the oldest among equals: what ``_sortable`` ranks first.
 
-    ``least`` is the lowest score of each head, NaN where there is one; a NaN then goes first.
+    ``least`` is the lowest score of each head, minus infinity where a score is NaN; a NaN then goes
+    first.
     """
-    # Nothing equals NaN, so every slot would tie with it, the prefix too.
-    least = least.masked_fill(least.isnan(), -torch.inf)
-    # Not masked_fill: see _lift. No sequence is as long as what is added.
-    return (score > least).to(torch.int32).mul_(1 << 30).add_(position).argmin(-1, keepdim=True)
+    # No sequence is as long as what is added.
+    return torch.add(position, score > least, alpha=1 << 30).argmin(-1, keepdim=True)
+
+
+def _first(rank: Tensor, protected: Tensor | None, view: CacheView, count: int) -> Tensor:
+    """The slots that rank lowest, of distinct integers below ``2**30``; empty slots come first."""
+    last = torch.iinfo(torch.int32).max
+    if protected is not None:
+        rank = torch.add(rank, protected, alpha=1 << 30)
+    if view.may_be_empty:
+        rank = rank.masked_fill(view.empty, -1).masked_fill_(view.pinned, last)
+    elif view.layout.prefix:
+        rank = rank.clone() if protected is None else rank
+        rank[..., : view.layout.prefix].fill_(last)
+    if count == 1:
+        return rank.argmin(-1, keepdim=True)
+    return rank.topk(count, dim=-1, largest=False, sorted=True).indices
 
 
 def _sortable(score: Tensor, position: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kvpolicy.errors import ShapeError
+from kvpolicy.kernels import native
 from kvpolicy.layout import TokenLayout
 
 __all__ = ["SlotShape", "SlotStore"]
@@ -59,6 +60,8 @@ class SlotStore:
         self.values = torch.zeros(*size, value.shape[-1], dtype=value.dtype, device=value.device)
         self.positions = torch.full(size, -1, dtype=torch.int32, device=key.device)
         self.fresh = shape.slots
+        #: The kernel that writes a token and attends to it in one pass, where it can be used.
+        self.decoder = native.decoder() if native.serves(self.keys, self.values) else None
         self._index_heads()
 
     def _index_heads(self) -> None:
@@ -76,12 +79,20 @@ class SlotStore:
         positions = torch.arange(shape.slots, device=key.device, dtype=torch.int32)
         store.positions = positions.expand(shape.batch, shape.heads, shape.slots)
         store.fresh = 0
+        store.decoder = None
         return store
 
     @property
     def handed_out(self) -> int:
         """Slots of each head that have ever held a token."""
         return self.shape.slots - self.fresh
+
+    def cached(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys, values and positions of the slots that have ever held a token."""
+        if self.fresh == 0:
+            return self.keys, self.values, self.positions
+        held = self.handed_out
+        return self.keys[:, :, :held], self.values[:, :, :held], self.positions[:, :, :held]
 
     @property
     def nbytes(self) -> int:

@@ -32,6 +32,16 @@ class Terms:
     softcap: float | None = None
     sinks: Tensor | None = None
 
+    @property
+    def plain(self) -> bool:
+        """Whether there is nothing but a scale."""
+        return (
+            self.visible is None
+            and self.bias is None
+            and self.softcap is None
+            and self.sinks is None
+        )
+
     def rows(self, part: slice) -> Terms:
         """The terms of some of the queries."""
         if self.visible is None and self.bias is None:

@@ -68,7 +68,8 @@ class CacheView:
     @property
     def positions(self) -> Tensor:
         """Positions of the cached tokens, ``[B, H, S]``, int32, -1 = empty."""
-        return self._store.positions[:, :, : self.handed_out]
+        store = self._store
+        return store.positions if store.fresh == 0 else store.positions[:, :, : store.handed_out]
 
     @property
     def handed_out(self) -> int:
@@ -136,7 +137,7 @@ class CacheView:
 
     def observed(self, kind: type[AttentionObserver]) -> Tensor:
         """The reading of that observer, ``[B, H, S]``, float32."""
-        return self.observer(kind).mass[:, :, : self.handed_out]
+        return self._handed_out(self.observer(kind).mass)
 
     @property
     def mass(self) -> Tensor:
@@ -147,4 +148,7 @@ class CacheView:
         """
         if not self._observers:
             raise ParameterError("the policy asks for mass, but its observers() made none")
-        return self._observers[0].mass[:, :, : self.handed_out]
+        return self._handed_out(self._observers[0].mass)
+
+    def _handed_out(self, mass: Tensor) -> Tensor:
+        return mass if self._store.fresh == 0 else mass[:, :, : self.handed_out]

@@ -78,6 +78,10 @@ class Recency(Score):
         """The position."""
         return view.positions
 
+    def rank(self, view: CacheView) -> Tensor:
+        """The position."""
+        return view.positions
+
 
 @register_part("short_keys")
 class ShortKeys(Score):

@@ -1,0 +1,125 @@
+"""The CPU kernel: built once on the machine that it is for, and used from then on.
+
+``kvpolicy build-kernel`` (or :func:`build`) compiles ``decode_cpu.cpp`` with the system's C++
+compiler into a file of this user's cache folder, whose name carries the source, torch's version
+and what this processor can do. Whoever decodes then finds it there; without it, torch's own
+operators do the same.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kvpolicy.errors import KernelError
+
+__all__ = ["build", "decoder", "library"]
+
+_SOURCE = Path(__file__).with_name("decode_cpu.cpp")
+_FLAGS = ("-std=c++20", "-O3", "-march=native", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+#: ``decode`` of the source file: see there.
+Decoder = Callable[..., tuple[Tensor, Tensor, bool]]
+
+
+def library() -> Path:
+    """Where the kernel for this machine lies, or would lie."""
+    what = hashlib.sha256()
+    for part in (_SOURCE.read_text(), *_FLAGS, torch.__version__, platform.machine(), _features()):
+        what.update(part.encode())
+    folder = Path(os.environ.get("KVPOLICY_KERNELS", "~/.cache/kvpolicy/kernels")).expanduser()
+    return folder / f"decode-{what.hexdigest()[:16]}.so"
+
+
+def build(compiler: str | None = None) -> Path:
+    """Compile the kernel, unless that has been done.
+
+    Args:
+        compiler: the C++ compiler; by default ``$CXX``, or the first of c++, g++ and clang++.
+
+    Returns:
+        The library. It is used by processes that start decoding from now on.
+
+    Raises:
+        KernelError: there is no compiler, or it fails; the message has what it printed.
+    """
+    into = library()
+    if into.exists():
+        return into
+    found = shutil.which(compiler or os.environ.get("CXX") or "c++") or next(
+        (path for name in ("g++", "clang++") if (path := shutil.which(name))), None
+    )
+    if found is None or (compiler is not None and shutil.which(compiler) is None):
+        wanted = compiler or "c++, g++ or clang++"
+        raise KernelError(f"no C++ compiler ({wanted}) is on the PATH; kvpolicy works without one")
+    torch_folder = Path(torch.__file__).parent
+    headers = [torch_folder / "include", torch_folder / "include/torch/csrc/api/include"]
+    libraries = torch_folder / "lib"
+    # torch's own OpenMP, so that both share its threads; a second one's would fight for the cores.
+    openmp: list[str | Path] = [*sorted(libraries.glob("lib*omp*.so*"))] or ["-fopenmp"]
+    abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"
+    into.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=into.parent) as folder:
+        compiled, linked = Path(folder, "decode.o"), Path(folder, "decode.so")
+        include = [f"-I{path}" for path in headers]
+        _call(found, *_FLAGS, "-fopenmp", abi, *include, "-c", _SOURCE, "-o", compiled)
+        link: list[str | Path] = [f"-L{libraries}", "-ltorch_cpu", "-lc10", *openmp]
+        _call(found, "-shared", compiled, *link, "-o", linked)
+        os.replace(linked, into)  # whole or not at all: another process may be looking
+    decoder.cache_clear()
+    return into
+
+
+@functools.cache
+def decoder() -> Decoder | None:
+    """The kernel, where it has been built and ``$KVPOLICY_NATIVE`` is not 0; else None."""
+    if os.environ.get("KVPOLICY_NATIVE", "1") == "0":
+        return None
+    path = library()
+    if not path.exists():
+        return None
+    try:
+        torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
+    except OSError as error:
+        raise KernelError(f"{path} can't be loaded: {error}; delete it and build again") from error
+    decode: Decoder = torch.ops.kvpolicy_cpu.decode.default
+    return decode
+
+
+def serves(*tensors: Tensor) -> bool:
+    """Whether keys and values like these can be left to the kernel."""
+    return all(
+        type(tensor) is Tensor
+        and tensor.device.type == "cpu"
+        and tensor.dtype in _DTYPES
+        and tensor.dtype == tensors[0].dtype
+        and tensor.stride(3) == 1
+        and not tensor.requires_grad
+        for tensor in tensors
+    )
+
+
+def _features() -> str:
+    """What the processor can do: code for one may not run on another that shares the folder."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
+
+
+def _call(compiler: str, *arguments: str | Path) -> None:
+    done = subprocess.run([compiler, *map(str, arguments)], capture_output=True, text=True)
+    if done.returncode:
+        raise KernelError(f"{compiler} failed ({done.returncode}):\n{done.stderr.strip()}")
