@@ -89,6 +89,21 @@ class Score(Part):
     def worth(self, view: CacheView) -> Tensor:
         """``[B, H, S]``; higher = keep. NaN is not allowed."""
 
+    def choose(self, view: CacheView, score: Tensor, count: int) -> Tensor | None:
+        """Choose victims where a token's worth depends on what else goes; None to rank them.
+
+        Args:
+            view: the layer.
+            score: what :meth:`worth` gave, ``[B, H, S]``, float32: but minus infinity where a slot
+                is empty, which goes first, above all others where a token is protected, and
+                infinity for the prefix.
+            count: how many slots are wanted.
+
+        Returns:
+            Slots, int64 ``[B, H, count]``, distinct within a head, in the order in which they go.
+        """
+        return None
+
     def rank(self, view: CacheView) -> Tensor | None:
         """The same order in integers, int32 ``[B, H, S]``, distinct, from 0; None if it has none.
 

@@ -22,6 +22,7 @@ from kvpolicy.composition import Parts
 from kvpolicy.errors import AttentionError, ParameterError, parameter_error
 from kvpolicy.layout import TokenLayout
 from kvpolicy.observer import AttentionObserver
+from kvpolicy.ranking import first, lift, lowest, sortable, without_nan
 from kvpolicy.slots import SlotShape
 from kvpolicy.view import CacheView
 
@@ -171,10 +172,12 @@ class ScoredPolicy(EvictionPolicy):
                 so that nobody waits for it); the prefix stays either way.
         """
         protected = self.protect(view)
-        rank = self._rank(view)
+        # What the part says holds only where nobody overrides the score.
+        part = self.parts.score if type(self).score is ScoredPolicy.score else None
+        rank = None if part is None else part.rank(view)
         if rank is not None:
-            return _first(rank, protected, view, count)
-        score = _lift(self.score(view).to(torch.float32), protected)
+            return first(rank, protected, view, count)
+        score = lift(self.score(view).to(torch.float32), protected)
         if view.may_be_empty:
             score.masked_fill_(view.pinned, torch.inf).masked_fill_(view.empty, -torch.inf)
         elif view.layout.prefix:
@@ -182,80 +185,22 @@ class ScoredPolicy(EvictionPolicy):
             score[..., : view.layout.prefix].fill_(torch.inf)
         least = score.amin(-1, keepdim=True)  # NaN where any score is
         least = self._refuse_nan(least, view)
+        chosen = None if part is None else part.choose(view, score, count)
+        if chosen is not None:
+            return chosen
         if count == 1:
-            return _lowest(score, view.positions, least)
-        order = _sortable(score, view.positions)
+            return lowest(score, view.positions, least)
+        order = sortable(score, view.positions)
         return order.topk(count, dim=-1, largest=False, sorted=True).indices
-
-    def _rank(self, view: CacheView) -> Tensor | None:
-        """The score's own ranking, where it has one and nobody overrides the score."""
-        part = self.parts.score
-        return (
-            None if part is None or type(self).score is not ScoredPolicy.score else part.rank(view)
-        )
 
     def _refuse_nan(self, least: Tensor, view: CacheView) -> Tensor:
         """Refuse to decide from NaN; ``least`` is the lowest score of each head."""
         if least.device.type != "cpu":
-            wrong = least.isnan()
-            torch._assert_async(~wrong.any())
-            # Nothing equals NaN, so every slot would tie with it, the prefix too.
-            return least.masked_fill(wrong, -torch.inf)
+            torch._assert_async(~least.isnan().any())
+            return without_nan(least)
         if math.isnan(least.sum().item()) and least.isnan().any():  # the sum of infinities may be
             raise AttentionError(
                 f"layer {view.layer}: {self.label} scores a token NaN before position {view.seen}; "
                 f"the model's keys or values are not finite, or score() is undefined for some token"
             )
         return least
-
-
-#: Scores beyond this tie with it, so that there is room above for what is protected.
-_ROOF = torch.finfo(torch.float32).max / 4
-
-
-def _lift(score: Tensor, protected: Tensor | None) -> Tensor:
-    """A copy of the score in which whatever is protected stands above all that is not.
-
-    Arithmetic without a branch: a CPU's ``masked_fill`` and ``where`` branch at every element, and
-    with a mask as irregular as slots are, that took four times as long.
-    """
-    score = score.clamp(-_ROOF, _ROOF)
-    return score if protected is None else score.add_(protected, alpha=2.5 * _ROOF)
-
-
-def _lowest(score: Tensor, position: Tensor, least: Tensor) -> Tensor:
-    """The slot with the lowest score, the oldest among equals: what ``_sortable`` ranks first.
-
-    ``least`` is the lowest score of each head, minus infinity where a score is NaN; a NaN then goes
-    first.
-    """
-    # No sequence is as long as what is added.
-    return torch.add(position, score > least, alpha=1 << 30).argmin(-1, keepdim=True)
-
-
-def _first(rank: Tensor, protected: Tensor | None, view: CacheView, count: int) -> Tensor:
-    """The slots that rank lowest, of distinct integers below ``2**30``; empty slots come first."""
-    last = torch.iinfo(torch.int32).max
-    if protected is not None:
-        rank = torch.add(rank, protected, alpha=1 << 30)
-    if view.may_be_empty:
-        rank = rank.masked_fill(view.empty, -1).masked_fill_(view.pinned, last)
-    elif view.layout.prefix:
-        rank = rank.clone() if protected is None else rank
-        rank[..., : view.layout.prefix].fill_(last)
-    if count == 1:
-        return rank.argmin(-1, keepdim=True)
-    return rank.topk(count, dim=-1, largest=False, sorted=True).indices
-
-
-def _sortable(score: Tensor, position: Tensor) -> Tensor:
-    """One int64 a slot that orders by score, then by position; NaN comes first.
-
-    A single integer key makes the choice exact on every device, where sorts of floats may break
-    ties as they like. IEEE floats order like sign-magnitude integers, so flipping the lower 31
-    bits of the negative ones makes their bits order like the floats.
-    """
-    score = score + 0.0  # turns -0.0 into 0.0, which must tie with it
-    bits = score.nan_to_num_(-torch.inf, torch.inf, -torch.inf).view(torch.int32)
-    bits = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    return bits.to(torch.int64).bitwise_left_shift_(32).add_(position)

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import kvpolicy
-from kvpolicy.policy import ScoredPolicy, _lift, _lowest, _sortable
+from kvpolicy.policy import ScoredPolicy
+from kvpolicy.ranking import lift, lowest, sortable, without_nan
 
 LARGEST = torch.finfo(torch.float32).max
 NUMBERS = st.sampled_from([-float("inf"), -LARGEST, -2.0, -0.0, 0.0, 1e-45, 2.0, LARGEST])
@@ -20,17 +21,19 @@ def test_the_lowest_is_what_sorts_first(numbers, data):
     positions = data.draw(st.permutations(range(-1, len(numbers) - 1)))
     score, position = torch.tensor([[numbers]]), torch.tensor([[positions]], dtype=torch.int32)
     least = score.amin(-1, keepdim=True)
-    assert _lowest(score, position, least).item() == _sortable(score, position).argmin(-1).item()
+    assert lowest(score, position, least).item() == sortable(score, position).argmin(-1).item()
 
 
 @given(st.lists(st.tuples(NUMBERS, st.booleans()), min_size=1, max_size=12))
 def test_what_is_protected_is_lifted_and_the_rest_is_left(pairs):
     score = torch.tensor([[[number for number, _ in pairs]]])
     protected = torch.tensor([[[held for _, held in pairs]]])
-    lifted = _lift(score, protected)
-    assert (lifted[protected] == LARGEST).all()
-    # Minus infinity comes back as the lowest finite number, which nothing is below.
-    assert torch.equal(lifted[~protected], score[~protected].clamp(min=-LARGEST))
+    lifted = lift(score, protected)
+    free = lifted[~protected]
+    assert not protected.any() or not free.numel() or lifted[protected].min() > free.max()
+    # Beyond a quarter of the largest number, which is room for what is protected, all is the same.
+    assert torch.equal(free, score[~protected].clamp(-LARGEST / 4, LARGEST / 4))
+    assert lifted.isfinite().all()
 
 
 def test_a_prefix_goes_last_whatever_scores_say():
@@ -59,8 +62,9 @@ def test_nan_is_never_worth_more_than_the_prefix(nan):
     """Where nobody waits for the check, what comes of NaN must still leave the prefix alone."""
     score = torch.tensor([[[float("inf"), float("inf"), 3.0, 1.0, nan]]])
     position = torch.tensor([[[0, 1, 2, 3, 4]]], dtype=torch.int32)
-    assert _lowest(score, position, score.amin(-1, keepdim=True)).item() == 4
-    assert _sortable(score, position).argsort(-1)[..., :3].tolist() == [[[4, 3, 2]]]
+    least = without_nan(score.amin(-1, keepdim=True))
+    assert lowest(score, position, least).item() == 4
+    assert sortable(score, position).argsort(-1)[..., :3].tolist() == [[[4, 3, 2]]]
 
 
 @pytest.mark.parametrize("reclaim", ["lazy", "eager"])

@@ -1,6 +1,8 @@
 """The stock parts that strategies are made of. Importing this registers them."""
 
 from kvpolicy.parts.decide import EachLine, EachToken, Every
+from kvpolicy.parts.least_change import LeastChange
+from kvpolicy.parts.moving import MovingMass
 from kvpolicy.parts.named import available_parts, register_part
 from kvpolicy.parts.observe import WatchAll, WatchFading, WatchLine, WatchNewest, WatchWindow
 from kvpolicy.parts.protect import Anchors, RecentLines, RecentShare, RecentTokens
@@ -12,7 +14,9 @@ __all__ = [
     "EachToken",
     "Every",
     "HeadMean",
+    "LeastChange",
     "Mass",
+    "MovingMass",
     "PooledMass",
     "Recency",
     "RecentLines",
