@@ -10,9 +10,18 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Self
 
 import torch
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 from torch import Tensor
 
 from kvpolicy.errors import ParameterError
@@ -22,6 +31,7 @@ __all__ = ["STAYS", "LayerTrace", "Trace", "load_trace"]
 _FORMAT = "kvpolicy-trace-1"
 #: What ``gone`` says of a token that is still cached.
 STAYS = torch.iinfo(torch.int32).max
+_LARGEST_GRID = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -114,6 +124,48 @@ class Trace:
         Path(path).write_bytes(self.dump())
 
 
+class _Grid(BaseModel):
+    """An image's layout, as a file says it."""
+
+    model_config = ConfigDict(strict=True)
+
+    rows: PositiveInt
+    cols: PositiveInt
+    line_break: Annotated[int, Field(ge=0, le=1)]
+    prefix: NonNegativeInt
+
+    @model_validator(mode="after")
+    def _is_an_image(self) -> Self:
+        if self.rows * (self.cols + 1) + self.prefix > _LARGEST_GRID:
+            raise ValueError(f"an image of more than {_LARGEST_GRID} tokens")
+        return self
+
+
+class _About(BaseModel):
+    """What a file says besides its tensors."""
+
+    model_config = ConfigDict(strict=True)
+
+    format: str
+    policy: str
+    parameters: dict[str, Any]
+    layout: str
+    grid: _Grid | None
+    seen: Annotated[int, Field(ge=0, lt=STAYS)]
+    budgets: list[NonNegativeInt]
+    layers: list[NonNegativeInt]
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.format != _FORMAT:
+            raise ValueError(f"a trace of format {self.format!r}; this kvpolicy reads {_FORMAT!r}")
+        if len(set(self.layers)) < len(self.layers):
+            raise ValueError("a layer that comes twice")
+        if self.layers and max(self.layers) >= len(self.budgets):
+            raise ValueError(f"layer {max(self.layers)} of {len(self.budgets)} budgets")
+        return self
+
+
 def load_trace(path: Path | str) -> Trace:
     """Read a trace.
 
@@ -122,60 +174,89 @@ def load_trace(path: Path | str) -> Trace:
     """
     from safetensors import SafetensorError, safe_open
 
-    tensors: dict[str, Tensor] = {}
     try:
         with safe_open(str(path), framework="pt") as file:
-            about = json.loads((file.metadata() or {})["kvpolicy"])
-            if about["format"] != _FORMAT:
-                raise ParameterError(f"{path} is a trace of format {about['format']!r}")
+            about = _About.model_validate_json((file.metadata() or {})["kvpolicy"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        layers = {
-            int(index): LayerTrace(
-                **{
-                    name: _widened(tensors[f"{index}.{name}"])
-                    for name in LayerTrace.__dataclass_fields__
-                }
-            )
-            for index in about["layers"]
-        }
         found = Trace(
-            policy=str(about["policy"]),
-            parameters=dict(about["parameters"]),
-            layout=str(about["layout"]),
-            grid=None if about["grid"] is None else {k: int(n) for k, n in about["grid"].items()},
-            seen=int(about["seen"]),
-            budgets=tuple(int(budget) for budget in about["budgets"]),
-            layers=layers,
+            **about.model_dump(exclude={"format", "layers", "budgets"}),
+            budgets=tuple(about.budgets),
+            layers={index: _layer(tensors, index, about.seen) for index in about.layers},
             images=tensors.get("images"),
         )
-        _check(found)
+        _check_images(found)
     except (OSError, SafetensorError) as error:
         raise ParameterError(f"{path} can't be read as a trace: {error}") from None
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        if isinstance(error, ParameterError):
-            raise
+    except (KeyError, ValueError) as error:
+        said = f"{type(error).__name__}: {error}"
+        if isinstance(error, ValidationError):
+            wrong = error.errors()[0]
+            said = ": ".join((*map(str, wrong["loc"]), wrong["msg"]))
         raise ParameterError(
-            f"{path} is not a trace that kvpolicy wrote, or is damaged: "
-            f"{type(error).__name__}: {error}"
+            f"{path} is not a trace that kvpolicy wrote, or is damaged: {said}"
         ) from None
     return found
 
 
-def _widened(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.int32) if tensor.dtype == torch.int16 else tensor
+def _layer(tensors: dict[str, Tensor], index: int, seen: int) -> LayerTrace:
+    """One layer's tensors, refused where they don't belong together or say what can't be.
+
+    Raises:
+        KeyError: a tensor is missing.
+        ValueError: one is wrong; the message says how.
+    """
+    given = {name: tensors[f"{index}.{name}"] for name in LayerTrace.__dataclass_fields__}
+    for name, tensor in given.items():
+        narrow = name in ("victims", "places") and tensor.dtype == torch.int16
+        wanted = torch.float16 if name == "scores" else torch.int32
+        if tensor.dtype != wanted and not narrow:
+            raise ValueError(f"{index}.{name} is {tensor.dtype}, not {wanted}")
+        if narrow:
+            given[name] = tensor.to(torch.int32)
+    layer = LayerTrace(**given)
+    sequences = tuple(layer.gone.shape[:2])
+    sums = (int(layer.counts.sum()), int(layer.candidates.sum()))
+    shapes = {
+        "gone": (*sequences, seen),
+        "counts": layer.decided.shape,
+        "candidates": layer.decided.shape,
+        "victims": (*sequences, sums[0]),
+        "places": (*sequences, sums[1]),
+        "scores": (*sequences, sums[1]),
+    }
+    for name, shape in shapes.items():
+        if given[name].shape != shape:
+            raise ValueError(f"{index}.{name} is {list(given[name].shape)}, not {list(shape)}")
+    if layer.decided.ndim != 1 or layer.gone.ndim != 3 or 0 in sequences:
+        raise ValueError(f"{index}.gone and {index}.decided have the wrong number of dimensions")
+    come = torch.arange(seen, dtype=torch.int32)
+    possible = {
+        "gone": (layer.gone > come) & ((layer.gone <= seen) | (layer.gone == STAYS)),
+        "decided": (layer.decided >= 0) & (layer.decided <= seen),
+        "counts": layer.counts >= 0,
+        "candidates": layer.candidates >= 0,
+        "victims": (layer.victims >= -1) & (layer.victims < seen),
+        "places": (layer.places >= -1) & (layer.places < seen),
+        "scores": ~layer.scores.isnan(),
+    }
+    for name, right in possible.items():
+        if not right.all():
+            raise ValueError(f"{index}.{name} has {given[name][~right][0].item()} in it")
+    if (layer.decided.diff() < 0).any():
+        raise ValueError(f"{index}.decided falls")
+    return layer
 
 
-def _check(found: Trace) -> None:
-    """Refuse tensors that don't belong together."""
-    for index, layer in found.layers.items():
-        size = tuple(layer.gone.shape[:2])
-        sums = (int(layer.counts.sum()), int(layer.candidates.sum()))
-        fits = (
-            layer.gone.ndim == 3
-            and layer.gone.shape[2] == found.seen
-            and len(layer.decided) == len(layer.counts) == len(layer.candidates)
-            and tuple(layer.victims.shape) == (*size, sums[0])
-            and tuple(layer.places.shape) == tuple(layer.scores.shape) == (*size, sums[1])
-        )
-        if not fits:
-            raise ValueError(f"the tensors of layer {index} don't fit each other")
+def _check_images(found: Trace) -> None:
+    """Refuse pictures that are not those of the sequences, and layers of different sequences."""
+    batches = {layer.gone.shape[0] for layer in found.layers.values()}
+    if len(batches) > 1:
+        raise ValueError(f"layers of {sorted(batches)} sequences")
+    if found.images is None:
+        return
+    size = tuple(found.images.shape)
+    grid = found.grid
+    if found.images.dtype != torch.uint8 or found.images.ndim != 3 or grid is None:
+        raise ValueError(f"images: {found.images.dtype} {list(size)} beside the grid {grid}")
+    if size[1:] != (grid["rows"], grid["cols"]) or (batches and {size[0]} != batches):
+        raise ValueError(f"images: {list(size)} beside the grid {grid} and {batches} sequences")

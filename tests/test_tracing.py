@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import kvpolicy
 from kvpolicy import ParameterError
+from kvpolicy.lab.report import report_on_trace
 from kvpolicy.traces import STAYS
 
 safetensors = pytest.importorskip("safetensors.torch", reason="traces are safetensors files")
@@ -192,7 +194,7 @@ def file(tmp_path):
     with kvpolicy.trace(cache) as recording:
         list(feed(cache, [1] * 26))
     path = tmp_path / "x.safetensors"
-    recording.save(path)
+    recording.finish(torch.zeros(2, 6, 4, dtype=torch.uint8)).save(path)
     return path
 
 
@@ -208,30 +210,129 @@ def test_a_missing_file(tmp_path):
         kvpolicy.load_trace(tmp_path / "no.safetensors")
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda about, tensors: about.clear(),
-        lambda about, tensors: about.update(format="kvpolicy-trace-99"),
-        lambda about, tensors: about.update(seen="many"),
-        lambda about, tensors: about.update(layers=[0, 1]),
-        lambda about, tensors: about.update(seen=5),
-        lambda about, tensors: about.update(grid=[1, 2]),
-        lambda about, tensors: tensors.pop("0.gone"),
-        lambda about, tensors: tensors.update({"0.counts": tensors["0.counts"][1:]}),
-        lambda about, tensors: tensors.update({"0.victims": tensors["0.victims"][:, :1]}),
-        lambda about, tensors: tensors.update({"0.scores": tensors["0.scores"][..., 1:]}),
-    ],
-)
-def test_a_file_that_is_no_trace(file, change):
+def rewrite(file, change):
+    """Read the file apart, change it and write it again."""
     with safetensors.safe_open(str(file), framework="pt") as opened:
         about = json.loads(opened.metadata()["kvpolicy"])
     tensors = safetensors.load_file(file)
     change(about, tensors)
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     safetensors.save_file(tensors, file, metadata={"kvpolicy": json.dumps(about)})
-    with pytest.raises(ParameterError, match=r"x\.safetensors"):
+
+
+def about(**fields):
+    """Say something else in the header."""
+    return lambda header, tensors: header.update(fields)
+
+
+def tensor(name, make):
+    """Make another tensor of one."""
+    return lambda header, tensors: tensors.update({name: make(tensors[name])})
+
+
+def first(value):
+    """Put a value into a tensor's first place."""
+
+    def make(old):
+        old = old.clone()
+        old.view(-1)[0] = value
+        return old
+
+    return make
+
+
+GRID = {"rows": 6, "cols": 4, "line_break": 0, "prefix": 2}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda header, tensors: header.clear(), "format: Field required"),
+        (about(format="kvpolicy-trace-99"), "a trace of format 'kvpolicy-trace-99'; this kvpolicy"),
+        (about(policy=None), "policy: Input should be a valid string"),
+        (about(parameters=[]), "parameters: Input should be"),
+        (about(seen="many"), "seen: Input should be a valid integer"),
+        (about(seen=-1), "seen: Input should be greater than or equal to 0"),
+        (about(seen=2**31 - 1), "seen: Input should be less than 2147483647"),
+        (about(seen=5), r"0\.gone is \[2, 2, 26\], not \[2, 2, 5\]"),
+        (about(layers=[0, 1]), "layer 1 of 1 budgets"),
+        (about(layers=[0, 0]), "a layer that comes twice"),
+        (about(layers=[-1]), "layers: 0: Input should be greater"),
+        (about(budgets=[]), "layer 0 of 0 budgets"),
+        (about(budgets=[-8]), "budgets: 0: Input should be greater"),
+        (about(budgets=8), "budgets: Input should be a valid array"),
+        (about(grid=[1, 2]), "grid: Input should be"),
+        (about(grid={**GRID, "rows": 0}), "grid: rows: Input should be greater than 0"),
+        (about(grid={**GRID, "cols": -4}), "grid: cols: Input should be greater than 0"),
+        (about(grid={**GRID, "cols": 4.5}), "grid: cols: Input should be a valid integer"),
+        (about(grid={**GRID, "rows": 10**9}), "an image of more than 16777216 tokens"),
+        (about(grid={**GRID, "line_break": 7}), "grid: line_break: Input should be less"),
+        (about(grid={"rows": 6}), "grid: cols: Field required"),
+        (about(grid={**GRID, "rows": 7}), "images: .* beside the grid"),
+        (about(grid=None), "images: .* beside the grid None"),
+        (lambda header, tensors: tensors.pop("0.gone"), "KeyError: '0.gone'"),
+        (tensor("0.gone", first(0)), r"0\.gone has 0 in it"),
+        (tensor("0.gone", first(27)), r"0\.gone has 27 in it"),
+        (tensor("0.gone", lambda old: old.float()), r"0\.gone is torch.float32, not torch.int32"),
+        (tensor("0.gone", lambda old: old[0]), r"0\.gone is"),
+        (tensor("0.gone", lambda old: old[:0]), r"0\.victims is"),
+        (tensor("0.decided", first(-1)), r"0\.decided has -1 in it"),
+        (tensor("0.decided", first(27)), r"0\.decided has 27 in it"),
+        (tensor("0.decided", first(26)), r"0\.decided falls"),
+        (tensor("0.decided", lambda old: old[None]), r"0\.counts is"),
+        (tensor("0.counts", lambda old: old[1:]), r"0\.counts is"),
+        (tensor("0.counts", first(-1)), r"0\.victims is"),
+        (tensor("0.candidates", first(10**6)), r"0\.places is"),
+        (tensor("0.victims", lambda old: old[:, :1]), r"0\.victims is"),
+        (tensor("0.victims", first(26)), r"0\.victims has 26 in it"),
+        (tensor("0.places", first(-2)), r"0\.places has -2 in it"),
+        (tensor("0.places", lambda old: old.to(torch.int8)), r"0\.places is torch.int8"),
+        (tensor("0.scores", lambda old: old[..., 1:]), r"0\.scores is"),
+        (tensor("0.scores", first(float("nan"))), r"0\.scores has nan in it"),
+        (tensor("images", lambda old: old[:1]), r"images: \[1, 6, 4\] beside"),
+        (tensor("images", lambda old: old.float()), "images: torch.float32"),
+        (tensor("images", lambda old: old[0]), r"images: torch.uint8 \[6, 4\]"),
+    ],
+)
+def test_a_file_that_is_no_trace(file, change, said):
+    rewrite(file, change)
+    with pytest.raises(ParameterError, match=rf"(?s)x\.safetensors is not a trace.*{said}"):
         kvpolicy.load_trace(file)
+
+
+VALUES = st.one_of(
+    st.none(),
+    st.integers(-(2**40), 2**40),
+    st.floats(),
+    st.text(max_size=4),
+    st.lists(st.integers(-3, 3), max_size=3),
+    st.dictionaries(st.sampled_from(["rows", "anchors", "recent", "window"]), st.integers(-3, 9)),
+)
+
+
+@settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_whatever_can_be_read_can_be_shown(file, data):
+    """One thing in the file is something else: it is refused, or the report can be made."""
+    pytest.importorskip("jinja2", reason="a report is a page")
+    whole = file.read_bytes()
+
+    def change(header, tensors):
+        if data.draw(st.booleans()):
+            header[data.draw(st.sampled_from(sorted(header)))] = data.draw(VALUES)
+        else:
+            name = data.draw(st.sampled_from(sorted(tensors)))
+            old = tensors[name] = tensors[name].clone()
+            place = data.draw(st.integers(0, old.numel() - 1))
+            low, high = (0, 255) if name == "images" else (-(2**15), 2**15 - 1)
+            old.view(-1)[place] = data.draw(st.integers(low, high))
+
+    try:
+        rewrite(file, change)
+        with contextlib.suppress(kvpolicy.KVPolicyError):
+            report_on_trace(file, file.with_name("report.html"))
+    finally:
+        file.write_bytes(whole)
 
 
 def test_another_safetensors_file(tmp_path):

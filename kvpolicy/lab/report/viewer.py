@@ -49,15 +49,18 @@ def viewer_data(found: Trace, label: str, budget: str) -> dict[str, Any] | None:
 def _roles(found: Trace, line: int) -> dict[str, int]:
     """How many tokens a policy protects for where they sit, by the names of its parameters."""
     given = found.parameters
-    anchors = given.get("anchors", given.get("sinks", 0))
-    tokens = given.get("window", 0)
+
+    def count(*names: str, default: int = 0) -> int:
+        """The first of these parameters; other packages' policies may call so what is no number."""
+        value = next((given[name] for name in names if name in given), default)
+        return value if type(value) is int and 0 <= value <= found.seen else default
+
     recent = given.get("recent", 0)
-    if isinstance(recent, float) and 0 < recent < 1:
-        tokens = round(recent * min(found.budgets))
+    share = isinstance(recent, float) and 0 < recent < 1
     return {
-        "anchors": int(anchors) if isinstance(anchors, int) else 0,
-        "recent_lines": given.get("recent_lines", -1),
-        "recent_tokens": int(tokens) if isinstance(tokens, int) else 0,
+        "anchors": count("anchors", "sinks"),
+        "recent_lines": count("recent_lines", default=-1),
+        "recent_tokens": round(recent * min(found.budgets)) if share else count("window"),
         "by_recency": int(found.policy == "streaming_llm"),
         "line": line,
     }
