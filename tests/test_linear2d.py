@@ -111,7 +111,8 @@ def test_alone_a_token_is_worth_its_own_change(seed, prefix, cols, line_break, r
 def test_many_sequences_are_decided_part_by_part(monkeypatch):
     layout = RasterLayout(rows=6, cols=4, prefix=1)
     whole = drive(Linear2D(anchors=1), layout, 3).positions(0)
-    monkeypatch.setattr("kvpolicy.parts.least_change.AT_ONCE", 1)
+    monkeypatch.setattr("kvpolicy.parts.portions.NEAR", 1)
+    monkeypatch.setattr("kvpolicy.parts.portions._ELSEWHERE", 1)
     assert torch.equal(whole, drive(Linear2D(anchors=1), layout, 3).positions(0))
 
 

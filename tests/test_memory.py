@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 import kvpolicy
 from kvpolicy.layer import LayerCache
 from kvpolicy.layer_state import QUERY_CHUNK
+from kvpolicy.parts.portions import NEAR
 
 LAYERS, BATCH, HEADS, GROUP = 2, 2, 2, 2
 ROWS = COLS = 40
@@ -124,10 +125,12 @@ def test_a_generation_costs_its_keys_and_values_and_five_percent(name, dim, dtyp
 
 
 def compared(name: str, cache) -> int:
-    """R-KV is defined by comparing every key with every other: bytes of 64 rows of cosines."""
-    if name != "rkv":
-        return 0
-    return kvpolicy.policies.rkv.ROWS * (1 + max(cache.stats().budgets)) * BATCH * HEADS * 4
+    """R-KV and linear2d are defined by comparing every slot with every other: bytes of that.
+
+    linear2d needs all of it at once, R-KV some of it.
+    """
+    slots = 1 + max(cache.stats().budgets)
+    return 4 * {"rkv": NEAR, "linear2d": BATCH * HEADS * slots**2}.get(name, 0)
 
 
 @pytest.mark.parametrize("reclaim", ["lazy", "eager"])

@@ -11,13 +11,11 @@ from torch import Tensor
 from kvpolicy.composition import Score
 from kvpolicy.parts.moving import moved
 from kvpolicy.parts.named import register_part
+from kvpolicy.parts.portions import portions
 from kvpolicy.ranking import lowest
 from kvpolicy.view import CacheView
 
 __all__ = ["LeastChange"]
-
-#: Numbers of the matrices that are made at once: bounds the memory of a decision.
-AT_ONCE = 1 << 24
 
 
 @register_part("least_change")
@@ -46,56 +44,57 @@ class LeastChange(Score):
 
     def worth(self, view: CacheView) -> Tensor:
         """The change if a token goes alone: ``sum over w of (m^w_j)^2 |o^w - v_j|^2``."""
-        alone = []
-        for part in _parts(view):
-            mass, values, read = self._foreseen(view, part)
-            distance = values.square().sum(-1).unsqueeze(2) + read.square().sum(-1, keepdim=True)
-            distance -= 2 * read @ values.transpose(2, 3)
-            alone.append((mass.square() * distance.clamp(min=0)).sum(2))
-        return torch.cat(alone)
+        mass, values, read = self._foreseen(view)
+        distance = values.square().sum(-1).unsqueeze(2) + read.square().sum(-1, keepdim=True)
+        distance = distance.sub_(read @ values.transpose(2, 3), alpha=2).clamp_(min=0)
+        return distance.mul_(mass).mul_(mass).sum(2)
 
     def choose(self, view: CacheView, score: Tensor, count: int) -> Tensor | None:
         """One token after the other, each the one that adds least to the change."""
         if self.how == "alone":
             return None
-        return torch.cat([self._choose(view, part, score[part], count) for part in _parts(view)])
+        seen = self._foreseen(view)
+        batch, heads, slots = score.shape
+        chosen = []
+        for part in portions(batch, heads * slots**2, score.device, near=False):
+            mass, values, read = (tensor[part] for tensor in seen)
+            changes = values.new_empty(*mass.shape[:2], slots, slots)
+            for some in portions(len(mass), heads * slots**2, score.device):
+                changes[some] = _changes(mass[some], values[some], read[some])
+            chosen.append(_one_by_one(changes, score[part], view.positions[part], count))
+        return torch.cat(chosen)
 
-    def _choose(self, view: CacheView, part: slice, cost: Tensor, count: int) -> Tensor:
-        """For some of the sequences, int64 ``[b, H, count]``."""
-        changes = self._changes(view, part)
-        positions = view.positions[part]
-        chosen: list[Tensor] = []
-        for _ in range(count):
-            slot = lowest(cost, positions, cost.amin(-1, keepdim=True))
-            chosen.append(slot)
-            row = slot.unsqueeze(-1).expand(*slot.shape, cost.shape[-1])
-            cost = cost.add(changes.gather(2, row).squeeze(2), alpha=2)
-            cost.scatter_(2, slot, torch.inf)
-        return torch.cat(chosen, dim=-1)
-
-    def _foreseen(self, view: CacheView, part: slice) -> tuple[Tensor, Tensor, Tensor]:
-        """Mass ``[b, H, W, S]``, values ``[b, H, S, D]`` and read ``[b, H, W, D]`` of sequences."""
-        mass = torch.stack([moved(view, line)[part] for line in range(self.lines + 1)], dim=2)
-        values = view.values[part].to(torch.float32)
+    def _foreseen(self, view: CacheView) -> tuple[Tensor, Tensor, Tensor]:
+        """Masses ``[B, H, W, S]``, values ``[B, H, S, D]``, and what is read, ``[B, H, W, D]``."""
+        mass = moved(view, self.lines)
+        values = view.values.to(torch.float32)
         # What all values share changes nothing, and would only cost digits.
         values = values - values.mean(2, keepdim=True)
-        total = mass.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-        return mass, values, mass @ values / total
-
-    def _changes(self, view: CacheView, part: slice) -> Tensor:
-        """``sum over w of m^w_i m^w_j (o^w - v_i) . (o^w - v_j)``, ``[b, H, S, S]``.
-
-        Multiplied out, a product of two matrices less a thin one and its transpose.
-        """
-        mass, values, read = self._foreseen(view, part)
-        along = read @ values.transpose(2, 3) - read.square().sum(-1, keepdim=True) / 2
-        changes = (values @ values.transpose(2, 3)).mul_(mass.transpose(2, 3) @ mass)
-        cross = (mass * along).transpose(2, 3) @ mass
-        return changes.sub_(cross).sub_(cross.transpose(2, 3))
+        total = mass.sum(-1, keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny)
+        return mass, values, (mass @ values).div_(total)
 
 
-def _parts(view: CacheView) -> list[slice]:
-    """Sequences whose matrices are made at once."""
-    batch, heads, slots = view.positions.shape
-    step = max(AT_ONCE // (heads * slots * slots), 1)
-    return [slice(first, first + step) for first in range(0, batch, step)]
+def _changes(mass: Tensor, values: Tensor, read: Tensor) -> Tensor:
+    """``sum over w of m^w_i m^w_j (o^w - v_i) . (o^w - v_j)``, ``[b, H, S, S]``.
+
+    Multiplied out: a product of two matrices, less a thin one and its transpose.
+    """
+    along = (read @ values.transpose(2, 3)).sub_(read.square().sum(-1, keepdim=True), alpha=0.5)
+    changes = (values @ values.transpose(2, 3)).mul_(mass.transpose(2, 3) @ mass)
+    cross = along.mul_(mass).transpose(2, 3) @ mass
+    return changes.sub_(cross).sub_(cross.transpose(2, 3))
+
+
+def _one_by_one(changes: Tensor, cost: Tensor, positions: Tensor, count: int) -> Tensor:
+    """The slots that go: int64 ``[b, H, count]``.
+
+    ``|sum in E + j|^2 - |sum in E|^2`` is the change of j alone, and twice that with each in E.
+    """
+    chosen: list[Tensor] = []
+    for _ in range(count):
+        slot = lowest(cost, positions, cost.amin(-1, keepdim=True))
+        chosen.append(slot)
+        row = slot.unsqueeze(-1).expand(*slot.shape, cost.shape[-1])
+        cost = cost.add(changes.gather(2, row).squeeze(2), alpha=2)
+        cost.scatter_(2, slot, torch.inf)
+    return torch.cat(chosen, dim=-1)

@@ -11,15 +11,13 @@ from torch import Tensor
 
 from kvpolicy.composition import Parts, Score
 from kvpolicy.parts import Every, RecentTokens, WatchWindow, register_part
+from kvpolicy.parts.portions import NEAR, portions
 from kvpolicy.parts.score import Kernel, pool
 from kvpolicy.policy import ScoredPolicy
 from kvpolicy.registry import register
 from kvpolicy.view import CacheView
 
 __all__ = ["RKV", "NotRedundant"]
-
-#: Keys that are compared with all others at once: bounds the memory of a decision.
-ROWS = 64
 
 
 @register_part("not_redundant")
@@ -45,22 +43,29 @@ class NotRedundant(Score):
 
         Each token spares the newest of those that are like it: of many alike, the newest stays.
         """
-        # The prefix stays whatever it is like, and the padding in it must not count.
+        # The prefix stays whatever it is like, and the padding in it must not count: as keys of
+        # length zero, these are like none.
         out = view.empty | view.pinned
-        norms = torch.linalg.vector_norm(view.keys, dim=-1, dtype=torch.float32).clamp(min=1e-8)
-        total = torch.zeros_like(norms)
-        for first in range(0, view.handed_out, ROWS):
-            rows = slice(first, first + ROWS)
-            cosine = (view.keys[:, :, rows] @ view.keys.transpose(2, 3)).to(torch.float32)
-            cosine /= norms[:, :, rows, None] * norms.unsqueeze(2)
-            cosine.diagonal(first, dim1=2, dim2=3).zero_()
-            cosine.masked_fill_(out[:, :, rows, None] | out.unsqueeze(2), 0.0)
-            alike = view.positions.unsqueeze(2).masked_fill(cosine <= self.similar, -1)
-            newest, place = alike.max(-1, keepdim=True)
-            cosine.scatter_(3, place, cosine.gather(3, place).masked_fill(newest >= 0, 0.0))
-            total += cosine.sum(2)
+        keys = view.keys.to(torch.float32)
+        length = torch.linalg.vector_norm(keys, dim=-1, keepdim=True).clamp_(min=1e-8)
+        keys = keys * (~out).unsqueeze(-1).to(torch.float32).div_(length)
+        total = keys.new_zeros(keys.shape[:3])
+        newer = (view.positions + 1).unsqueeze(2)
+        heads, slots = view.positions.shape[1:]
+        rows = max(NEAR // (heads * slots), 1)
+        for part in portions(len(keys), heads * slots**2, keys.device):
+            for first in range(0, slots, rows):
+                total[part] += self._alike(keys[part], newer[part], first, rows)
         mean = total / (~out).sum(-1, keepdim=True).clamp(min=1)
         return mean.masked_fill(out, torch.finfo(torch.float32).min).softmax(-1)
+
+    def _alike(self, keys: Tensor, newer: Tensor, first: int, rows: int) -> Tensor:
+        """What some tokens add to the cosines of all: ``[b, H, S]``."""
+        cosine = keys[:, :, first : first + rows] @ keys.transpose(2, 3)
+        cosine.diagonal(first, dim1=2, dim2=3).zero_()
+        newest, place = (newer * (cosine > self.similar)).max(-1, keepdim=True)
+        cosine.scatter_(3, place, cosine.gather(3, place).masked_fill_(newest > 0, 0.0))
+        return cosine.sum(2)
 
 
 @register("rkv", paper="arXiv:2505.24133")
