@@ -28,8 +28,8 @@ SPELLED = {
         "compose/protect=anchors:3+lines:2/observe=line_mass/score=mass/decide=line",
     ),
     "linear2d": (
-        {"anchors": 2, "recent_lines": 1, "shift": 0.7},
-        "compose/protect=anchors:2+lines:1/observe=line_mass/score=moving_mass:0.7/decide=line",
+        {"anchors": 2, "recent_lines": 1, "lines": 3},
+        "compose/protect=anchors:2+lines:1/observe=line_mass/score=least_change:3/decide=line",
     ),
     "streaming_llm": ({"sinks": 2}, "compose/protect=anchors:2"),
     "h2o": ({"recent": 0.3}, "compose/protect=share:0.3/observe=cumulative_mass/score=mass"),

@@ -20,9 +20,8 @@ import kvpolicy.layer_state
 import kvpolicy.making_room
 from kvpolicy import CumulativeMass, FadingMass, LineMass, Need, SlotStore
 from kvpolicy.layer import LayerCache
-from kvpolicy.parts import RecentTokens
+from kvpolicy.parts import RecentTokens, least_change
 from kvpolicy.policies import H2O, RKV, SSD, Full, Linear, Linear2D, Pyramid, Random, StreamingLLM
-from kvpolicy.policies.linear2d import MovingMass
 from kvpolicy.policies.rkv import NotRedundant
 from kvpolicy.policies.ssd import ByHead
 from kvpolicy.testing import INVARIANTS, PolicyCheckError, check_policy, find_violation
@@ -454,8 +453,8 @@ def compares_keys_across_heads(patch):
 @caught_by("independence")
 def looks_up_in_another_head(patch):
     """Mass that has moved down from the head beside it."""
-    whole = MovingMass.worth
-    patch.setattr(MovingMass, "worth", lambda self, view: whole(self, view).roll(1, 1))
+    whole = least_change.moved
+    patch.setattr(least_change, "moved", lambda view, lines: whole(view, lines).roll(1, 1))
     return Linear2D(**SMALL_LINEAR)
 
 

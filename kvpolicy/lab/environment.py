@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import kvpolicy
+from kvpolicy.kernels import native
 from kvpolicy.lab.executors import Executor, processors
 from kvpolicy.lab.run_folder import Environment
 from kvpolicy.lab.subject import Subject
@@ -32,6 +33,8 @@ def find_environment(subject: Subject, executor: Executor, threads: int) -> Envi
             versions[package] = version(package)
         except PackageNotFoundError:
             continue
+    if native.decoder() is not None:
+        versions["kvpolicy's CPU kernel"] = native.library().stem
     return Environment(
         versions=versions,
         revision=_revision(Path(kvpolicy.__file__).parent.parent),

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from kvpolicy.kernels import native
+
 __all__ = ["Machine", "survey"]
 
 _REPEATS = 7
@@ -29,6 +31,7 @@ class Machine:
         python: version.
         copy: bytes a second that a large copy reads and writes, best of several.
         matmul: operations a second of a large product in the workload's dtype, best of several.
+        kernel: whether kvpolicy's CPU kernel has been built (:mod:`kvpolicy.kernels.native`).
     """
 
     processor: str
@@ -38,6 +41,7 @@ class Machine:
     python: str
     copy: float
     matmul: float
+    kernel: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -65,6 +69,7 @@ def survey(device: str, dtype: torch.dtype) -> Machine:
         python=platform.python_version(),
         copy=2 * size / _best(lambda: target.copy_(source), cuda),
         matmul=2 * side**3 / _best(lambda: left @ right, cuda),
+        kernel=not cuda and native.decoder() is not None,
     )
 
 

@@ -48,7 +48,7 @@ def conditions(
         f"{plan.lines} lines of {plan.line_length} tokens",
         f"{machine.processor}, {machine.cores} cores, {machine.threads} threads; torch "
         f"{machine.torch}; copy {machine.copy / 1e9:.1f} GB/s, matmul "
-        f"{machine.matmul / 1e9:.0f} GFLOP/s",
+        f"{machine.matmul / 1e9:.0f} GFLOP/s" + ("; with the CPU kernel" if machine.kernel else ""),
         f"rounds finished: {finished}; contenders in turn "
         + ("image by image" if plan.whole_images else "line by line"),
     ]
