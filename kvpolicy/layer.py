@@ -104,7 +104,7 @@ class LayerCache(LayerState):
     def _one_pass(self, query: Tensor, key: Tensor, value: Tensor, terms: Terms) -> bool:
         """Whether the CPU kernel serves this token: nothing is hidden or added."""
         return (
-            self.require_store().decoder is not None
+            self.decoder is not None
             and terms.plain
             and not self.eager
             and not self.newest.wanted
@@ -116,8 +116,8 @@ class LayerCache(LayerState):
     ) -> tuple[Tensor, Tensor | None, bool]:
         """Write a token and attend from it in one pass; also tells whether that was finite."""
         store = self.require_store()
-        assert store.decoder is not None
-        output, mass, finite = store.decoder(
+        assert self.decoder is not None
+        output, mass, finite = self.decoder(
             *(query, store.keys, store.values, store.positions, slots, key, value),
             *(self.seen, store.handed_out),
             1 / math.sqrt(query.shape[3]) if terms.scale is None else terms.scale,

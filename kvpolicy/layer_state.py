@@ -17,6 +17,7 @@ from torch import Tensor
 from kvpolicy.attention import attend
 from kvpolicy.checks import Accepted
 from kvpolicy.errors import AttentionError, CacheStateError, LayoutError
+from kvpolicy.kernels import native
 from kvpolicy.layout import UNBOUND, TokenLayout
 from kvpolicy.newest_call import NewestCall
 from kvpolicy.observer import AttentionObserver, AttentionReport, Need
@@ -101,6 +102,8 @@ class LayerState:
         if self.bind is not None:
             self.layout, self.budget = UNBOUND, 0
         self.store: SlotStore | None = None
+        # The kernel that writes a token and attends to it in one pass, where it can be used.
+        self.decoder: native.Decoder | None = None
         self.observers: Sequence[AttentionObserver] = ()
         self.need = Need.NONE
         self.seen = 0
@@ -188,6 +191,8 @@ class LayerState:
     def allocate(self, key: Tensor, value: Tensor) -> SlotStore:
         """Allocate the slots, for such keys and values."""
         self.store = SlotStore(self.shape(key, self.capacity), key, value)
+        if native.serves(self.store.keys, self.store.values):
+            self.decoder = native.decoder()
         return self.store
 
     def watch(self, shape: SlotShape) -> None:

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from kvpolicy.errors import ShapeError
-from kvpolicy.kernels import native
 from kvpolicy.layout import TokenLayout
 
 __all__ = ["SlotShape", "SlotStore"]
@@ -60,8 +59,6 @@ class SlotStore:
         self.values = torch.zeros(*size, value.shape[-1], dtype=value.dtype, device=value.device)
         self.positions = torch.full(size, -1, dtype=torch.int32, device=key.device)
         self.fresh = shape.slots
-        #: The kernel that writes a token and attends to it in one pass, where it can be used.
-        self.decoder = native.decoder() if native.serves(self.keys, self.values) else None
         self._index_heads()
 
     def _index_heads(self) -> None:
@@ -79,7 +76,6 @@ class SlotStore:
         positions = torch.arange(shape.slots, device=key.device, dtype=torch.int32)
         store.positions = positions.expand(shape.batch, shape.heads, shape.slots)
         store.fresh = 0
-        store.decoder = None
         return store
 
     @property

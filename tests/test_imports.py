@@ -19,7 +19,7 @@ FLOORS = (
     ("errors",),
     ("layout", "budget", "calibrated"),
     ("slots", "observer"),
-    ("view", "composition", "policy"),
+    ("view", "ranking", "composition", "policy"),
     ("registry", "parts", "policies"),
     (
         *("kernels", "attention", "terms", "checks", "step"),
