@@ -87,7 +87,6 @@ class LayerState:
         self.first_head = 0
         # Told of each decision, where somebody wants a trace.
         self.recorder: DecisionRecorder | None = None
-        self.accepted = Accepted()
         self.reset()
 
     @property
@@ -101,6 +100,7 @@ class LayerState:
             self.recorder.reset()
         if self.bind is not None:
             self.layout, self.budget = UNBOUND, 0
+        self.accepted = Accepted()  # a new one, for it remembers the store
         self.store: SlotStore | None = None
         # The kernel that writes a token and attends to it in one pass, where it can be used.
         self.decoder: native.Decoder | None = None
