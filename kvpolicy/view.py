@@ -116,6 +116,10 @@ class CacheView:
         """Place behind the prefix, ``[B, H, S]``: 0 for the first evictable token."""
         return self._from_start - self.layout.prefix
 
+    def before(self, place: int) -> Tensor:
+        """Tokens whose place behind the prefix is below this: ``index < place``, in one pass."""
+        return self._from_start < place + self.layout.prefix
+
     @cached_property
     def _from_start(self) -> Tensor:
         """Positions counted from each sequence's first real token; padding comes before it."""

@@ -23,7 +23,7 @@ class Anchors(Protect):
 
     def mask(self, view: CacheView) -> Tensor:
         """By their place behind the prefix."""
-        return view.index < self.count
+        return view.before(self.count)
 
     def most(self, budget: int, layout: TokenLayout, column: int) -> int:
         """All of them."""
@@ -37,8 +37,9 @@ class RecentLines(Protect):
     count: int = Field(1, ge=0, description="finished lines, beside the current one")
 
     def mask(self, view: CacheView) -> Tensor:
-        """By their distance from the line of the token about to come."""
-        return view.lines >= view.line - self.count
+        """From where the first of these lines begins."""
+        layout = view.layout
+        return view.positions >= layout.prefix + (view.line - self.count) * layout.line_length
 
     def most(self, budget: int, layout: TokenLayout, column: int) -> int:
         """The finished lines, and the current one up to here."""
@@ -52,8 +53,8 @@ class RecentTokens(Protect):
     count: int = Field(8, ge=1, description="newest tokens")
 
     def mask(self, view: CacheView) -> Tensor:
-        """By their age."""
-        return view.age <= self.count
+        """From the first of them."""
+        return view.positions >= view.seen - self.count
 
     def most(self, budget: int, layout: TokenLayout, column: int) -> int:
         """All of them."""
@@ -67,8 +68,8 @@ class RecentShare(Protect):
     share: float = Field(0.5, ge=0, le=1, description="share of the budget")
 
     def mask(self, view: CacheView) -> Tensor:
-        """By their age."""
-        return view.age < self.share * view.budget
+        """From the first of them."""
+        return view.positions > view.seen - math.ceil(self.share * view.budget)
 
     def most(self, budget: int, layout: TokenLayout, column: int) -> int:
         """The share, without the token about to come."""
