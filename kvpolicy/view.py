@@ -68,8 +68,7 @@ class CacheView:
     @property
     def positions(self) -> Tensor:
         """Positions of the cached tokens, ``[B, H, S]``, int32, -1 = empty."""
-        store = self._store
-        return store.positions if store.fresh == 0 else store.positions[:, :, : store.handed_out]
+        return self._shown(self._store.positions)
 
     @property
     def handed_out(self) -> int:
@@ -141,7 +140,7 @@ class CacheView:
 
     def observed(self, kind: type[AttentionObserver]) -> Tensor:
         """The reading of that observer, ``[B, H, S]``, float32."""
-        return self._handed_out(self.observer(kind).mass)
+        return self._shown(self.observer(kind).mass)
 
     @property
     def mass(self) -> Tensor:
@@ -152,7 +151,9 @@ class CacheView:
         """
         if not self._observers:
             raise ParameterError("the policy asks for mass, but its observers() made none")
-        return self._handed_out(self._observers[0].mass)
+        return self._shown(self._observers[0].mass)
 
-    def _handed_out(self, mass: Tensor) -> Tensor:
-        return mass if self._store.fresh == 0 else mass[:, :, : self.handed_out]
+    def _shown(self, by_slot: Tensor) -> Tensor:
+        """Of the slots that have ever held a token."""
+        held = self.handed_out
+        return by_slot if held == by_slot.shape[2] else by_slot[:, :, :held]

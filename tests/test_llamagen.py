@@ -487,9 +487,9 @@ def test_masked_caption_tokens_get_no_mass():
         for layer in cache.policy_cache.layers:
             observe = layer.observe
 
-            def keep(mass, first, room, observe=observe, layer=layer):
+            def keep(mass, first, room, finite, observe=observe, layer=layer):
                 reports.append((first, mass, layer.store.positions.clone()))
-                observe(mass, first, room)
+                observe(mass, first, room, finite)
 
             layer.observe = keep
         draw(ours, cache)

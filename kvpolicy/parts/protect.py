@@ -37,9 +37,8 @@ class RecentLines(Protect):
     count: int = Field(1, ge=0, description="finished lines, beside the current one")
 
     def mask(self, view: CacheView) -> Tensor:
-        """From where the first of these lines begins."""
-        layout = view.layout
-        return view.positions >= layout.prefix + (view.line - self.count) * layout.line_length
+        """By their distance from the line of the token about to come."""
+        return view.lines >= view.line - self.count
 
     def most(self, budget: int, layout: TokenLayout, column: int) -> int:
         """The finished lines, and the current one up to here."""
