@@ -97,7 +97,9 @@ def test_alone_a_token_is_worth_its_own_change(seed, prefix, cols, line_break, r
             worth = part.worth(view)
             for batch, head in torch.cartesian_prod(torch.arange(2), torch.arange(2)).tolist():
                 held = view.positions[batch, head] >= 0
-                want = changes(view, batch, head, lines).square().sum((0, 2)).float()
+                values = view.values[batch, head].double()
+                unit = (values - values.mean(0)).abs().max()
+                want = (changes(view, batch, head, lines) / unit).square().sum((0, 2)).float()
                 torch.testing.assert_close(
                     worth[batch, head, held], want[held], rtol=1e-3, atol=1e-5
                 )
@@ -147,6 +149,21 @@ def test_mass_moves_down_with_the_lines():
 
     drive(Watched(anchors=1, recent_lines=0), layout, 1)
     assert scored, "nothing was decided"
+
+
+@pytest.mark.parametrize("size", [2.0**-100, 2.0**60, 2.0**100])
+def test_how_large_values_are_changes_nothing(size):
+    """Even where their squares are too large, or too small, for a float32."""
+    layout = RasterLayout(rows=6, cols=4, prefix=2)
+    held = []
+    for scale in (1.0, size):
+        cache = PolicyCache(Linear2D(anchors=3), 15, layout=layout, num_layers=1)
+        draw = torch.Generator().manual_seed(0)
+        for _ in range(layout.length):
+            query, key, value = (torch.randn(2, 2, 1, 4, generator=draw) for _ in range(3))
+            cache.attend(0, query, key, value * scale)
+        held.append(cache.positions(0).sort(-1).values)
+    assert torch.equal(*held)
 
 
 def test_lines_below_none_are_refused():

@@ -43,7 +43,10 @@ class LeastChange(Score):
     )
 
     def worth(self, view: CacheView) -> Tensor:
-        """The change if a token goes alone: ``sum over w of (m^w_j)^2 |o^w - v_j|^2``."""
+        """The change if a token goes alone: ``sum over w of (m^w_j)^2 |o^w - v_j|^2``.
+
+        Values of a head are in units of the largest number among them, once they are centred.
+        """
         mass, values, read = self._foreseen(view)
         distance = values.square().sum(-1).unsqueeze(2) + read.square().sum(-1, keepdim=True)
         distance = distance.sub_(read @ values.transpose(2, 3), alpha=2).clamp_(min=0)
@@ -70,6 +73,9 @@ class LeastChange(Score):
         values = view.values.to(torch.float32)
         # What all values share changes nothing, and would only cost digits.
         values = values - values.mean(2, keepdim=True)
+        # Nor does a head's scale, and squares of large values would overflow.
+        largest = values.abs().amax((2, 3), keepdim=True)
+        values.div_(largest.clamp_(min=torch.finfo(torch.float32).tiny))
         total = mass.sum(-1, keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny)
         return mass, values, (mass @ values).div_(total)
 
