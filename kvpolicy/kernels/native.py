@@ -1,9 +1,9 @@
-"""The CPU kernel: built once on the machine that it is for, and used from then on.
+"""The CPU kernels: built once on the machine that they are for, and used from then on.
 
-``kvpolicy build-kernel`` (or :func:`build`) compiles ``decode_cpu.cpp`` with the system's C++
-compiler into a file of this user's cache folder, whose name carries the source, torch's version
-and what this processor can do. Whoever decodes then finds it there; without it, torch's own
-operators do the same.
+``kvpolicy build-kernel`` (or :func:`build`) compiles the ``*_cpu.cpp`` of this folder with the
+system's C++ compiler into one library in this user's cache folder, whose name carries the sources,
+torch's version and what this processor can do. Whoever decodes then finds it there; without it,
+torch's own operators do the same.
 """
 
 from __future__ import annotations
@@ -17,33 +17,35 @@ import subprocess
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kvpolicy.errors import KernelError
 
-__all__ = ["build", "decoder", "library"]
+__all__ = ["build", "decoder", "library", "operators", "serves"]
 
-_SOURCE = Path(__file__).with_name("decode_cpu.cpp")
+_SOURCES = tuple(sorted(Path(__file__).parent.glob("*_cpu.cpp")))
 _FLAGS = ("-std=c++20", "-O3", "-march=native", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-#: ``decode`` of the source file: see there.
+#: ``decode`` of ``decode_cpu.cpp``: see there.
 Decoder = Callable[..., tuple[Tensor, Tensor, bool]]
 
 
 def library() -> Path:
-    """Where the kernel for this machine lies, or would lie."""
+    """Where the library for this machine lies, or would lie."""
     what = hashlib.sha256()
-    for part in (_SOURCE.read_text(), *_FLAGS, torch.__version__, platform.machine(), _features()):
+    sources = [source.read_text() for source in _SOURCES]
+    for part in (*sources, *_FLAGS, torch.__version__, platform.machine(), _features()):
         what.update(part.encode())
     folder = Path(os.environ.get("KVPOLICY_KERNELS", "~/.cache/kvpolicy/kernels")).expanduser()
-    return folder / f"decode-{what.hexdigest()[:16]}.so"
+    return folder / f"cpu-{what.hexdigest()[:16]}.so"
 
 
 def build(compiler: str | None = None) -> Path:
-    """Compile the kernel, unless that has been done.
+    """Compile the kernels, unless that has been done.
 
     Args:
         compiler: the C++ compiler; by default ``$CXX``, or the first of c++, g++ and clang++.
@@ -71,19 +73,25 @@ def build(compiler: str | None = None) -> Path:
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"
     into.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=into.parent) as folder:
-        compiled, linked = Path(folder, "decode.o"), Path(folder, "decode.so")
+        linked = Path(folder, "linked.so")
         include = [f"-I{path}" for path in headers]
-        _call(found, *_FLAGS, "-fopenmp", abi, *include, "-c", _SOURCE, "-o", compiled)
+        compiled = [Path(folder, f"{source.stem}.o") for source in _SOURCES]
+        for source, into_file in zip(_SOURCES, compiled, strict=True):
+            _call(found, *_FLAGS, "-fopenmp", abi, *include, "-c", source, "-o", into_file)
         link: list[str | Path] = [f"-L{libraries}", "-ltorch_cpu", "-lc10", *openmp]
-        _call(found, "-shared", compiled, *link, "-o", linked)
+        _call(found, "-shared", *compiled, *link, "-o", linked)
         os.replace(linked, into)  # whole or not at all: another process may be looking
-    decoder.cache_clear()
+    operators.cache_clear()
     return into
 
 
 @functools.cache
-def decoder() -> Decoder | None:
-    """The kernel, where it has been built and ``$KVPOLICY_NATIVE`` is not 0; else None."""
+def operators() -> Any:
+    """The kernels, operators of torch by name; None unless built, or if ``$KVPOLICY_NATIVE`` is 0.
+
+    Raises:
+        KernelError: the library is there and can't be loaded.
+    """
     if os.environ.get("KVPOLICY_NATIVE", "1") == "0":
         return None
     path = library()
@@ -93,8 +101,13 @@ def decoder() -> Decoder | None:
         torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
     except OSError as error:
         raise KernelError(f"{path} can't be loaded: {error}; delete it and build again") from error
-    decode: Decoder = torch.ops.kvpolicy_cpu.decode.default
-    return decode
+    return torch.ops.kvpolicy_cpu
+
+
+def decoder() -> Decoder | None:
+    """The kernel that writes a token and attends to it in one pass; None where it is not built."""
+    found = operators()
+    return None if found is None else found.decode.default
 
 
 def serves(*tensors: Tensor) -> bool:
