@@ -15,11 +15,14 @@ Parts 1 and 3 are :meth:`LayerCache.begin_step` and :meth:`LayerCache.end_step`;
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from kvpolicy.attention import attend
 from kvpolicy.errors import ParameterError
+from kvpolicy.kernels import native
 from kvpolicy.slots import SlotStore
 from kvpolicy.terms import Terms
 
@@ -60,6 +63,10 @@ class Step:
         self.slots = torch.zeros(batch, heads, 1, dtype=torch.int64, device=device)
         self.position = torch.zeros(1, dtype=torch.int32, device=device)
         self.mass = torch.zeros(batch, heads, 1, slots, device=device) if need_mass else None
+        # The CPU kernel, which knows empty slots, but nothing else that is hidden.
+        plain = window is None and start is None and hidden is None
+        served = plain and native.serves(store.keys, store.values)
+        self.one_pass = native.stepper() if served else None
         for tensor in (self.slots, self.position, self.mass, store.keys, store.values):
             if tensor is not None:
                 # CUDA graphs copy what they are given unless it is known to stay where it is.
@@ -91,6 +98,12 @@ class Step:
                 "serve; decode without compile_decode"
             )
         store = self.store
+        if self.one_pass is not None and terms.plain and not query.requires_grad:
+            return self.one_pass(
+                *(query, store.keys, store.values, store.positions, self.mass),
+                *(self.slots, key, value, self.position),
+                1 / math.sqrt(query.shape[3]) if terms.scale is None else terms.scale,
+            )
         store.put(self.slots, key, value)
         store.positions.scatter_(2, self.slots, self.position.view(1, 1, 1).expand_as(self.slots))
         visible = store.positions >= 0

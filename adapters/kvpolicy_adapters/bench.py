@@ -8,6 +8,7 @@ contenders.
 from __future__ import annotations
 
 import copy
+import inspect
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -28,6 +29,7 @@ from kvpolicy.lab.bench.contender import Contender, Decoder, Dimensions, Workloa
 from kvpolicy_adapters.attach import attach
 from kvpolicy_adapters.bench_floor import FloorCache, floor_attention, skip_attention
 from kvpolicy_adapters.compiled import compile_decode
+from kvpolicy_adapters.skinny import skinny_gemm
 
 __all__ = ["SHAPES", "LlamaBench"]
 
@@ -127,17 +129,20 @@ class LlamaDecoder:
 
     cache: Any = None
 
-    def __init__(self, bench: LlamaBench, workload: Workload) -> None:
+    def __init__(self, bench: LlamaBench, contender: Contender, workload: Workload) -> None:
         self.bench = bench
         self.workload = workload
         self.model = bench.twin()
+        self.block = ExitStack()
+        if contender.skinny:
+            self.block.enter_context(skinny_gemm(self.model))
         self.forward: Any = self.model
         self.seen = 0
 
-    def step(self, token: Tensor) -> Tensor:
+    def step(self, token: Tensor, **options: Any) -> Tensor:
         """Decode one token a sequence."""
         output = self.forward(
-            token, past_key_values=self.cache, use_cache=True, logits_to_keep=1
+            token, past_key_values=self.cache, use_cache=True, logits_to_keep=1, **options
         ).logits
         self.seen += token.shape[1]
         return output
@@ -147,8 +152,9 @@ class LlamaDecoder:
         self.cache = None
 
     def close(self) -> None:
-        """Give the cache back."""
+        """Give the cache back, and leave the model as it was."""
         self.release()
+        self.block.close()
 
     def _tokens(self, heads: int, count: int) -> Tensor:
         """Random queries, keys or values ``[B, heads, count, D]``."""
@@ -160,7 +166,7 @@ class BaselineDecoder(LlamaDecoder):
     """transformers' own caches, the floor, and a model without attention."""
 
     def __init__(self, bench: LlamaBench, contender: Contender, workload: Workload) -> None:
-        super().__init__(bench, workload)
+        super().__init__(bench, contender, workload)
         self.kind = contender.kind
         if self.kind in ("floor", "skip"):
             name = _FLOOR if self.kind == "floor" else _SKIP
@@ -172,8 +178,17 @@ class BaselineDecoder(LlamaDecoder):
         elif self.kind not in ("dynamic", "static"):
             raise ParameterError(f"no baseline is called {self.kind!r}")
         if contender.compiled:
-            mode = "reduce-overhead" if workload.device.startswith("cuda") else None
-            self.forward = torch.compile(self.model, fullgraph=True, dynamic=False, mode=mode)
+            options = _compile_options(workload.device)
+            self.forward = torch.compile(self.model, fullgraph=True, dynamic=False, **options)
+        self.unread = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=workload.device)
+
+    def step(self, token: Tensor, **options: Any) -> Tensor:
+        """Decode one token a sequence; the floor says outside of compiled code where it goes."""
+        if self.forward is self.model or not isinstance(self.cache, FloorCache):
+            return super().step(token, **options)
+        with self.cache.compiled_step():
+            # A mask of its own shape is taken as it is: none is made from the length.
+            return super().step(token, attention_mask=self.unread)
 
     def restart(self, prefix: Tensor) -> None:
         """Begin anew."""
@@ -220,17 +235,15 @@ class PolicyDecoder(LlamaDecoder):
     """A policy, attached."""
 
     def __init__(self, bench: LlamaBench, contender: Contender, workload: Workload) -> None:
-        super().__init__(bench, workload)
-        self.block = ExitStack()
+        super().__init__(bench, contender, workload)
         policy = create(contender.policy)
         budget = None if contender.policy == "full" else Budget.parse(workload.budget)
         self.cache = self.block.enter_context(
             attach(self.model, policy=policy, budget=budget, layout=bench.layout)
         )
         if contender.compiled:
-            # On a GPU, CUDA graphs: launching the kernels one by one would be most of a step.
-            mode = "reduce-overhead" if workload.device.startswith("cuda") else None
-            self.block.enter_context(compile_decode(self.model, self.cache, mode=mode))
+            options = _compile_options(workload.device)
+            self.block.enter_context(compile_decode(self.model, self.cache, **options))
 
     def restart(self, prefix: Tensor) -> None:
         """Begin anew."""
@@ -259,9 +272,17 @@ class PolicyDecoder(LlamaDecoder):
         """Give the slots back."""
         self.cache.reset()
 
-    def close(self) -> None:
-        """Detach."""
-        self.block.close()
+
+def _compile_options(device: str) -> dict[str, Any]:
+    """Of ``torch.compile``."""
+    options: dict[str, Any] = {}
+    if device.startswith("cuda"):
+        # CUDA graphs: launching the kernels one by one would be most of a step.
+        options["mode"] = "reduce-overhead"
+    if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
+        # Contenders run the same code with other caches, of which torch by default allows eight.
+        options["isolate_recompiles"] = True
+    return options
 
 
 def _no_mask(*args: Any, **kwargs: Any) -> None:

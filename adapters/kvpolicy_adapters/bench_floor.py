@@ -2,14 +2,15 @@
 
 Each layer writes the newest key and value into the next of a fixed number of slots and attends over
 all of them, with whichever attention is the fastest here. Nothing is chosen and nothing observed.
-With no slots, attention is left out.
+With no slots, attention is left out. Compiled, it is the step of a policy that does neither.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,11 +19,15 @@ from torch.nn import functional
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
+from kvpolicy import SlotShape, SlotStore, TextLayout
 from kvpolicy.kernels import native
+from kvpolicy.step import Step
+from kvpolicy.terms import Terms
 
 __all__ = ["FloorCache", "fastest", "floor_attention", "skip_attention"]
 
 _TRIALS = 15
+_MARK = "_kvpolicy_floor"
 #: The fastest attention of each case, measured when it first comes.
 _FASTEST: dict[tuple[Any, ...], Callable[[Tensor, Tensor, Tensor], Tensor]] = {}
 
@@ -37,6 +42,11 @@ class FloorLayer(CacheLayerMixin):
         super().__init__()
         self.slots = slots
         self.seen = 0
+        # Of compiled code, whose position is a tensor: set while it runs.
+        self.step: Step | None = None
+        self.position: Tensor | None = None
+        self._ready: Step | None = None
+        self._position: Tensor | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate."""
@@ -49,6 +59,8 @@ class FloorLayer(CacheLayerMixin):
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Write the newest tokens over the oldest, and give all slots."""
+        if self.position is not None:
+            return self._mark(key_states), value_states
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None
@@ -61,9 +73,44 @@ class FloorLayer(CacheLayerMixin):
         self.seen += key_states.shape[2]
         return self.keys, self.values
 
+    def _mark(self, key: Tensor) -> Tensor:
+        """The same keys, which tell attention whose they are."""
+        marked = key.view_as(key)
+        setattr(marked, _MARK, self)
+        return marked
+
+    def begin(self) -> None:
+        """Say where the next token of compiled code goes."""
+        if self._position is None:
+            assert self.keys is not None
+            assert self.values is not None
+            self._position = torch.zeros(1, dtype=torch.int32, device=self.keys.device)
+            if self.slots:
+                shape = SlotShape(
+                    batch=self.keys.shape[0],
+                    heads=self.keys.shape[1],
+                    slots=self.slots,
+                    device=self.keys.device,
+                    layout=TextLayout(),
+                )
+                store = SlotStore(shape, self.keys, self.values)
+                store.positions.zero_()  # no slot is empty
+                self.keys, self.values = store.keys, store.values
+                self._ready = Step(store, need_mass=False, window=None, start=None, hidden=None)
+        if self._ready is not None:
+            where = torch.full_like(self._ready.slots, self.seen % self.slots)
+            self._ready.aim(where, self.seen)
+        self._position.fill_(self.seen)
+        self.step, self.position = self._ready, self._position
+
+    def end(self) -> None:
+        """The compiled code has run."""
+        self.step = self.position = None
+        self.seen += 1
+
     def get_seq_length(self) -> int:
-        """Tokens so far."""
-        return self.seen
+        """Tokens so far; a tensor in the middle of compiled code."""
+        return self.seen if self.position is None else self.position  # type: ignore[return-value]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """No mask is made."""
@@ -95,6 +142,17 @@ class FloorCache(Cache):
         for layer in self.slots_of:
             layer.seen += count
 
+    @contextmanager
+    def compiled_step(self) -> Iterator[None]:
+        """Around compiled code that decodes one token."""
+        for layer in self.slots_of:
+            layer.begin()
+        try:
+            yield
+        finally:
+            for layer in self.slots_of:
+                layer.end()
+
 
 def floor_attention(
     module: nn.Module,
@@ -105,6 +163,10 @@ def floor_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention of the newest tokens over all slots; returns ``[B, T, Hq, D]``."""
+    layer = getattr(key, _MARK, None)
+    if layer is not None:
+        output: Tensor = layer.step.attend(query, key, value, Terms())
+        return output.transpose(1, 2).contiguous(), None
     case = (*query.shape, *key.shape, query.dtype, query.device, torch.get_num_threads())
     if case not in _FASTEST:
         _FASTEST[case] = fastest(query, key, value)

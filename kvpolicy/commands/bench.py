@@ -34,12 +34,15 @@ def bench(
     ),
     batch: Annotated[int, typer.Option(min=1, help="Sequences.")] = 8,
     budget: Annotated[str, typer.Option(help="Budget: 1/6, 25%, 96, '4 lines'.")] = "1/6",
-    policies: Annotated[str, typer.Option(help="Policies, separated by commas.")] = (
-        "linear,streaming_llm,h2o,pyramid"
-    ),
+    policies: Annotated[
+        str, typer.Option(help="Policies; linear@compiled@skinny: how its model runs.")
+    ] = ("linear,streaming_llm,h2o,pyramid"),
     baselines: Annotated[
         str,
-        typer.Option(help=f"Of {', '.join(BASELINES)}; floor and skip tell what a cache costs."),
+        typer.Option(
+            help=f"Of {', '.join(BASELINES)}, as policies are spelled; floor and skip tell what a "
+            f"cache costs."
+        ),
     ] = ",".join(BASELINES),
     peers: Annotated[
         bool, typer.Option("--peers", help="kvpress too, in an environment that pip makes for it.")
@@ -69,9 +72,6 @@ def bench(
         bool,
         typer.Option("--whole-images", help="Turns of an image, not a line: one cache at a time."),
     ] = False,
-    compiled: Annotated[
-        bool, typer.Option("--compiled", help="Policies and the static cache compiled, too.")
-    ] = False,
     memory: Annotated[
         bool, typer.Option(help="Also watch each contender's memory in a process of its own.")
     ] = True,
@@ -95,7 +95,6 @@ def bench(
     contenders = enlist(
         _names(policies),
         _names(baselines),
-        compiled=compiled,
         presses=peers,
         llamagen=llamagen is not None,
     )

@@ -11,6 +11,7 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstring>
@@ -116,6 +117,7 @@ struct Sizes {
   int32_t position;
   float scale;
   float* mass;
+  bool sparse;  // whether slots may be empty: their position is negative, and nothing attends to them
 };
 
 // One KV head of one sequence; false where its attention is not finite.
@@ -141,9 +143,15 @@ bool attend(const Sizes<T>& z, int64_t batch, int64_t head, float* room) {
   for (int64_t g = 0; g < z.group; ++g)
     score<kDim>(query + g * z.dim, keys, z.held, z.dim, scores + g * z.held);
 
+  const int32_t* lies = z.positions + at * z.slots;
+  const bool any_empty =
+      z.sparse && std::any_of(lies, lies + z.held, [](int32_t position) { return position < 0; });
   bool finite = true;
   for (int64_t g = 0; g < z.group; ++g) {
     float* row = scores + g * z.held;
+    if (any_empty)
+      for (int64_t s = 0; s < z.held; ++s)
+        if (lies[s] < 0) row[s] = -std::numeric_limits<float>::infinity();
     float most = -std::numeric_limits<float>::infinity();
 #pragma omp simd reduction(max : most)
     for (int64_t s = 0; s < z.held; ++s) most = row[s] > most ? row[s] : most;
@@ -153,6 +161,10 @@ bool attend(const Sizes<T>& z, int64_t batch, int64_t head, float* room) {
       row[s] = exponential(row[s] - most);
       sum += row[s];
     }
+    // The exponential of minus infinity is tiny there, not zero.
+    if (any_empty)
+      for (int64_t s = 0; s < z.held; ++s)
+        if (lies[s] < 0) row[s] = 0.0f;
     finite = finite && std::isfinite(sum);
     const float share = 1.0f / sum;
 #pragma omp simd
@@ -188,27 +200,23 @@ bool attend_all(const Sizes<T>& z, int64_t batch) {
   return finite;
 }
 
-// Checked by the caller (kvpolicy.kernels.native): shapes, dtypes, that the stores are contiguous and
-// that the last dimension of every token is.
-std::tuple<Tensor, Tensor, bool> decode(
-    const Tensor& query, Tensor keys, Tensor values, Tensor positions, const Tensor& slots,
+// Writes and attends; false where that was not finite. Checked by the caller
+// (kvpolicy.kernels.native): shapes, dtypes, that the stores are contiguous and that the last dimension
+// of every token is.
+bool run(
+    const Tensor& query, Tensor& keys, Tensor& values, Tensor& positions, const Tensor& slots,
     const Tensor& key, const Tensor& value, int64_t position, int64_t held, double scale,
-    bool need_mass) {
-  const int64_t batch = keys.size(0), heads = keys.size(1);
-  const int64_t query_heads = query.size(1), value_dim = values.size(3);
-  Tensor output = at::empty({batch, query_heads, 1, value_dim}, query.options());
-  Tensor mass = at::empty(
-      {need_mass ? batch : 0, heads, 1, held}, query.options().dtype(at::kFloat));
+    bool sparse, Tensor& output, float* mass) {
   bool finite = true;
   const auto go = [&](auto zero) {
     using T = decltype(zero);
     Sizes<T> z;
-    z.heads = heads;
-    z.group = query_heads / heads;
+    z.heads = keys.size(1);
+    z.group = query.size(1) / z.heads;
     z.slots = keys.size(2);
     z.held = held;
     z.dim = keys.size(3);
-    z.value_dim = value_dim;
+    z.value_dim = values.size(3);
     z.query = query.const_data_ptr<T>();
     z.query_batch = query.stride(0);
     z.query_head = query.stride(1);
@@ -227,7 +235,9 @@ std::tuple<Tensor, Tensor, bool> decode(
     z.where_head = slots.stride(1);
     z.position = static_cast<int32_t>(position);
     z.scale = static_cast<float>(scale);
-    z.mass = need_mass ? mass.mutable_data_ptr<float>() : nullptr;
+    z.mass = mass;
+    z.sparse = sparse;
+    const int64_t batch = keys.size(0);
     if (z.dim == z.value_dim && z.dim == 64) finite = attend_all<64>(z, batch);
     else if (z.dim == z.value_dim && z.dim == 128) finite = attend_all<128>(z, batch);
     else finite = attend_all<0>(z, batch);
@@ -238,7 +248,50 @@ std::tuple<Tensor, Tensor, bool> decode(
     case at::kHalf: go(at::Half{}); break;
     default: TORCH_CHECK(false, "decode: no kernel for ", keys.scalar_type());
   }
+  return finite;
+}
+
+Tensor empty_output(const Tensor& query, const Tensor& values) {
+  return at::empty({query.size(0), query.size(1), 1, values.size(3)}, query.options());
+}
+
+// Output, mass of the first `held` slots, which all hold a token, and whether that is finite.
+std::tuple<Tensor, Tensor, bool> decode(
+    const Tensor& query, Tensor keys, Tensor values, Tensor positions, const Tensor& slots,
+    const Tensor& key, const Tensor& value, int64_t position, int64_t held, double scale,
+    bool need_mass) {
+  Tensor output = empty_output(query, values);
+  Tensor mass = at::empty(
+      {need_mass ? keys.size(0) : 0, keys.size(1), 1, held}, query.options().dtype(at::kFloat));
+  const bool finite = run(
+      query, keys, values, positions, slots, key, value, position, held, scale, false, output,
+      need_mass ? mass.mutable_data_ptr<float>() : nullptr);
   return {output, mass, finite};
+}
+
+// The same for compiled code: the position is a tensor, all slots are attended to but those that are
+// empty, and the mass goes into a tensor that stays where it is.
+Tensor decode_step(
+    const Tensor& query, Tensor keys, Tensor values, Tensor positions,
+    const std::optional<Tensor>& mass, const Tensor& slots, const Tensor& key, const Tensor& value,
+    const Tensor& position, double scale) {
+  const auto in_rows = [](const Tensor& tensor) {
+    return tensor.stride(3) == 1 ? tensor : tensor.contiguous();
+  };
+  Tensor output = empty_output(query, values);
+  Tensor into = mass.value_or(Tensor());
+  run(in_rows(query), keys, values, positions, slots, in_rows(key), in_rows(value),
+      *position.const_data_ptr<int32_t>(), keys.size(2), scale, true, output,
+      into.defined() ? into.mutable_data_ptr<float>() : nullptr);
+  return output;
+}
+
+// What comes out, for a compiler.
+Tensor decode_step_shape(
+    const Tensor& query, Tensor, Tensor values, Tensor, const std::optional<Tensor>&, const Tensor&,
+    const Tensor&, const Tensor&, const Tensor&, double) {
+  return at::empty_symint(
+      {query.sym_size(0), query.sym_size(1), 1, values.sym_size(3)}, query.options());
 }
 
 }  // namespace
@@ -248,6 +301,15 @@ TORCH_LIBRARY(kvpolicy_cpu, library) {
       "decode(Tensor query, Tensor(a!) keys, Tensor(b!) values, Tensor(c!) positions, Tensor slots, "
       "Tensor key, Tensor value, int position, int held, float scale, bool need_mass) "
       "-> (Tensor, Tensor, bool)");
+  library.def(
+      "decode_step(Tensor query, Tensor(a!) keys, Tensor(b!) values, Tensor(c!) positions, "
+      "Tensor(d!)? mass, Tensor slots, Tensor key, Tensor value, Tensor position, float scale) "
+      "-> Tensor");
 }
 
-TORCH_LIBRARY_IMPL(kvpolicy_cpu, CPU, library) { library.impl("decode", decode); }
+TORCH_LIBRARY_IMPL(kvpolicy_cpu, CPU, library) {
+  library.impl("decode", decode);
+  library.impl("decode_step", decode_step);
+}
+
+TORCH_LIBRARY_IMPL(kvpolicy_cpu, Meta, library) { library.impl("decode_step", decode_step_shape); }

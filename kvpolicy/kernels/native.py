@@ -24,14 +24,18 @@ from torch import Tensor
 
 from kvpolicy.errors import KernelError
 
-__all__ = ["build", "decoder", "library", "operators", "serves"]
+__all__ = ["MOST_ROWS", "build", "chooser", "decoder", "library", "linear", "operators", "serves", "stepper"]
 
 _SOURCES = tuple(sorted(Path(__file__).parent.glob("*_cpu.cpp")))
 _FLAGS = ("-std=c++20", "-O3", "-march=native", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+#: What is chosen by may also be positions, and masks.
+_CHOSEN_FROM = frozenset((*_DTYPES, torch.int32, torch.bool))
 
 #: ``decode`` of ``decode_cpu.cpp``: see there.
 Decoder = Callable[..., tuple[Tensor, Tensor, bool]]
+#: ``linear`` of ``products_cpu.cpp``: ``x [..., K]``, ``weight [N, K]``, ``bias [N]`` or None.
+Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 def library() -> Path:
@@ -108,6 +112,38 @@ def decoder() -> Decoder | None:
     """The kernel that writes a token and attends to it in one pass; None where it is not built."""
     found = operators()
     return None if found is None else found.decode.default
+
+
+def stepper() -> Callable[..., Tensor] | None:
+    """The same for compiled code, whose position is a tensor; None where it is not built."""
+    found = operators()
+    return None if found is None else found.decode_step.default
+
+
+#: Rows up to which the kernel for skinny products is the faster one. Measured with the weights of
+#: LlamaGen-B (torch 2.13, 2 cores, float32): torch takes 1.0 times as long for 1 row, 1.6 to 1.7
+#: for 4, 1.8 to 2.0 for 8, 1.3 to 1.5 for 16, 1.2 for 32 and 0.9 to 1.0 for 64.
+MOST_ROWS = 32
+
+
+def linear() -> Linear | None:
+    """``x [..., K] @ weight [N, K].T + bias [N]`` for a few rows; None where it is not built."""
+    found = operators()
+    return None if found is None else found.linear.default
+
+
+def chooser(name: str, *tensors: Tensor) -> Callable[..., Any] | None:
+    """An operator of ``choose_cpu.cpp``, if it is built and serves tensors like these."""
+    found = operators()
+    if found is None or torch.compiler.is_compiling():
+        return None
+    for tensor in tensors:
+        if type(tensor) is not Tensor or tensor.device.type != "cpu" or tensor.requires_grad:
+            return None
+        if tensor.dtype not in _CHOSEN_FROM:
+            return None
+    kernel: Callable[..., Any] = getattr(found, name).default
+    return kernel
 
 
 def serves(*tensors: Tensor) -> bool:

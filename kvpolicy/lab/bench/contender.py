@@ -19,6 +19,7 @@ from kvpolicy.registry import Registry
 __all__ = [
     "BASELINES",
     "SHAPES",
+    "VARIANTS",
     "BenchModel",
     "Contender",
     "Decoder",
@@ -32,6 +33,8 @@ __all__ = [
 #: always the same, with the fastest attention there is: no policy, no observation. ``skip`` leaves
 #: attention out: what is above it is what the cache costs.
 BASELINES = ("dynamic", "static", "floor", "skip")
+#: How a contender's model may run: ``linear@skinny``, ``static@compiled@skinny``.
+VARIANTS = ("compiled", "skinny")
 
 
 @dataclass(frozen=True)
@@ -122,12 +125,19 @@ class Contender:
         kind: ``policy``, or one of :data:`BASELINES`, or ``peer``.
         policy: registry name, where it is a policy.
         compiled: whether its step is compiled.
+        skinny: whether the CPU kernel makes the model's products of a few rows.
     """
 
     name: str
     kind: str
     policy: str = ""
     compiled: bool = False
+    skinny: bool = False
+
+    @property
+    def variant(self) -> tuple[bool, bool]:
+        """How its model runs: contenders that differ in this differ in more than the cache."""
+        return self.compiled, self.skinny
 
 
 class Decoder(Protocol):

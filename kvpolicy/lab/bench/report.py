@@ -82,7 +82,8 @@ def grids(summary: Summary, contenders: Sequence[Contender]) -> list[Grid]:
             times,
             "ms/step: median. cache: above the same model with attention left out (skip). over "
             "floor: above the same model attending to as many fixed slots, once the budget has "
-            "filled [smallest, largest round]. flat: the last tenth of the steps against as many "
+            "filled [smallest, largest round]; compiled and skinny against a skip and a floor that "
+            "are so, too. flat: the last tenth of the steps against as many "
             "right after the budget has filled; flat/floor: the same, relative to the floor's "
             "steps at that time.",
         )

@@ -14,8 +14,10 @@ import torch
 
 from kvpolicy.budget import Budget
 from kvpolicy.errors import ParameterError, near_matches
+from kvpolicy.kernels import native
 from kvpolicy.lab.bench.contender import (
     BASELINES,
+    VARIANTS,
     BenchModel,
     Contender,
     Session,
@@ -37,31 +39,35 @@ _LLAMAGEN = "llamagen official"
 
 
 def enlist(
-    policies: Sequence[str],
-    baselines: Sequence[str],
-    *,
-    compiled: bool,
-    presses: bool,
-    llamagen: bool,
+    policies: Sequence[str], baselines: Sequence[str], *, presses: bool, llamagen: bool
 ) -> list[Contender]:
     """Who takes part, in the order of the tables.
 
+    Args:
+        policies: names, each with its variants: ``linear``, ``linear@compiled@skinny``.
+        baselines: the same, of :data:`BASELINES`.
+        presses: whether kvpress takes part.
+        llamagen: whether LlamaGen's own model does.
+
     Raises:
         UnknownNameError: there is no such policy.
-        ParameterError: there is no such baseline, or nobody is left.
+        ParameterError: there is no such baseline or variant, or nobody is left.
     """
     entries: list[Contender] = []
-    for name in dict.fromkeys(policies):
+    for spelled in dict.fromkeys(policies):
+        name, how = _variants(spelled)
         create(name)
-        entries.append(Contender(name, "policy", policy=name))
-        if compiled and name != "full":
-            entries.append(Contender(f"{name} compiled", "policy", policy=name, compiled=True))
-    for name in dict.fromkeys(baselines):
+        entries.append(_contender(name, "policy", how))
+    for spelled in dict.fromkeys(baselines):
+        name, how = _variants(spelled)
         if name not in BASELINES:
             raise ParameterError(f"no baseline is called {name!r}; {near_matches(name, BASELINES)}")
-        entries.append(Contender(name, name))
-        if compiled and name == "static":
-            entries.append(Contender("static compiled", "static", compiled=True))
+        if name == "dynamic" and "compiled" in how:
+            raise ParameterError(
+                "dynamic@compiled would be compiled anew at every step, for its shapes grow; "
+                "take static@compiled"
+            )
+        entries.append(_contender(name, name, how))
     if presses:
         entries += [peer(f"kvpress {press}") for press in PRESSES]
     if llamagen:
@@ -69,6 +75,33 @@ def enlist(
     if not entries:
         raise ParameterError("nobody takes part: name policies, baselines or both")
     return entries
+
+
+def _variants(spelled: str) -> tuple[str, list[str]]:
+    """A contender's name, and how its model runs.
+
+    Raises:
+        ParameterError: there is no such variant, or the kernel that it needs has not been built.
+    """
+    name, *given = spelled.split("@")
+    for variant in given:
+        if variant not in VARIANTS:
+            raise ParameterError(
+                f"{spelled!r}: no variant is called {variant!r}; {near_matches(variant, VARIANTS)}"
+            )
+    if "skinny" in given and native.linear() is None:
+        raise ParameterError(f"{spelled!r} needs the CPU kernel: run `kvpolicy build-kernel` first")
+    return name, [variant for variant in VARIANTS if variant in given]
+
+
+def _contender(name: str, kind: str, how: Collection[str]) -> Contender:
+    return Contender(
+        name=" ".join([name, *how]),
+        kind=kind,
+        policy=name if kind == "policy" else "",
+        compiled="compiled" in how,
+        skinny="skinny" in how,
+    )
 
 
 def capacity_of(budget: str, layout: RasterLayout) -> int:

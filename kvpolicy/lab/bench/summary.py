@@ -143,15 +143,19 @@ def summarise(
     names = [contender.name for contender in contenders]
     own = {name: [block for block in blocks if block.contender == name] for name in names}
     lines = {name: _Lines(own[name], plan.lines) for name in names}
-    by_kind = {contender.kind: contender.name for contender in contenders if not contender.compiled}
-    skip = lines[by_kind["skip"]] if "skip" in by_kind else None
-    floor = lines[by_kind["floor"]] if "floor" in by_kind else None
+    by_variant = {(each.kind, each.variant): lines[each.name] for each in contenders}
+
+    def beside(kind: str, contender: Contender) -> _Lines | None:
+        """The baseline whose model runs as the contender's does; another's would mislead."""
+        return by_variant.get((kind, contender.variant))
+
     # The first line that begins with a full budget.
     steady = -(-(workload.capacity - prefix) // plan.line_length)
     width = workload.torch_dtype.itemsize
     figures = []
     for contender in contenders:
         name = contender.name
+        skip, floor = beside("skip", contender), beside("floor", contender)
         mine = lines[name].median
         read = float(np.mean([r for block in own[name] for r in block.read]))
         weights = dimensions.step_weights * width
@@ -188,7 +192,12 @@ def summarise(
             ratio = _ratio(lines[other.name], lines[policy.name], slice(None), 0.0)
             if ratio is not None:
                 faster[pair] = ratio
-            cost = _cheaper(lines[other.name], lines[policy.name], skip)
+            cost = _cheaper(
+                lines[other.name],
+                lines[policy.name],
+                beside("skip", other),
+                beside("skip", policy),
+            )
             if cost is not None:
                 cheaper[pair] = cost
     by_line = {}
@@ -214,19 +223,24 @@ def _ratio(above: _Lines, below: _Lines, part: slice, less: float) -> Ratio | No
     return Ratio(value, min(value, *rounds), max(value, *rounds))
 
 
-def _cheaper(above: _Lines, below: _Lines, skip: _Lines | None) -> Ratio | None:
+def _cheaper(
+    above: _Lines, below: _Lines, above_skip: _Lines | None, below_skip: _Lines | None
+) -> Ratio | None:
     """The ratio of what caches cost; None where one costs too little to be told from nothing."""
-    if skip is None:
+    if above_skip is None or below_skip is None:
         return None
     rounds = []
-    for number in range(len(skip.times)):
-        a, b, s = (lines.whole(number) for lines in (above, below, skip))
-        if a is not None and b is not None and s is not None and b.sum() > s.sum():
-            rounds.append(float((a.sum() - s.sum()) / (b.sum() - s.sum())))
-    cost = float(below.median.sum() - skip.median.sum())
+    for number in range(len(below.times)):
+        a, b = above.whole(number), below.whole(number)
+        without_a, without_b = above_skip.whole(number), below_skip.whole(number)
+        if a is None or b is None or without_a is None or without_b is None:
+            continue
+        if b.sum() > without_b.sum():
+            rounds.append(float((a.sum() - without_a.sum()) / (b.sum() - without_b.sum())))
+    cost = float(below.median.sum() - below_skip.median.sum())
     if cost <= 0:
         return None
-    value = float(above.median.sum() - skip.median.sum()) / cost
+    value = float(above.median.sum() - above_skip.median.sum()) / cost
     return Ratio(value, min(value, *rounds), max(value, *rounds))
 
 
