@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import torch._dynamo
+from kernel_library import needs_compiler
+from torch._dynamo.testing import CompileCounter
 from typer.testing import CliRunner
 
 from kvpolicy import BudgetError, ParameterError, RasterLayout, UnknownNameError
 from kvpolicy.cli import app
+from kvpolicy.kernels import native
 from kvpolicy.lab.bench.contender import (
     BASELINES,
     SHAPES,
@@ -167,6 +172,44 @@ def test_a_session_that_skips_is_where_one_that_decodes_is(model, name):
     skipped.release()
     skipped.restart()
     assert skipped.run(1)[1][0] == {"static": 577, "floor": 97, "skip": 0}.get(name, 2)
+
+
+@pytest.mark.parametrize("kind", ["floor", "skip"])
+def test_a_compiled_floor_is_compiled_once_and_gives_the_same(model, kind, monkeypatch):
+    counter = CompileCounter()
+    plain = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **how: plain(f, backend=counter, **how))
+    torch._dynamo.reset()
+    compiled = session(model, Contender("c", kind, compiled=True))
+    eager = session(model, Contender("e", kind))
+    for _ in range(2):
+        for each in (compiled, eager):
+            each.restart()
+            each.skip(24 * 4)
+            each.run(5)
+        with torch.inference_mode():
+            ours, theirs = (e.decoder.step(e.tokens[:, 102:103]) for e in (compiled, eager))
+        torch.testing.assert_close(ours, theirs)
+        assert counter.frame_count == 1
+    torch._dynamo.reset()
+
+
+@needs_compiler
+def test_a_skinny_contender_multiplies_by_the_kernel_until_it_is_closed(model, kernel, monkeypatch):
+    rows = []
+    product = native.linear()
+    counted = lambda x, *rest: rows.append(x.shape[0]) or product(x, *rest)  # noqa: E731
+    monkeypatch.setattr(native, "linear", lambda: counted)
+    run = session(model, Contender("static", "static", skinny=True), EIGHT)
+    run.restart()
+    run.run(1)
+    assert rows
+    assert set(rows) == {8}
+    run.close()
+    rows.clear()
+    with torch.inference_mode():
+        run.decoder.model(run.tokens[:, :1])
+    assert not rows
 
 
 def test_a_policy_that_a_budget_is_too_small_for(model):
@@ -323,6 +366,28 @@ def test_figures_of_known_times(measured):
     assert summary.cheaper["linear", "dynamic"].value == pytest.approx((85 - 10) / (21 - 10))
 
 
+def test_each_is_compared_with_a_floor_and_a_skip_that_run_as_it_does():
+    plan = Plan(lines=10, line_length=2, rounds=1)
+    times = {"linear": 3.0, "linear skinny": 2.0, "floor": 2.5, "floor skinny": 1.6, "skip": 2.0}
+    times |= {"skip skinny": 1.0, "linear compiled": 1.5}
+    fakes = []
+    for name, seconds in times.items():
+        base, *how = name.split()
+        fake = Fake(base, "policy" if base == "linear" else base, lambda line, s=seconds: s)
+        fake.contender = replace(
+            fake.contender, name=name, skinny="skinny" in how, compiled="compiled" in how
+        )
+        fakes.append(fake)
+    rounds = Rounds(fakes, plan, lambda count: None)
+    rounds.run()
+    plain, skinny, *_, compiled = figures_of(rounds, plan).figures
+    assert plain.cache == pytest.approx(1.0)
+    assert plain.overhead.value == pytest.approx(3 / 2.5 - 1)
+    assert skinny.cache == pytest.approx(1.0)
+    assert skinny.overhead.value == pytest.approx(2 / 1.6 - 1)
+    assert (compiled.cache, compiled.overhead) == (None, None)
+
+
 def test_bytes_and_roofline(measured):
     _, _, summary = measured
     weights = 8 * 4 * (2 * 2 + 2 * 1) + 3 * 8 * 16 + 8 * 32
@@ -361,26 +426,37 @@ def test_tables_and_plot(measured, tmp_path):
 # -- the whole command --------------------------------------------------------------------------
 
 
-def test_who_takes_part():
-    who = enlist(["linear"], ["static", "skip"], compiled=True, presses=True, llamagen=True)
-    assert [each.name for each in who] == [
-        "linear",
-        "linear compiled",
-        "static",
-        "static compiled",
-        "skip",
-        "kvpress streaming_llm",
-        "kvpress lagkv",
-        "kvpress knorm",
-        "llamagen official",
+@needs_compiler
+def test_who_takes_part(kernel):
+    policies = ["linear", "linear@skinny@compiled", "linear"]
+    who = enlist(policies, ["static@compiled", "skip@skinny"], presses=True, llamagen=True)
+    assert [(each.name, each.compiled, each.skinny) for each in who] == [
+        ("linear", False, False),
+        ("linear compiled skinny", True, True),
+        ("static compiled", True, False),
+        ("skip skinny", False, True),
+        ("kvpress streaming_llm", False, False),
+        ("kvpress lagkv", False, False),
+        ("kvpress knorm", False, False),
+        ("llamagen official", False, False),
     ]
-    for policies, baselines, error, said in (
+    assert [each.kind for each in who][:4] == ["policy", "policy", "static", "skip"]
+
+
+@pytest.mark.parametrize(
+    ("policies", "baselines", "error", "said"),
+    [
         (["linar"], [], UnknownNameError, "linear"),
         ([], ["dinamic"], ParameterError, "dynamic"),
         ([], [], ParameterError, "nobody"),
-    ):
-        with pytest.raises(error, match=said):
-            enlist(policies, baselines, compiled=False, presses=False, llamagen=False)
+        (["linear@compield"], [], ParameterError, "compiled"),
+        ([], ["dynamic@compiled"], ParameterError, "take static@compiled"),
+        (["linear@skinny"], [], ParameterError, "kvpolicy build-kernel"),
+    ],
+)
+def test_who_can_not_take_part(policies, baselines, error, said):
+    with pytest.raises(error, match=said):
+        enlist(policies, baselines, presses=False, llamagen=False)
 
 
 def test_steps_are_rounded_up_to_lines():
@@ -464,7 +540,7 @@ def test_memory_is_watched_after_a_whole_image_decisions_and_all(model, monkeypa
 
 
 def in_a_process(model, **options) -> PeerSession:
-    named = dict(name="linear", kind="policy", policy="linear", compiled=False)
+    named = dict(name="linear", kind="policy", policy="linear")
     return PeerSession(
         Contender("linear", "policy", "linear"),
         "own_worker",

@@ -8,12 +8,14 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torch._dynamo
+from kernel_library import needs_compiler
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 from torch._dynamo.utils import counters
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import kvpolicy
 from kvpolicy import CacheStateError, ParameterError, RasterLayout
+from kvpolicy.kernels import native
 from kvpolicy_adapters import attach, compile_decode
 from kvpolicy_adapters.llamagen import LlamaGen, LlamaGenConfig
 
@@ -95,6 +97,38 @@ def test_one_graph_for_whole_images(model, name):
 def test_every_policy_decides_as_it_does_without(model, name, reclaim):
     stats = both(model, name, tokens(), reclaim=reclaim)
     assert min(stats.evictions) > 0
+
+
+@pytest.fixture
+def steps(kernel, monkeypatch):
+    """How often compiled code was given the CPU kernel."""
+    given = []
+    found = native.stepper()
+    monkeypatch.setattr(native, "stepper", lambda: given.append(found) or found)
+    return given
+
+
+@needs_compiler
+@pytest.mark.parametrize("reclaim", ["lazy", "eager"])
+@pytest.mark.parametrize("name", ["linear", "streaming_llm", "h2o", "tova"])
+def test_the_cpu_kernel_serves_a_compiled_step(model, steps, name, reclaim):
+    """Empty slots, while the budget fills and where victims are hidden at once, stay unseen."""
+    counter = CompileCounter()
+    stats = both(model, name, tokens(), reclaim=reclaim, backend=counter, images=2)
+    assert counter.frame_count == 1
+    assert not counters["graph_break"]
+    assert min(stats.evictions) > 0
+    assert len(steps) == 2 * LAYERS  # of each image
+
+
+@needs_compiler
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+def test_inductors_code_writes_into_the_slots_themselves(model, steps):
+    """A compiler that made copies of what an operator writes to would read the cache twice."""
+    counter = CompileCounterWithBackend("inductor")
+    both(model, "h2o", tokens(), backend=counter)
+    assert counter.frame_count == 1
+    assert steps
 
 
 def test_a_number_that_changes_is_what_the_count_finds(model):

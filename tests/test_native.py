@@ -1,13 +1,12 @@
 """The CPU kernel, built for this machine: what it computes, when it is used, what can go wrong."""
 
-import os
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_library import needs_compiler
 from typer.testing import CliRunner
 
 import kvpolicy
@@ -15,35 +14,7 @@ from kvpolicy.cli import app
 from kvpolicy.kernels import native
 from kvpolicy.testing import check_policy
 
-COMPILER = next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
-needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler is installed")
 DTYPES = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
-
-
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory):
-    """A folder with the kernel in it, built once."""
-    built = tmp_path_factory.mktemp("kernels")
-    before = os.environ.get("KVPOLICY_KERNELS")
-    os.environ["KVPOLICY_KERNELS"] = str(built)
-    try:
-        path = native.build()
-    finally:
-        os.environ.pop("KVPOLICY_KERNELS")
-        if before is not None:
-            os.environ["KVPOLICY_KERNELS"] = before
-    assert path.parent == built
-    return built
-
-
-@pytest.fixture
-def kernel(folder, monkeypatch):
-    """The kernel, which every new cache then uses."""
-    monkeypatch.setenv("KVPOLICY_KERNELS", str(folder))
-    monkeypatch.setenv("KVPOLICY_NATIVE", "1")
-    native.operators.cache_clear()
-    yield native.decoder()
-    native.operators.cache_clear()
 
 
 @pytest.fixture
@@ -135,6 +106,64 @@ def test_it_writes_and_attends(
         assert (mass.double() - expected_mass).abs().max() <= 2e-6 * max(spread, 1)
     else:
         assert mass.numel() == 0
+
+
+@needs_compiler
+@settings(deadline=None, max_examples=60)
+@given(
+    seed=st.integers(0, 10**6),
+    batch=st.integers(1, 3),
+    heads=st.integers(1, 3),
+    group=st.sampled_from([1, 2, 4]),
+    slots=st.integers(1, 40),
+    dims=st.sampled_from([(8, 8), (64, 64), (24, 16)]),
+    dtype=st.sampled_from(list(DTYPES)),
+    shift=st.sampled_from([0.0, -60.0]),
+    empty=st.floats(0, 1),
+    need_mass=st.booleans(),
+)
+def test_the_compiled_steps_kernel_knows_empty_slots(
+    folder, seed, batch, heads, group, slots, dims, dtype, shift, empty, need_mass
+):
+    """Against float64 over the slots that hold a token, whatever lies in those that are empty."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KVPOLICY_KERNELS", str(folder))
+        patch.setenv("KVPOLICY_NATIVE", "1")
+        native.operators.cache_clear()
+        decode_step = native.stepper()
+    native.operators.cache_clear()
+    chance = torch.Generator().manual_seed(seed)
+    dim, value_dim = dims
+
+    def drawn(*shape):
+        return torch.randn(shape, generator=chance).to(dtype)
+
+    # With a shift, every token's score is far below what an empty slot's zeros would have.
+    query, towards = drawn(batch, heads * group, 1, dim), 0.0
+    if shift:
+        query, towards = torch.ones_like(query), shift
+    keys, key = (drawn(batch, heads, n, dim) + towards / dim for n in (slots, 1))
+    values, value = drawn(batch, heads, slots, value_dim), drawn(batch, heads, 1, value_dim)
+    positions = torch.arange(slots, dtype=torch.int32).expand(batch, heads, slots).clone()
+    gone = torch.rand(batch, heads, slots, generator=chance) < empty
+    positions[gone], keys[gone], values[gone] = -1, 0.0, 0.0
+    where = torch.randint(0, slots, (batch, heads, 1), generator=chance)
+    mass = torch.full((batch, heads, 1, slots), 7.0) if need_mass else None
+    output = decode_step(
+        query, keys, values, positions, mass, where, key, value, torch.tensor([77]).int(), 1.0
+    )
+    assert torch.equal(positions.gather(2, where), torch.full_like(where, 77).int())
+    assert torch.equal(keys.gather(2, where.unsqueeze(-1).expand(-1, -1, -1, dim)), key)
+    asked = query.double().view(batch, heads, group, dim)
+    scores = asked @ keys.double().transpose(2, 3)
+    scores = scores.masked_fill((positions < 0).unsqueeze(2), -torch.inf)
+    weights = scores.softmax(-1)
+    expected = (weights @ values.double()).view(batch, heads * group, 1, value_dim)
+    largest = max(float(values.abs().max()), 1.0)
+    assert (output.double() - expected).abs().max() <= 10 * DTYPES[dtype] * largest
+    if mass is not None:
+        assert (mass.double() - weights.mean(2, keepdim=True)).abs().max() <= 2e-5
+        assert (mass.squeeze(2)[positions < 0] == 0).all()
 
 
 def stream(policy, *, dtype=torch.float32, reclaim="lazy", **terms):
