@@ -9,7 +9,7 @@ import pytest
 
 from kvpolicy.kernels import native
 
-__all__ = ["folder", "kernel", "needs_compiler"]
+__all__ = ["COMPILER", "folder", "kernel", "needs_compiler"]
 
 COMPILER = next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler is installed")

@@ -8,10 +8,10 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torch._dynamo
-from kernel_library import needs_compiler
+from kernel_library import COMPILER, needs_compiler
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 from torch._dynamo.utils import counters
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 import kvpolicy
 from kvpolicy import CacheStateError, ParameterError, RasterLayout
@@ -150,7 +150,16 @@ def test_inductors_code_gives_the_same(model):
     assert counter.frame_count == 1
 
 
-def test_padding_of_an_images_prompt_stays_hidden(model):
+@pytest.fixture(params=["torch", "kernel"])
+def engine(request):
+    """Both ways of attending, for what the kernel must leave to the other."""
+    if request.param == "kernel":
+        if COMPILER is None:
+            pytest.skip("no C++ compiler is installed")
+        request.getfixturevalue("kernel")
+
+
+def test_padding_of_an_images_prompt_stays_hidden(model, engine):
     layout = RasterLayout(rows=6, cols=6, prefix=5)
     mask = torch.ones(BATCH, layout.length, dtype=torch.int64)
     mask[0, :3] = 0
@@ -169,7 +178,16 @@ def test_padding_of_an_images_prompt_stays_hidden(model):
     torch.testing.assert_close(*logits)
 
 
-def test_padding_of_a_text(model):
+def test_a_sliding_window_hides_what_lies_behind_it(engine):
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=LAYERS, vocab_size=VOCAB)
+    heads = dict(num_attention_heads=4, num_key_value_heads=2)
+    model = MistralForCausalLM(MistralConfig(**sizes, **heads, sliding_window=20)).eval()
+    # It decides every eight tokens; between decisions, tokens that drop out of sight are still there.
+    both(model, "snapkv", tokens(60), layout=kvpolicy.TextLayout(sinks=0), budget=18)
+
+
+def test_padding_of_a_text(model, engine):
     mask = torch.ones(BATCH, 30, dtype=torch.int64)
     mask[1, :4] = 0
     layout = kvpolicy.TextLayout(sinks=2)
