@@ -183,7 +183,7 @@ def test_a_sliding_window_hides_what_lies_behind_it(engine):
     sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=LAYERS, vocab_size=VOCAB)
     heads = dict(num_attention_heads=4, num_key_value_heads=2)
     model = MistralForCausalLM(MistralConfig(**sizes, **heads, sliding_window=20)).eval()
-    # It decides every eight tokens; between decisions, tokens that drop out of sight are still there.
+    # It decides every eight tokens; in between, tokens that drop out of sight are still there.
     both(model, "snapkv", tokens(60), layout=kvpolicy.TextLayout(sinks=0), budget=18)
 
 
