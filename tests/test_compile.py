@@ -11,6 +11,7 @@ import torch._dynamo
 from kernel_library import COMPILER, needs_compiler
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 from torch._dynamo.utils import counters
+from torch._inductor.utils import run_and_get_code
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 import kvpolicy
@@ -124,11 +125,20 @@ def test_the_cpu_kernel_serves_a_compiled_step(model, steps, name, reclaim):
 @needs_compiler
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 def test_inductors_code_writes_into_the_slots_themselves(model, steps):
-    """A compiler that made copies of what an operator writes to would read the cache twice."""
-    counter = CompileCounterWithBackend("inductor")
-    both(model, "h2o", tokens(), backend=counter)
-    assert counter.frame_count == 1
+    """A compiler that copied what an operator writes to would read the whole cache twice."""
+    with (
+        torch.inference_mode(),
+        attach(model, policy="h2o", budget=18, layout=LAYOUT) as cache,
+        compile_decode(model, cache),
+    ):
+        _, sources = run_and_get_code(draw, model, cache, 2, tokens())
+        slots = cache.policy_cache.layers[0].store.keys.shape
     assert steps
+    (source,) = sources
+    assert source.count("torch.ops.kvpolicy_cpu.decode_step.default(") == LAYERS
+    assert f", {tuple(slots)}, " in source  # as an input
+    assert f"empty_strided_cpu({tuple(slots)}" not in source
+    assert "copy_(" not in source
 
 
 def test_a_number_that_changes_is_what_the_count_finds(model):
