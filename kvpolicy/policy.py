@@ -18,11 +18,11 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from torch import Tensor
 
 from kvpolicy.budget import Schedule, Uniform
-from kvpolicy.composition import Parts
+from kvpolicy.composition import Parts, Score
 from kvpolicy.errors import AttentionError, ParameterError, parameter_error
 from kvpolicy.layout import TokenLayout
 from kvpolicy.observer import AttentionObserver
-from kvpolicy.ranking import first, lift, lowest, sortable, without_nan
+from kvpolicy.ranking import first, in_one_pass, lift, lowest, sortable, without_nan
 from kvpolicy.slots import SlotShape
 from kvpolicy.view import CacheView
 
@@ -177,7 +177,15 @@ class ScoredPolicy(EvictionPolicy):
         rank = None if part is None else part.rank(view)
         if rank is not None:
             return first(rank, protected, view, count)
-        score = lift(self.score(view).to(torch.float32), protected)
+        score = self.score(view).to(torch.float32)
+        if part is None or type(part).choose is Score.choose:
+            found = in_one_pass(score, protected, view, count)
+            if found is not None:
+                slots, numbers = found
+                if not numbers:
+                    raise self._nan(view)
+                return slots
+        score = lift(score, protected)
         if view.may_be_empty:
             score.masked_fill_(view.pinned, torch.inf).masked_fill_(view.empty, -torch.inf)
         elif view.layout.prefix:
@@ -199,8 +207,11 @@ class ScoredPolicy(EvictionPolicy):
             torch._assert_async(~least.isnan().any())
             return without_nan(least)
         if math.isnan(least.sum().item()) and least.isnan().any():  # the sum of infinities may be
-            raise AttentionError(
-                f"layer {view.layer}: {self.label} scores a token NaN before position {view.seen}; "
-                f"the model's keys or values are not finite, or score() is undefined for some token"
-            )
+            raise self._nan(view)
         return least
+
+    def _nan(self, view: CacheView) -> AttentionError:
+        return AttentionError(
+            f"layer {view.layer}: {self.label} scores a token NaN before position {view.seen}; "
+            f"the model's keys or values are not finite, or score() is undefined for some token"
+        )

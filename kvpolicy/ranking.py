@@ -8,12 +8,41 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kvpolicy.kernels import native
 from kvpolicy.view import CacheView
 
-__all__ = ["first", "lift", "lowest", "sortable", "without_nan"]
+__all__ = ["first", "in_one_pass", "lift", "lowest", "sortable", "without_nan"]
 
 #: Scores beyond this tie with it, so that there is room above for what is protected.
 _ROOF = torch.finfo(torch.float32).max / 4
+
+
+def in_one_pass(
+    score: Tensor, protected: Tensor | None, view: CacheView, count: int
+) -> tuple[Tensor, bool] | None:
+    """What the functions below choose together, by the CPU kernel; None where it does not serve.
+
+    Args:
+        score: what each token is worth, ``[B, H, S]``, float32; or ranks, int32 (see ``first``).
+        protected: what goes after all that is not, bool ``[B, H, S]``; None for nothing.
+        view: the layer.
+        count: how many slots are wanted.
+
+    Returns:
+        Slots, int64 ``[B, H, count]``, worst first, and whether every score is a number.
+    """
+    positions = view.positions
+    if score.shape != positions.shape or score.dtype not in (torch.float32, torch.int32):
+        return None
+    masks = () if protected is None else (protected,)
+    kernel = native.chooser("lowest", score, positions, *masks)
+    if kernel is None or (protected is not None and protected.dtype is not torch.bool):
+        return None
+    pinned = view.pinned if view.may_be_empty else None
+    found: tuple[Tensor, bool] = kernel(
+        score, protected, positions, pinned, view.layout.prefix, count
+    )
+    return found
 
 
 def lift(score: Tensor, protected: Tensor | None) -> Tensor:
@@ -45,6 +74,9 @@ def lowest(score: Tensor, position: Tensor, least: Tensor) -> Tensor:
 
 def first(rank: Tensor, protected: Tensor | None, view: CacheView, count: int) -> Tensor:
     """The slots that rank lowest, of distinct integers below ``2**30``; empty slots come first."""
+    found = in_one_pass(rank, protected, view, count)
+    if found is not None:
+        return found[0]
     last = torch.iinfo(torch.int32).max
     if protected is not None:
         rank = torch.add(rank, protected, alpha=1 << 30)

@@ -16,13 +16,13 @@ ROOT = Path(__file__).parent.parent
 #: Low to high. A module may import from lower floors, and from its own floor what stands to its
 #: left. "" is kvpolicy/__init__.py, which only what lies above it may import.
 FLOORS = (
-    ("errors",),
+    ("errors", "kernels"),
     ("layout", "budget", "calibrated"),
     ("slots", "observer"),
     ("view", "ranking", "composition", "policy"),
     ("registry", "parts", "policies"),
     (
-        *("kernels", "attention", "terms", "checks", "step"),
+        *("attention", "terms", "checks", "step"),
         *("newest_call", "layer_state", "making_room", "first_call", "layer"),
         *("cache", "traces", "recording"),
     ),

@@ -24,7 +24,17 @@ from torch import Tensor
 
 from kvpolicy.errors import KernelError
 
-__all__ = ["MOST_ROWS", "build", "chooser", "decoder", "library", "linear", "operators", "serves", "stepper"]
+__all__ = [
+    "MOST_ROWS",
+    "build",
+    "chooser",
+    "decoder",
+    "library",
+    "linear",
+    "operators",
+    "serves",
+    "stepper",
+]
 
 _SOURCES = tuple(sorted(Path(__file__).parent.glob("*_cpu.cpp")))
 _FLAGS = ("-std=c++20", "-O3", "-march=native", "-fPIC", "-fno-math-errno", "-fno-trapping-math")

@@ -9,6 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from kvpolicy.composition import Score
+from kvpolicy.kernels import native
 from kvpolicy.parts.moving import moved
 from kvpolicy.parts.named import register_part
 from kvpolicy.parts.portions import portions
@@ -47,6 +48,10 @@ class LeastChange(Score):
 
         Values of a head are in units of the largest number among them, once they are centred.
         """
+        kernel = native.chooser("change_alone", view.values, view.mass)
+        if kernel is not None:
+            in_one_pass: Tensor = kernel(view.values, moved(view, self.lines))
+            return in_one_pass
         mass, values, read = self._foreseen(view)
         distance = values.square().sum(-1).unsqueeze(2) + read.square().sum(-1, keepdim=True)
         distance = distance.sub_(read @ values.transpose(2, 3), alpha=2).clamp_(min=0)
@@ -56,6 +61,11 @@ class LeastChange(Score):
         """One token after the other, each the one that adds least to the change."""
         if self.how == "alone":
             return None
+        kernel = native.chooser("change_together", view.values, view.mass, score)
+        if kernel is not None:
+            mass = moved(view, self.lines)
+            found: Tensor = kernel(view.values, mass, score, view.positions, count)
+            return found
         seen = self._foreseen(view)
         batch, heads, slots = score.shape
         chosen = []

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from kvpolicy.composition import Score
+from kvpolicy.kernels import native
 from kvpolicy.parts.named import register_part
 from kvpolicy.view import CacheView
 
@@ -108,6 +109,11 @@ def pool(view: CacheView, mass: Tensor, kernel: int, window: int, how: Pooling) 
     Returns:
         ``[B, H, S]``.
     """
+    kernel_of_cpu = native.chooser("pool", mass, view.positions)
+    if kernel_of_cpu is not None and mass.dtype is torch.float32:
+        newest = view.seen - window
+        in_one_pass: Tensor = kernel_of_cpu(mass, view.positions, newest, kernel, how == "mean")
+        return in_one_pass
     mass = mass.masked_fill((view.age <= window) | view.empty, 0.0)
     order = view.positions.argsort(dim=-1)
     pooling = functional.avg_pool1d if how == "mean" else functional.max_pool1d

@@ -9,6 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from kvpolicy.composition import Parts, Score
+from kvpolicy.kernels import native
 from kvpolicy.parts import register_part
 from kvpolicy.policy import ScoredPolicy
 from kvpolicy.registry import register
@@ -25,9 +26,14 @@ class Lots(Score):
 
     def worth(self, view: CacheView) -> Tensor:
         """A hash of seed, layer, head and position in [0, 2**24), exact in float32."""
-        first, count = view.first_head, view.positions.shape[1]
-        heads = torch.arange(first, first + count, device=view.positions.device).view(1, -1, 1)
-        key = ((self.seed * 1009 + view.layer) * 1009 + heads) * 1_000_003 + view.positions
+        positions, first = view.positions, view.first_head
+        base = (self.seed * 1009 + view.layer) * 1009
+        kernel = native.chooser("lots", positions)
+        if kernel is not None:
+            drawn: Tensor = kernel(positions, base + first)
+            return drawn
+        heads = torch.arange(first, first + positions.shape[1], device=positions.device)
+        key = (base + heads.view(1, -1, 1)) * 1_000_003 + positions
         return (_mix(key) >> 40).to(torch.float32)
 
 

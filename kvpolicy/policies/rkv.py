@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from kvpolicy.composition import Parts, Score
+from kvpolicy.kernels import native
 from kvpolicy.parts import Every, RecentTokens, WatchWindow, register_part
 from kvpolicy.parts.portions import NEAR, portions
 from kvpolicy.parts.score import Kernel, pool
@@ -46,6 +47,16 @@ class NotRedundant(Score):
         # The prefix stays whatever it is like, and the padding in it must not count: as keys of
         # length zero, these are like none.
         out = view.empty | view.pinned
+        total = self._cosines(view, out)
+        mean = total / (~out).sum(-1, keepdim=True).clamp(min=1)
+        return mean.masked_fill(out, torch.finfo(torch.float32).min).softmax(-1)
+
+    def _cosines(self, view: CacheView, out: Tensor) -> Tensor:
+        """Sum of each key's cosines with the others that are not out, ``[B, H, S]``."""
+        kernel = native.chooser("cosines", view.keys, view.positions, out)
+        if kernel is not None:
+            in_one_pass: Tensor = kernel(view.keys, view.positions, out, self.similar)
+            return in_one_pass
         keys = view.keys.to(torch.float32)
         length = torch.linalg.vector_norm(keys, dim=-1, keepdim=True).clamp_(min=1e-8)
         keys = keys * (~out).unsqueeze(-1).to(torch.float32).div_(length)
@@ -56,8 +67,7 @@ class NotRedundant(Score):
         for part in portions(len(keys), heads * slots**2, keys.device):
             for first in range(0, slots, rows):
                 total[part] += self._alike(keys[part], newer[part], first, rows)
-        mean = total / (~out).sum(-1, keepdim=True).clamp(min=1)
-        return mean.masked_fill(out, torch.finfo(torch.float32).min).softmax(-1)
+        return total
 
     def _alike(self, keys: Tensor, newer: Tensor, first: int, rows: int) -> Tensor:
         """What some tokens add to the cosines of all: ``[b, H, S]``."""
