@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch._dynamo
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from kernel_library import needs_compiler
 from torch._dynamo.testing import CompileCounter
 from typer.testing import CliRunner
@@ -29,13 +31,14 @@ from kvpolicy.lab.bench.contender import (
     Workload,
     load_shape,
 )
+from kvpolicy.lab.bench.fit import Largest, largest_batch
 from kvpolicy.lab.bench.machine import Machine
 from kvpolicy.lab.bench.peers import PeerError, PeerSession
 from kvpolicy.lab.bench.report import grids, markdown, plot
 from kvpolicy.lab.bench.rounds import Block, Plan, Rounds, lines_of_round
 from kvpolicy.lab.bench.run import Bench, capacity_of, enlist, plan_of
 from kvpolicy.lab.bench.session import LocalSession
-from kvpolicy.lab.bench.summary import summarise
+from kvpolicy.lab.bench.summary import Summary, summarise
 
 SHAPE = "llamagen-b"
 TINY = Workload(SHAPE, 1, "1/6", 97, 1, "cpu", "float32", 0)
@@ -421,6 +424,91 @@ def test_tables_and_plot(measured, tmp_path):
     (axes,) = figure.axes
     drawn = {line.get_label(): line.get_ydata() for line in axes.lines}
     assert list(drawn["dynamic"])[-1] == 13_000
+
+
+# -- how many fit --------------------------------------------------------------------------------
+
+
+def least_bytes(model) -> int:
+    """Of the tiny model's weights, in float32."""
+    sizes = model.dimensions
+    return (sizes.step_weights + sizes.hidden * sizes.vocab) * 4
+
+
+@settings(deadline=None)
+@given(each=st.integers(1, 10**6), step=st.integers(0, 10**6), most=st.integers(0, 3000))
+def test_the_largest_batch_is_found_to_a_sixteenth(model, each, step, most):
+    limit = least_bytes(model) + step + each * most
+    tried = []
+
+    def grown(batch):
+        tried.append(batch)
+        return step + each * batch
+
+    found = largest_batch(grown, model.dimensions, 4, limit)
+    assert most - max(1, found.batch // 16) < found.batch <= most
+    assert len(tried) < 20
+    if found.batch:
+        assert found.used == least_bytes(model) + step + each * found.batch
+
+
+def test_weights_that_do_not_fit_leave_no_room(model):
+    def grown(batch):
+        raise AssertionError("nothing should be tried")
+
+    assert largest_batch(grown, model.dimensions, 4, least_bytes(model) - 1) == Largest(0, 0)
+
+
+def test_memory_that_ends_is_an_answer_and_another_failure_is_not(model):
+    def grown(batch):
+        if batch > 5:
+            raise PeerError("linear ended at 'run': torch.OutOfMemoryError: CUDA out of memory.")
+        return batch
+
+    assert largest_batch(grown, model.dimensions, 4, 10**12).batch == 5
+
+    def broken(batch):
+        raise PeerError("linear ended at 'open': No module named 'torch'")
+
+    with pytest.raises(PeerError, match="No module"):
+        largest_batch(broken, model.dimensions, 4, 10**12)
+
+
+def test_trials_decode_the_last_line_of_their_own_batch(model, monkeypatch):
+    """By what a process grows by there, it is known how many fit."""
+    plan = plan_of(model.layout, steps=72, rounds=1, every=1, minutes=None, whole_images=False)
+    bench = Bench(model, TINY, plan, [Contender("h2o", "policy", "h2o")], MACHINE, 12, "")
+    done = []
+
+    class Recording(PeerSession):
+        def __init__(self, batch):
+            self.batch = batch
+
+        def watch(self):
+            done.append("watch")
+
+        def restart(self):
+            done.append("restart")
+
+        def run(self, count):
+            done.append(("run", count))
+
+        def skip(self, count):
+            done.append(("skip", count))
+
+        def memory(self):
+            return self.batch * 1000
+
+        def close(self):
+            done.append("close")
+
+    monkeypatch.setattr(bench, "session", lambda contender, watched, batch: Recording(batch))
+    fit = bench.fit(least_bytes(model) + 2500, lambda count: None)
+    assert fit.largest == {"h2o": Largest(2, least_bytes(model) + 2000)}
+    trial = ["watch", "restart", ("skip", 24), ("skip", 24), ("run", 24), "close"]
+    assert done == trial * 4  # of 1, 2, 4 and 3
+    (grid,) = [grid for grid in grids(Summary([], {}, {}, {}), [], fit) if "batch" in grid.title]
+    assert grid.rows[0][:2] == ("h2o", "2")
 
 
 # -- the whole command --------------------------------------------------------------------------

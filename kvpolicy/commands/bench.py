@@ -17,6 +17,7 @@ from rich.text import Text
 from kvpolicy.commands.console import console
 from kvpolicy.errors import ParameterError
 from kvpolicy.lab.bench.contender import BASELINES, Workload, load_shape
+from kvpolicy.lab.bench.fit import Fit
 from kvpolicy.lab.bench.machine import survey
 from kvpolicy.lab.bench.peers import build_environment
 from kvpolicy.lab.bench.report import Grid, grids
@@ -75,6 +76,10 @@ def bench(
     memory: Annotated[
         bool, typer.Option(help="Also watch each contender's memory in a process of its own.")
     ] = True,
+    largest_batch: Annotated[
+        float | None,
+        typer.Option(min=0, help="Also find each contender's largest batch within so many GB."),
+    ] = None,
     threads: Annotated[
         int | None, typer.Option(min=1, help="Of torch; its own by default.")
     ] = None,
@@ -145,23 +150,29 @@ def bench(
         TimeRemainingColumn(),
     )
     grown: dict[str, int] = {}
+    fit = None
     with Progress(*columns, console=console) as progress:
         watching = progress.add_task("memory", total=len(contenders), visible=memory)
+        fitting = progress.add_task(
+            "largest batch", total=len(contenders), visible=largest_batch is not None
+        )
         running = progress.add_task("rounds", total=None)
         if memory:
             grown = job.watch_memory(lambda count: progress.advance(watching, count))
+        if largest_batch is not None:
+            fit = job.fit(int(largest_batch * 1e9), lambda count: progress.advance(fitting, count))
         measured = job.measure(
             lambda count: progress.advance(running, count),
-            lambda rounds: job.write(out, rounds, grown),
+            lambda rounds: job.write(out, rounds, grown, fit),
         )
     if not measured.finished:
         console.print("interrupted before a round was finished: nothing to report")
         raise typer.Exit(130)
-    summary = job.write(out, measured, grown)
+    summary = job.write(out, measured, grown, fit)
     if markdown:
         typer.echo((out / "tables.md").read_text(encoding="utf-8"))
     else:
-        _print(summary, job, job.facts(measured))
+        _print(summary, job, job.facts(measured), fit)
     for name in ("results.json", "tables.md", "steps.png"):
         console.print(f"wrote {out / name}")
 
@@ -170,12 +181,12 @@ def _names(listed: str) -> list[str]:
     return [name.strip() for name in listed.split(",") if name.strip()]
 
 
-def _print(summary: Summary, job: Bench, facts: list[str]) -> None:
+def _print(summary: Summary, job: Bench, facts: list[str], fit: Fit | None) -> None:
     for fact in facts:
         console.print(fact, highlight=False)
     # A table that is wider than the terminal is better than one with broken numbers.
     wide = Console(width=max(console.width, 150))
-    for grid in grids(summary, job.contenders):
+    for grid in grids(summary, job.contenders, fit):
         wide.print(_table(grid))
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kvpolicy.lab.bench.contender import Contender, Workload
+from kvpolicy.lab.bench.fit import Fit
 from kvpolicy.lab.bench.machine import Machine
 from kvpolicy.lab.bench.rounds import Plan, lines_of_round
 from kvpolicy.lab.bench.summary import Figures, Ratio, Summary
@@ -61,8 +62,8 @@ def conditions(
     return rows
 
 
-def grids(summary: Summary, contenders: Sequence[Contender]) -> list[Grid]:
-    """The tables: times, ratios, memory and the roofline."""
+def grids(summary: Summary, contenders: Sequence[Contender], fit: Fit | None = None) -> list[Grid]:
+    """The tables: times, ratios, memory and the roofline, and how many sequences fit."""
     times = [
         (
             f.name,
@@ -113,6 +114,16 @@ def grids(summary: Summary, contenders: Sequence[Contender]) -> list[Grid]:
             "image.",
         )
     )
+    if fit is not None:
+        tables.append(
+            Grid(
+                "Largest batch",
+                ("", "sequences", "GB"),
+                [(n, str(one.batch), f"{one.used / 1e9:.2f}") for n, one in fit.largest.items()],
+                f"The largest batch whose image fits into {fit.limit / 1e9:g} GB, weights and a "
+                f"step's own tensors included, found to a sixteenth; GB: of that batch.",
+            )
+        )
     return tables
 
 

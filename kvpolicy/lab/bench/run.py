@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from kvpolicy.lab.bench.contender import (
     Session,
     Workload,
 )
+from kvpolicy.lab.bench.fit import Fit, Largest, largest_batch
 from kvpolicy.lab.bench.machine import Machine
 from kvpolicy.lab.bench.peers import PRESSES, PeerSession, peer
 from kvpolicy.lab.bench.report import conditions, grids, markdown, plot
@@ -160,14 +161,22 @@ class Bench:
     environment: Path | None = None
     checkout: Path | None = None
 
-    def session(self, contender: Contender, *, watched: bool = False) -> Session:
-        """A session of one contender, in a process of its own where it must be.
+    def session(
+        self, contender: Contender, *, watched: bool = False, batch: int | None = None
+    ) -> Session:
+        """A session of one contender, in a process of its own where it must be or is watched.
+
+        Args:
+            contender: who decodes.
+            watched: whether its memory will be asked for.
+            batch: sequences, where it is not the workload's number.
 
         Raises:
             BudgetError: the budget is too small for this policy.
             PeerError: the other process could not begin.
         """
         options: dict[str, Any]
+        workload = self.workload if batch is None else replace(self.workload, batch=batch)
         if contender.kind == "peer" and contender.name != _LLAMAGEN:
             assert self.environment is not None
             press = contender.name.partition(" ")[2]
@@ -179,12 +188,12 @@ class Bench:
             python, worker = Path(sys.executable), "own_worker"
             options = {"contender": asdict(contender)}
         else:
-            return LocalSession(self.model, contender, self.workload)
+            return LocalSession(self.model, contender, workload)
         return PeerSession(
             contender,
             worker,
             python,
-            self.workload,
+            workload,
             self.model.dimensions,
             self.model.layout,
             options=options,
@@ -225,6 +234,31 @@ class Bench:
             advance(1)
         return grown
 
+    def fit(self, limit: int, advance: Callable[[int], object]) -> Fit:
+        """The largest batch of each contender whose image fits into ``limit`` bytes, with weights.
+
+        Each trial is a process of its own, which is filled up to the image's last line and decodes
+        that: caches are at their largest there.
+        """
+        largest: dict[str, Largest] = {}
+        for contender in self.contenders:
+
+            def grown(batch: int, contender: Contender = contender) -> int:
+                session = self.session(contender, watched=True, batch=batch)
+                assert isinstance(session, PeerSession)
+                try:
+                    session.watch()
+                    self._decode(session, {self.plan.lines - 1})
+                    return session.memory()
+                finally:
+                    session.close()
+
+            largest[contender.name] = largest_batch(
+                grown, self.model.dimensions, self.workload.torch_dtype.itemsize, limit
+            )
+            advance(1)
+        return Fit(limit, largest)
+
     def _decode(self, session: Session, chosen: Collection[int]) -> None:
         """Decode the chosen lines of an image, and skip the others."""
         session.restart()
@@ -248,7 +282,9 @@ class Bench:
             memory=memory,
         )
 
-    def write(self, out: Path, rounds: Rounds, memory: dict[str, int]) -> Summary:
+    def write(
+        self, out: Path, rounds: Rounds, memory: dict[str, int], fit: Fit | None = None
+    ) -> Summary:
         """Write results.json, tables.md and steps.png."""
         summary = self.summarise(rounds, memory)
         content: dict[str, Any] = {
@@ -260,12 +296,13 @@ class Bench:
             "rounds_finished": rounds.finished,
             "interrupted": rounds.interrupted,
             **summary.as_dict(),
+            "fit": None if fit is None else asdict(fit),
             "blocks": [block.as_dict() for block in rounds.blocks],
         }
         write_whole(out / "results.json", json.dumps(content, indent=1) + "\n")
         write_whole(
             out / "tables.md",
-            markdown(grids(summary, self.contenders), self.facts(rounds), self.command),
+            markdown(grids(summary, self.contenders, fit), self.facts(rounds), self.command),
         )
         figure = plot(summary, self.workload, self.plan, self.model.layout.prefix)
         figure.savefig(out / "steps.png", dpi=160)
