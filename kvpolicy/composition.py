@@ -7,6 +7,7 @@ decided (decide) and how layers share the budget (schedule). Stock parts are in 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -84,6 +85,13 @@ class Score(Part):
     needs_mass: ClassVar[bool] = False
     #: Whether a head's scores depend on other heads.
     mixes_heads: ClassVar[bool] = False
+
+    def observers(self, shape: SlotShape) -> Sequence[AttentionObserver]:
+        """What it watches itself, in one layer, besides what ``observe`` does; nothing by default.
+
+        These come after that one, whose reading is ``view.mass``.
+        """
+        return ()
 
     @abstractmethod
     def worth(self, view: CacheView) -> Tensor:

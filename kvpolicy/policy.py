@@ -137,7 +137,11 @@ class ScoredPolicy(EvictionPolicy):
 
     def observers(self, shape: SlotShape) -> Sequence[AttentionObserver]:
         """What the parts watch."""
-        return () if self.parts.observe is None else (self.parts.observe.observer(shape),)
+        watch, score = self.parts.observe, self.parts.score
+        return (
+            *(() if watch is None else (watch.observer(shape),)),
+            *(() if score is None else score.observers(shape)),
+        )
 
     def schedule(self) -> Schedule:
         """How the parts share the budget."""

@@ -130,13 +130,17 @@ class CacheView:
         Raises:
             ParameterError: the policy made none of this kind.
         """
-        for observer in self._observers:
-            if isinstance(observer, kind):
-                return observer
+        observer = self.find_observer(kind)
+        if observer is not None:
+            return observer
         made = [type(observer).__name__ for observer in self._observers]
         raise ParameterError(
             f"the policy asks for {kind.__name__}, but its observers() made {made or 'none'}"
         )
+
+    def find_observer(self, kind: type[Observer]) -> Observer | None:
+        """The observer of this kind, where the policy made one for this layer."""
+        return next((each for each in self._observers if isinstance(each, kind)), None)
 
     def observed(self, kind: type[AttentionObserver]) -> Tensor:
         """The reading of that observer, ``[B, H, S]``, float32."""

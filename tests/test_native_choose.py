@@ -18,6 +18,7 @@ from kvpolicy.parts.moving import moved
 from kvpolicy.parts.score import pool
 from kvpolicy.policies.random import Lots
 from kvpolicy.policies.rkv import NotRedundant
+from kvpolicy.policies.ssd import ByHead
 from kvpolicy.policy import ScoredPolicy
 from kvpolicy.slots import SlotShape, SlotStore
 from kvpolicy.view import CacheView
@@ -324,6 +325,22 @@ def test_the_same_set_changes_least(
                 break
             cost += 2 * changes[at][mine]
             cost[mine] = INF
+
+
+@EXAMPLES
+@given(
+    **VIEWS,
+    window=st.integers(1, 200),
+    local=st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0]),
+    few=st.booleans(),
+)
+def test_heads_are_of_the_same_kind(operators, seed, empty, spare, held, window, local, few):
+    view = drawn_view(seed, empty=empty, spare=spare, size=(2, 3, held))
+    if few:  # all mass on one token
+        view.mass.mul_(view.positions == view.positions.amax(-1, keepdim=True))
+    part = ByHead(window=window, local=local)
+    one, other = both(operators, "by_head", lambda: part.worth(view))
+    assert torch.equal(one, other)
 
 
 @EXAMPLES

@@ -665,6 +665,57 @@ Tensor change_together(
   return chosen;
 }
 
+// -- two kinds of heads -------------------------------------------------------------------------------
+
+// The scores of kvpolicy.policies.ssd: minus the age in heads whose mass from a query on average lies
+// on tokens that are at most `window` old, at least `local` of it; the mass in the others.
+Tensor by_head(
+    const Tensor& mass, const Tensor& positions, const std::optional<Tensor>& pinned, int64_t prefix,
+    int64_t seen, int64_t window, double local) {
+  const int64_t slots = mass.size(2);
+  Tensor worth = at::empty(mass.sizes(), mass.options());
+  float* out = worth.mutable_data_ptr<float>();
+  const Rows<float> masses(mass);
+  const Rows<int32_t> position(positions);
+  std::optional<Rows<bool>> prefixes;
+  if (pinned) prefixes.emplace(pinned->expand_as(mass));
+  const int32_t now = static_cast<int32_t>(seen);
+  each_head(worth, 32, [&](int64_t first, int64_t last) {
+    std::vector<float> share(slots);
+    for (int64_t at = first; at < last; ++at) {
+      const float* given = masses[at];
+      const int32_t* where = position[at];
+      float* score = out + at * slots;
+#pragma omp simd
+      for (int64_t s = 0; s < slots; ++s) {
+        score[s] = static_cast<float>(now - where[s]);
+        share[s] = given[s] / score[s];
+      }
+      if (prefixes) {
+        const bool* fixed = (*prefixes)[at];
+        for (int64_t s = 0; s < slots; ++s)
+          if (fixed[s] || where[s] < 0) share[s] = 0.0f;
+      } else {
+        std::fill(share.begin(), share.begin() + std::min(prefix, slots), 0.0f);
+      }
+      // Where all of it is near, both sums are the same to the last bit.
+      float all = 0, near = 0;
+#pragma omp simd reduction(+ : all, near)
+      for (int64_t s = 0; s < slots; ++s) {
+        all += share[s];
+        near += score[s] <= static_cast<float>(window) ? share[s] : 0.0f;
+      }
+      if (near >= static_cast<float>(local) * all) {
+#pragma omp simd
+        for (int64_t s = 0; s < slots; ++s) score[s] = -score[s];
+      } else {
+        std::memcpy(score, given, slots * sizeof(float));
+      }
+    }
+  });
+  return worth;
+}
+
 // -- lots ---------------------------------------------------------------------------------------------
 
 // The priorities of kvpolicy.policies.random: `base` and a head's index are of the key that is hashed.
@@ -702,6 +753,9 @@ TORCH_LIBRARY_FRAGMENT(kvpolicy_cpu, library) {
   library.def("change_alone(Tensor values, Tensor mass) -> Tensor");
   library.def(
       "change_together(Tensor values, Tensor mass, Tensor score, Tensor positions, int count) -> Tensor");
+  library.def(
+      "by_head(Tensor mass, Tensor positions, Tensor? pinned, int prefix, int seen, int window, "
+      "float local) -> Tensor");
   library.def("lots(Tensor positions, int base) -> Tensor");
 }
 
@@ -711,5 +765,6 @@ TORCH_LIBRARY_IMPL(kvpolicy_cpu, CPU, library) {
   library.impl("cosines", cosines);
   library.impl("change_alone", change_alone);
   library.impl("change_together", change_together);
+  library.impl("by_head", by_head);
   library.impl("lots", lots);
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -11,7 +12,10 @@ from torch.nn import functional
 
 from kvpolicy.composition import Score
 from kvpolicy.kernels import native
+from kvpolicy.observer import AttentionObserver
+from kvpolicy.parts.key_lengths import KeyLengths, lengths
 from kvpolicy.parts.named import register_part
+from kvpolicy.slots import SlotShape
 from kvpolicy.view import CacheView
 
 __all__ = ["HeadMean", "Kernel", "Mass", "PooledMass", "Recency", "ShortKeys", "pool"]
@@ -88,10 +92,14 @@ class Recency(Score):
 class ShortKeys(Score):
     """The shorter the key, the better. Rotation keeps a key's length, so cached keys will do."""
 
+    def observers(self, shape: SlotShape) -> Sequence[AttentionObserver]:
+        """Lengths, found once for each key."""
+        return (KeyLengths(shape),)
+
     def worth(self, view: CacheView) -> Tensor:
-        """Minus the norm."""
-        norms: Tensor = torch.linalg.vector_norm(view.keys, dim=-1, dtype=torch.float32)
-        return -norms
+        """Minus the length."""
+        known = view.find_observer(KeyLengths)
+        return -(lengths(view.keys) if known is None else known.of(view))
 
 
 def pool(view: CacheView, mass: Tensor, kernel: int, window: int, how: Pooling) -> Tensor:

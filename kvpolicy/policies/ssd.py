@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from kvpolicy.composition import Parts, Score
+from kvpolicy.kernels import native
 from kvpolicy.parts import RecentShare, WatchAll, register_part
 from kvpolicy.policy import ScoredPolicy
 from kvpolicy.registry import register
@@ -29,6 +30,14 @@ class ByHead(Score):
 
     def worth(self, view: CacheView) -> Tensor:
         """Minus the age, or the mass."""
+        kernel = native.chooser("by_head", view.mass, view.positions)
+        if kernel is not None:
+            pinned = view.pinned if view.may_be_empty else None
+            seen, prefix = view.seen, view.layout.prefix
+            found: Tensor = kernel(
+                view.mass, view.positions, pinned, prefix, seen, self.window, self.local
+            )
+            return found
         return torch.where(self.is_local(view), -view.age.to(torch.float32), view.mass)
 
     def is_local(self, view: CacheView) -> Tensor:
@@ -36,8 +45,12 @@ class ByHead(Score):
 
         The prefix does not count, since every head keeps it.
         """
-        share = (view.mass / view.age).masked_fill(view.pinned | view.empty, 0.0)
-        near = share.masked_fill(view.age > self.window, 0.0)
+        share = view.mass / view.age
+        if view.may_be_empty:
+            share.masked_fill_(view.pinned | view.empty, 0.0)
+        else:
+            share[..., : view.layout.prefix] = 0.0
+        near = share * (view.age <= self.window)
         return near.sum(-1, keepdim=True) >= self.local * share.sum(-1, keepdim=True)
 
 

@@ -1,0 +1,65 @@
+"""The length of each slot's key, found once: a key stays as it is for as long as it is cached."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from kvpolicy.observer import AttentionReport, Need
+from kvpolicy.slots import SlotShape
+from kvpolicy.view import CacheView
+
+__all__ = ["KeyLengths", "lengths"]
+
+#: A reading below any length: not known.
+_UNKNOWN = -1.0
+
+
+def lengths(keys: Tensor) -> Tensor:
+    """Lengths of keys ``[B, H, S, D]``: ``[B, H, S]``, float32."""
+    exact = torch.promote_types(keys.dtype, torch.float32)
+    found: Tensor = torch.linalg.vector_norm(keys, dim=-1, dtype=exact)
+    return found.to(torch.float32)
+
+
+class KeyLengths:
+    """An observer of slots rather than of attention: which of them hold another key than before.
+
+    Reading all keys takes as long as half of an attention step; between two decisions, all but a
+    few of them are what they were.
+    """
+
+    needs: ClassVar[Need] = Need.NONE
+
+    def __init__(self, shape: SlotShape) -> None:
+        size = (shape.batch, shape.heads, shape.slots)
+        self.mass = torch.full(size, _UNKNOWN, dtype=torch.float32, device=shape.device)
+        # How many slots had ever held a token when lengths were last asked for, and how many have
+        # been forgotten since: numbers that all heads share, unlike the slots themselves.
+        self.read = self.forgotten = 0
+
+    def observe(self, report: AttentionReport) -> None:
+        """Attention does not matter."""
+
+    def forget(self, slots: Tensor) -> None:
+        """The lengths of keys in slots that now hold other tokens are not known."""
+        self.mass.scatter_(2, slots, _UNKNOWN)
+        self.forgotten += slots.shape[-1]
+
+    def of(self, view: CacheView) -> Tensor:
+        """Lengths of the cached keys, ``[B, H, S]``."""
+        keys, held = view.keys, view.handed_out
+        reading = self.mass[:, :, :held]
+        # At most: a slot may have been forgotten twice.
+        unknown = max(held - self.read, 0) + self.forgotten
+        if 4 * unknown > held:
+            reading[:] = lengths(keys)
+        elif unknown:
+            # The unknown are the lowest. Not argmin: to it, NaN is lower.
+            slots = reading.topk(unknown, dim=-1, largest=False).indices
+            index = slots.unsqueeze(-1).expand(*slots.shape, keys.shape[-1])
+            reading.scatter_(2, slots, lengths(keys.gather(2, index)))
+        self.read, self.forgotten = held, 0
+        return reading
