@@ -14,6 +14,7 @@ import kvpolicy
 from kvpolicy import ranking
 from kvpolicy.kernels import native
 from kvpolicy.parts import LeastChange, least_change
+from kvpolicy.parts.key_lengths import KeyLengths, lengths
 from kvpolicy.parts.moving import moved
 from kvpolicy.parts.score import pool
 from kvpolicy.policies.random import Lots
@@ -341,6 +342,34 @@ def test_heads_are_of_the_same_kind(operators, seed, empty, spare, held, window,
     part = ByHead(window=window, local=local)
     one, other = both(operators, "by_head", lambda: part.worth(view))
     assert torch.equal(one, other)
+
+
+@EXAMPLES
+@given(
+    **VIEWS,
+    forgotten=st.integers(0, 5),
+    dim=st.sampled_from([1, 8, 40, 64]),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_lengths_are_found(operators, seed, empty, spare, held, forgotten, dim, dtype):
+    """Those that are not known; the others are left as they are."""
+    view = drawn_view(seed, empty=empty, spare=spare, size=(2, 3, held), dim=dim, dtype=dtype)
+    chance = torch.Generator().manual_seed(seed)
+    slots = torch.randint(0, held, (2, 3, forgotten), generator=chance)
+
+    def found(before):
+        known = KeyLengths(view._store.shape)
+        known.mass[:, :, :held] = before
+        known.read = held
+        known.forget(slots)
+        return known.of(view).clone()
+
+    one, other = both(operators, "key_lengths", lambda: found(lengths(view.keys)))
+    torch.testing.assert_close(one, other)
+    one, _ = both(operators, "key_lengths", lambda: found(math.nan))
+    forgot = torch.zeros_like(one, dtype=torch.bool).scatter(2, slots, True)
+    torch.testing.assert_close(one[forgot], other[forgot])
+    assert one[~forgot].isnan().all()
 
 
 @EXAMPLES

@@ -716,6 +716,36 @@ Tensor by_head(
   return worth;
 }
 
+// -- lengths of keys --------------------------------------------------------------------------------
+
+// Find the lengths of keys whose reading says that it is not known, with a number below zero.
+template <typename T>
+void find_lengths(const Tensor& key, const Tensor& reading) {
+  const int64_t slots = key.size(2), dim = key.size(3);
+  const Rows<T> keys(key);
+  float* readings = static_cast<float*>(reading.data_ptr());
+  const int64_t heads = reading.size(1), batch_stride = reading.stride(0), stride = reading.stride(1);
+  each_head(reading, 32, [&](int64_t first, int64_t last) {
+    for (int64_t at = first; at < last; ++at) {
+      float* known = readings + at / heads * batch_stride + at % heads * stride;
+      for (int64_t s = 0; s < slots; ++s) {
+        if (!(known[s] < 0)) continue;
+        const T* row = keys[at] + s * keys.stride;
+        float square = 0;
+#pragma omp simd reduction(+ : square)
+        for (int64_t d = 0; d < dim; ++d)
+          square += static_cast<float>(row[d]) * static_cast<float>(row[d]);
+        known[s] = std::sqrt(square);
+      }
+    }
+  });
+}
+
+void key_lengths(const Tensor& keys, Tensor reading) {
+  TORCH_CHECK(reading.size(2) == 1 || reading.stride(2) == 1, "key_lengths: slots side by side");
+  by_dtype(keys, [&](auto zero) { find_lengths<decltype(zero)>(keys, reading); });
+}
+
 // -- lots ---------------------------------------------------------------------------------------------
 
 // The priorities of kvpolicy.policies.random: `base` and a head's index are of the key that is hashed.
@@ -756,6 +786,7 @@ TORCH_LIBRARY_FRAGMENT(kvpolicy_cpu, library) {
   library.def(
       "by_head(Tensor mass, Tensor positions, Tensor? pinned, int prefix, int seen, int window, "
       "float local) -> Tensor");
+  library.def("key_lengths(Tensor keys, Tensor(a!) reading) -> ()");
   library.def("lots(Tensor positions, int base) -> Tensor");
 }
 
@@ -766,5 +797,6 @@ TORCH_LIBRARY_IMPL(kvpolicy_cpu, CPU, library) {
   library.impl("change_alone", change_alone);
   library.impl("change_together", change_together);
   library.impl("by_head", by_head);
+  library.impl("key_lengths", key_lengths);
   library.impl("lots", lots);
 }

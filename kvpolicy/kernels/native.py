@@ -148,7 +148,7 @@ def chooser(name: str, *tensors: Tensor) -> Callable[..., Any] | None:
     if found is None or torch.compiler.is_compiling():
         return None
     for tensor in tensors:
-        if type(tensor) is not Tensor or tensor.device.type != "cpu" or tensor.requires_grad:
+        if type(tensor) is not Tensor or not tensor.is_cpu or tensor.requires_grad:
             return None
         if tensor.dtype not in _CHOSEN_FROM:
             return None

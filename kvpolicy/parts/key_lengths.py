@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from kvpolicy.kernels import native
 from kvpolicy.observer import AttentionReport, Need
 from kvpolicy.slots import SlotShape
 from kvpolicy.view import CacheView
@@ -54,7 +55,10 @@ class KeyLengths:
         reading = self.mass[:, :, :held]
         # At most: a slot may have been forgotten twice.
         unknown = max(held - self.read, 0) + self.forgotten
-        if 4 * unknown > held:
+        kernel = native.chooser("key_lengths", keys, reading)
+        if kernel is not None:
+            kernel(keys, reading)
+        elif 4 * unknown > held:
             reading[:] = lengths(keys)
         elif unknown:
             # The unknown are the lowest. Not argmin: to it, NaN is lower.
