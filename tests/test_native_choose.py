@@ -238,6 +238,27 @@ def test_cosines_are_added(operators, seed, empty, spare, held, alike, similar, 
     torch.testing.assert_close(one[~out], other[~out], rtol=1e-5, atol=2e-5)
 
 
+@EXAMPLES
+@given(
+    **VIEWS,
+    kernel=st.sampled_from([1, 3, 7]),
+    window=st.sampled_from([0, 1, 40]),
+    importance=st.sampled_from([0.0, 0.1, 1.0]),
+)
+def test_mass_and_cosines_are_weighed(
+    operators, seed, empty, spare, held, kernel, window, importance
+):
+    view = drawn_view(seed, empty=empty, spare=spare, size=(2, 3, held))
+    part = NotRedundant(kernel=kernel, window=window, importance=importance)
+    cosines = part._cosines(view, part._out(view))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(NotRedundant, "_cosines", lambda self, view, out: cosines)
+        # Without the kernel for the whole, pooling has one of its own, which is as exact.
+        one, other = both(operators, "not_redundant", lambda: part.worth(view))
+    out = view.empty | view.pinned
+    torch.testing.assert_close(one[~out], other[~out])
+
+
 def test_equal_keys_are_equally_redundant(operators):
     """To the last bit, wherever they lie, or the older of them would not go."""
     view = drawn_view(3, size=(1, 1, 97), dim=64)

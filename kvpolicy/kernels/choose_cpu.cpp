@@ -452,7 +452,17 @@ void add_cosines(const Tensor& key, const Tensor& positions, const Tensor& out, 
             case 2: multiply<2>(turned, dim, width, row, column, tile); break;
             default: multiply<1>(turned, dim, width, row, column, tile);
           }
-          for (int64_t r = 0; r < rows; ++r) {
+          // Most tiles hold no two that are alike.
+          for (int64_t r = 0; r < rows; ++r)
+            if (row + r >= column && row + r < column + columns)
+              tile[r * kTileVectors * kLanes + row + r - column] = -2.0f;
+          Ints met{};
+          for (int64_t r = 0; r < rows; ++r)
+            for (int64_t j = 0; j < columns; j += kLanes)
+              met |= lanes<Lanes>(tile + r * kTileVectors * kLanes + j) > similar;
+          int32_t meets = 0;
+          for (int64_t lane = 0; lane < kLanes; ++lane) meets |= met[lane];
+          for (int64_t r = 0; meets && r < rows; ++r) {
             const float* cosine = tile + r * kTileVectors * kLanes;
             const int32_t newer = static_cast<int32_t>(row + r);
             const int32_t end = static_cast<int32_t>(std::min(column + columns, held));
@@ -497,6 +507,59 @@ Tensor cosines(const Tensor& keys, const Tensor& positions, const Tensor& out, d
     add_cosines<decltype(zero)>(keys, positions, out, static_cast<float>(similar), total);
   });
   return total;
+}
+
+// The scores of kvpolicy.policies.rkv, from the sums of cosines: a token's share of the mass on tokens
+// before position `newest`, the largest among its neighbours', less a softmax of mean cosines.
+Tensor not_redundant(
+    const Tensor& cosine, const Tensor& mass, const Tensor& positions, const Tensor& out, int64_t newest,
+    int64_t kernel, double importance) {
+  const int64_t slots = mass.size(2);
+  Tensor worth = at::empty(mass.sizes(), mass.options());
+  float* worths = worth.mutable_data_ptr<float>();
+  const Rows<float> cosines(cosine), masses(mass);
+  const Rows<int32_t> position(positions);
+  const Rows<bool> outs(out);
+  const float part = static_cast<float>(importance), rest = static_cast<float>(1 - importance);
+  each_head(worth, 16, [&](int64_t first, int64_t last) {
+    Order order;
+    std::vector<float> row(slots), alike(slots);
+    for (int64_t at = first; at < last; ++at) {
+      const float *given = masses[at], *sums = cosines[at];
+      const int32_t* where = position[at];
+      const bool* left_out = outs[at];
+      float* score = worths + at * slots;
+      const int32_t held = order.find(where, slots);
+      float total = 0, count = 0, most = -kInf, all = 0;
+      for (int64_t s = 0; s < slots; ++s) {
+        total += where[s] >= 0 && where[s] < newest ? given[s] : 0.0f;
+        count += left_out[s] ? 0.0f : 1.0f;
+      }
+      total = total < kTiny ? kTiny : total;
+      count = count < 1 ? 1.0f : count;
+      for (int64_t s = 0; s < slots; ++s) {
+        if (where[s] >= 0) row[order.place[s]] = where[s] < newest ? given[s] / total : 0.0f;
+        alike[s] = sums[s] / count;
+        most = !left_out[s] && alike[s] > most ? alike[s] : most;
+      }
+      for (int64_t s = 0; s < slots; ++s) {
+        alike[s] = left_out[s] ? 0.0f : std::exp(alike[s] - most);  // NaN makes all of them NaN
+        all += alike[s];
+      }
+      const float share = all == 0 ? 0.0f : 1 / all;
+      for (int64_t s = 0; s < slots; ++s) {
+        float largest = 0;
+        if (where[s] >= 0) {
+          const int64_t middle = order.place[s];
+          const int64_t to = std::min<int64_t>(middle + kernel / 2 + 1, held);
+          for (int64_t i = std::max<int64_t>(middle - kernel / 2, 0); i < to; ++i)
+            largest = row[i] > largest || row[i] != row[i] ? row[i] : largest;
+        }
+        score[s] = part * largest - rest * (alike[s] * share);
+      }
+    }
+  });
+  return worth;
 }
 
 // -- what changes least -------------------------------------------------------------------------------
@@ -780,6 +843,9 @@ TORCH_LIBRARY_FRAGMENT(kvpolicy_cpu, library) {
       "-> (Tensor, bool)");
   library.def("pool(Tensor mass, Tensor positions, int newest, int kernel, bool mean) -> Tensor");
   library.def("cosines(Tensor keys, Tensor positions, Tensor out, float similar) -> Tensor");
+  library.def(
+      "not_redundant(Tensor cosine, Tensor mass, Tensor positions, Tensor out, int newest, int kernel, "
+      "float importance) -> Tensor");
   library.def("change_alone(Tensor values, Tensor mass) -> Tensor");
   library.def(
       "change_together(Tensor values, Tensor mass, Tensor score, Tensor positions, int count) -> Tensor");
@@ -794,6 +860,7 @@ TORCH_LIBRARY_IMPL(kvpolicy_cpu, CPU, library) {
   library.impl("lowest", lowest);
   library.impl("pool", pool);
   library.impl("cosines", cosines);
+  library.impl("not_redundant", not_redundant);
   library.impl("change_alone", change_alone);
   library.impl("change_together", change_together);
   library.impl("by_head", by_head);

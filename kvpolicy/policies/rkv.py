@@ -34,6 +34,14 @@ class NotRedundant(Score):
 
     def worth(self, view: CacheView) -> Tensor:
         """Both sum to 1 over the cached tokens, before pooling and weighting."""
+        kernel = native.chooser("not_redundant", view.mass, view.positions, view.keys)
+        if kernel is not None:
+            out, newest = self._out(view), view.seen - self.window
+            in_one_pass: Tensor = kernel(
+                *(self._cosines(view, out), view.mass, view.positions, out),
+                *(newest, self.kernel, self.importance),
+            )
+            return in_one_pass
         mass = view.mass.masked_fill((view.age <= self.window) | view.empty, 0.0)
         mass = mass / mass.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
         mass = pool(view, mass, self.kernel, self.window, "max")
@@ -44,12 +52,18 @@ class NotRedundant(Score):
 
         Each token spares the newest of those that are like it: of many alike, the newest stays.
         """
-        # The prefix stays whatever it is like, and the padding in it must not count: as keys of
-        # length zero, these are like none.
-        out = view.empty | view.pinned
+        out = self._out(view)
         total = self._cosines(view, out)
         mean = total / (~out).sum(-1, keepdim=True).clamp(min=1)
         return mean.masked_fill(out, torch.finfo(torch.float32).min).softmax(-1)
+
+    def _out(self, view: CacheView) -> Tensor:
+        """What no key is compared with, bool ``[B, H, S]``.
+
+        The prefix stays whatever it is like, and the padding in it must not count: as keys of
+        length zero, these are like none.
+        """
+        return view.empty | view.pinned if view.may_be_empty else view.pinned
 
     def _cosines(self, view: CacheView, out: Tensor) -> Tensor:
         """Sum of each key's cosines with the others that are not out, ``[B, H, S]``."""
