@@ -33,7 +33,7 @@ from kvpolicy.lab.bench.contender import (
 )
 from kvpolicy.lab.bench.fit import Largest, largest_batch
 from kvpolicy.lab.bench.machine import Machine
-from kvpolicy.lab.bench.peers import PeerError, PeerSession
+from kvpolicy.lab.bench.peers import OWN_WORKER, PeerError, PeerSession
 from kvpolicy.lab.bench.report import grids, markdown, plot
 from kvpolicy.lab.bench.rounds import Block, Plan, Rounds, lines_of_round
 from kvpolicy.lab.bench.run import Bench, capacity_of, enlist, plan_of
@@ -230,7 +230,7 @@ class Fake:
     def __init__(self, name, kind, seconds, interrupt_at=None):
         self.contender = Contender(name, kind, policy=name if kind == "policy" else "")
         self.seconds, self.interrupt_at = seconds, interrupt_at
-        self.log, self.runs, self.at = [], 0, 0
+        self.log, self.runs, self.at, self.awake = [], 0, 0, False
 
     def restart(self):
         self.at = 0
@@ -238,6 +238,8 @@ class Fake:
     def run(self, count):
         if self.runs == self.interrupt_at:
             raise KeyboardInterrupt
+        assert self.awake, "nobody's first step is slower for what others did before"
+        self.awake = False
         self.runs += 1
         line = self.at // count
         self.at += count
@@ -246,6 +248,9 @@ class Fake:
 
     def skip(self, count):
         self.at += count
+
+    def wake(self):
+        self.awake = True
 
     def cache_bytes(self):
         return 5
@@ -631,7 +636,7 @@ def in_a_process(model, **options) -> PeerSession:
     named = dict(name="linear", kind="policy", policy="linear")
     return PeerSession(
         Contender("linear", "policy", "linear"),
-        "own_worker",
+        OWN_WORKER,
         Path(sys.executable),
         EIGHT,
         model.dimensions,
@@ -659,6 +664,36 @@ def test_a_contender_in_another_process(model):
     finally:
         run.close()
     assert run.process.poll() is not None
+
+
+def test_scripts_of_other_projects_code_are_where_a_model_says(model, monkeypatch):
+    """They need packages that are not here: what is held is that they are found, and are told."""
+    begun = {}
+
+    class Started(PeerSession):
+        def __init__(self, contender, script, python, *rest, options, watched):
+            begun[contender.name] = (script, python, options)
+
+    monkeypatch.setattr("kvpolicy.lab.bench.run.PeerSession", Started)
+    who = enlist([], ["skip"], presses=True, llamagen=True)
+    plan = plan_of(model.layout, steps=24, rounds=1, every=1, minutes=None, whole_images=False)
+    folders = dict(environment=Path("theirs"), checkout=Path("LlamaGen"))
+    bench = Bench(model, TINY, plan, who, MACHINE, 12, "", **folders)
+    for contender in who[1:]:
+        bench.session(contender)
+    assert all(script.is_file() for script, *_ in begun.values())
+    script, python, options = begun["kvpress knorm"]
+    assert (script.name, python, options) == (
+        "kvpress_worker.py",
+        Path("theirs"),
+        {"press": "knorm"},
+    )
+    script, python, options = begun["llamagen official"]
+    assert (script.name, str(python), options) == (
+        "llamagen_worker.py",
+        sys.executable,
+        {"checkout": "LlamaGen"},
+    )
 
 
 def test_a_worker_that_fails_says_why(model):

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Iterable
 from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -79,6 +81,8 @@ class LlamaBench:
         ParameterError: the shape has fewer layers.
     """
 
+    peers = Path(__file__).parent / "bench_peers"
+
     def __init__(
         self, name: str, layers: int | None, dtype: torch.dtype, device: str, seed: int
     ) -> None:
@@ -146,6 +150,16 @@ class LlamaDecoder:
         ).logits
         self.seen += token.shape[1]
         return output
+
+    def wake(self) -> None:
+        """Read all weights and the cache once."""
+        for tensor in (*self.model.parameters(), *self.cached()):
+            tensor.sum()
+
+    def cached(self) -> Iterable[Tensor]:
+        """Keys and values of all layers, as far as they are allocated."""
+        kept = (getattr(layer, name) for layer in self.cache.layers for name in ("keys", "values"))
+        return [tensor for tensor in kept if tensor is not None]
 
     def release(self) -> None:
         """Give the cache back."""
@@ -227,8 +241,7 @@ class BaselineDecoder(LlamaDecoder):
 
     def cache_bytes(self) -> int:
         """Bytes of keys and values."""
-        tensors = [t for layer in self.cache.layers for t in (layer.keys, layer.values)]
-        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+        return sum(tensor.nbytes for tensor in self.cached())
 
 
 class PolicyDecoder(LlamaDecoder):
@@ -267,6 +280,11 @@ class PolicyDecoder(LlamaDecoder):
     def cache_bytes(self) -> int:
         """Bytes of keys and values."""
         return self.cache.stats().bytes
+
+    def cached(self) -> Iterable[Tensor]:
+        """Keys and values in slots."""
+        stores = [layer.store for layer in self.cache.policy_cache.layers]
+        return [kept for store in stores if store for kept in (store.keys, store.values)]
 
     def release(self) -> None:
         """Give the slots back."""

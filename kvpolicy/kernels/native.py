@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ __all__ = [
 ]
 
 _SOURCES = tuple(sorted(Path(__file__).parent.glob("*_cpu.cpp")))
+_HEADERS = tuple(sorted(Path(__file__).parent.glob("*.h")))
 _FLAGS = ("-std=c++20", "-O3", "-march=native", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 #: What is chosen by may also be positions, and masks.
@@ -51,7 +53,7 @@ Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 def library() -> Path:
     """Where the library for this machine lies, or would lie."""
     what = hashlib.sha256()
-    sources = [source.read_text() for source in _SOURCES]
+    sources = [source.read_text() for source in (*_SOURCES, *_HEADERS)]
     for part in (*sources, *_FLAGS, torch.__version__, platform.machine(), _features()):
         what.update(part.encode())
     folder = Path(os.environ.get("KVPOLICY_KERNELS", "~/.cache/kvpolicy/kernels")).expanduser()
@@ -90,8 +92,14 @@ def build(compiler: str | None = None) -> Path:
         linked = Path(folder, "linked.so")
         include = [f"-I{path}" for path in headers]
         compiled = [Path(folder, f"{source.stem}.o") for source in _SOURCES]
-        for source, into_file in zip(_SOURCES, compiled, strict=True):
-            _call(found, *_FLAGS, "-fopenmp", abi, *include, "-c", source, "-o", into_file)
+        flags = (*_FLAGS, "-fopenmp", abi, *include)
+
+        def compile_one(source: Path, object_file: Path) -> None:
+            _call(found, *flags, "-c", source, "-o", object_file)
+
+        # Most of the time goes into torch's headers, once a file.
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(compile_one, _SOURCES, compiled))
         link: list[str | Path] = [f"-L{libraries}", "-ltorch_cpu", "-lc10", *openmp]
         _call(found, "-shared", *compiled, *link, "-o", linked)
         os.replace(linked, into)  # whole or not at all: another process may be looking
@@ -143,7 +151,10 @@ def linear() -> Linear | None:
 
 
 def chooser(name: str, *tensors: Tensor) -> Callable[..., Any] | None:
-    """An operator of ``choose_cpu.cpp``, if it is built and serves tensors like these."""
+    """An operator that helps to choose, if it is built and serves tensors like these.
+
+    They are in ``rank_cpu.cpp``, ``scores_cpu.cpp``, ``alike_cpu.cpp`` and ``change_cpu.cpp``.
+    """
     found = operators()
     if found is None or torch.compiler.is_compiling():
         return None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -152,6 +153,9 @@ class Decoder(Protocol):
     def skip(self, count: int) -> None:
         """Go on by so many tokens with random keys and values in place of the model's."""
 
+    def wake(self) -> None:
+        """Read all weights and the cache once."""
+
     def tokens_read(self) -> float:
         """Cached tokens that attention reads in the next step, mean over layers."""
 
@@ -172,11 +176,14 @@ class BenchModel(Protocol):
         layout: where its tokens sit.
         dimensions: its sizes.
         real_layers: layers that the shape has, where the model has been given fewer.
+        peers: folder with ``kvpress_worker.py`` and ``llamagen_worker.py``, which decode a model of
+            these dimensions with other projects' code.
     """
 
     layout: RasterLayout
     dimensions: Dimensions
     real_layers: int
+    peers: Path
 
     def decoder(self, contender: Contender, workload: Workload) -> Decoder:
         """A decoder of one contender; all of them share the weights.
@@ -203,6 +210,13 @@ class Session(Protocol):
 
     def skip(self, count: int) -> None:
         """Go on by so many tokens without the model."""
+
+    def wake(self) -> None:
+        """Read all weights and the cache once, before a turn whose time is taken.
+
+        What a process has not touched for seconds, while others had their turn, may be slow to
+        reach at first; that is the machine's doing, and must not be the first contender's loss.
+        """
 
     def cache_bytes(self) -> int:
         """Bytes allocated for keys and values."""

@@ -22,12 +22,23 @@ from kvpolicy.errors import KVPolicyError
 from kvpolicy.lab.bench.contender import Contender, Dimensions, Workload
 from kvpolicy.layout import RasterLayout
 
-__all__ = ["KVPRESS", "PRESSES", "PeerError", "PeerSession", "build_environment", "peer"]
+__all__ = [
+    "KVPRESS",
+    "OWN_WORKER",
+    "PRESSES",
+    "PeerError",
+    "PeerSession",
+    "build_environment",
+    "peer",
+]
 
 #: What pip installs for ``--peers``.
 KVPRESS = "kvpress==0.5.5"
 PRESSES = ("streaming_llm", "lagkv", "knorm")
-_WORKERS = Path(__file__).parent / "workers"
+#: What every script that is driven may import: how it is spoken to.
+_PROTOCOL = Path(__file__).parent / "workers"
+#: Decodes with what decodes in this process, too.
+OWN_WORKER = _PROTOCOL / "own_worker.py"
 
 
 class PeerError(KVPolicyError, RuntimeError):
@@ -78,7 +89,7 @@ class PeerSession:
 
     Args:
         contender: who decodes.
-        worker: the script, one of ``workers/``.
+        script: what it runs; it may import ``protocol`` of ``workers/``.
         python: the interpreter that has the packages it needs.
         workload: what is decoded.
         dimensions: of the model.
@@ -93,7 +104,7 @@ class PeerSession:
     def __init__(
         self,
         contender: Contender,
-        worker: str,
+        script: Path,
         python: Path,
         workload: Workload,
         dimensions: Dimensions,
@@ -107,13 +118,16 @@ class PeerSession:
         # A file, not a pipe: nobody reads it, and a pipe that is full would stop the worker.
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed with the session)
         self.process = subprocess.Popen(
-            [str(python), str(_WORKERS / f"{worker}.py")],
+            [str(python), str(script)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.errors,
             text=True,
             env={
                 **os.environ,
+                "PYTHONPATH": os.pathsep.join(
+                    path for path in (str(_PROTOCOL), os.environ.get("PYTHONPATH")) if path
+                ),
                 "OMP_NUM_THREADS": threads,
                 "MKL_NUM_THREADS": threads,
                 # What is freed goes back to the system at once, so that growth can be watched.
@@ -145,6 +159,10 @@ class PeerSession:
     def skip(self, count: int) -> None:
         """Go on by so many tokens without the model."""
         self._ask(do="skip", count=count)
+
+    def wake(self) -> None:
+        """Read all weights and the cache once."""
+        self._ask(do="wake")
 
     def cache_bytes(self) -> int:
         """Bytes allocated for keys and values."""

@@ -159,6 +159,7 @@ class Rounds:
         return True
 
     def _block(self, session: Session, number: int, line: int) -> Block:
+        session.wake()
         seconds, read = session.run(self.plan.line_length)
         self.advance(1)
         return Block(number, line, session.contender.name, seconds, read)

@@ -25,7 +25,7 @@ from kvpolicy.lab.bench.contender import (
 )
 from kvpolicy.lab.bench.fit import Fit, Largest, largest_batch
 from kvpolicy.lab.bench.machine import Machine
-from kvpolicy.lab.bench.peers import PRESSES, PeerSession, peer
+from kvpolicy.lab.bench.peers import OWN_WORKER, PRESSES, PeerSession, peer
 from kvpolicy.lab.bench.report import conditions, grids, markdown, plot
 from kvpolicy.lab.bench.rounds import Plan, Rounds, lines_of_round
 from kvpolicy.lab.bench.session import LocalSession
@@ -180,18 +180,19 @@ class Bench:
         if contender.kind == "peer" and contender.name != _LLAMAGEN:
             assert self.environment is not None
             press = contender.name.partition(" ")[2]
-            worker, python, options = "kvpress_worker", self.environment, {"press": press}
+            python, options = self.environment, {"press": press}
+            script = self.model.peers / "kvpress_worker.py"
         elif contender.kind == "peer":
             python, options = Path(sys.executable), {"checkout": str(self.checkout)}
-            worker = "llamagen_worker"
+            script = self.model.peers / "llamagen_worker.py"
         elif watched:
-            python, worker = Path(sys.executable), "own_worker"
+            python, script = Path(sys.executable), OWN_WORKER
             options = {"contender": asdict(contender)}
         else:
             return LocalSession(self.model, contender, workload)
         return PeerSession(
             contender,
-            worker,
+            script,
             python,
             workload,
             self.model.dimensions,

@@ -67,6 +67,12 @@ class LocalSession:
             self.decoder.skip(part)
         self.seen += count
 
+    @torch.inference_mode()
+    def wake(self) -> None:
+        """Read all weights and the cache once."""
+        self.decoder.wake()
+        self._settle()
+
     def cache_bytes(self) -> int:
         """Bytes allocated for keys and values."""
         return self.decoder.cache_bytes()

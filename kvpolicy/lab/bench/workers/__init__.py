@@ -1,1 +1,1 @@
-"""Scripts that run in another process, and import torch and what they measure."""
+"""What a process runs that is driven by a line of JSON each way."""

@@ -35,7 +35,7 @@ def serve(make: Callable[[dict[str, Any]], Any]) -> None:
 
     Args:
         make: takes the first message and gives an object with ``restart()``, ``run(count)``,
-            ``skip(count)``, ``cache_bytes()`` and ``release()``.
+            ``skip(count)``, ``wake()``, ``cache_bytes()`` and ``release()``.
     """
     # What libraries print must not come between the answers.
     out = os.fdopen(os.dup(sys.stdout.fileno()), "w")
@@ -61,6 +61,8 @@ def serve(make: Callable[[dict[str, Any]], Any]) -> None:
                 answer = {"seconds": seconds, "read": read}
             elif message["do"] == "skip":
                 worker.skip(message["count"])
+            elif message["do"] == "wake":
+                worker.wake()
             elif message["do"] == "cache_bytes":
                 answer = {"bytes": worker.cache_bytes()}
             elif message["do"] == "memory":

@@ -90,6 +90,11 @@ class Worker:
             layer.values = torch.randn(size, dtype=self.dtype, device=self.device)
         self.press.reset()
 
+    def wake(self) -> None:
+        kept = [tensor for layer in self.cache.layers for tensor in (layer.keys, layer.values)]
+        for tensor in (*self.model.parameters(), *kept):
+            tensor.sum()
+
     def release(self) -> None:
         self.cache = None
         self.press.reset()

@@ -1,0 +1,205 @@
+// What kernels share that go by a head's slots, side by side: rows of strided tensors, vectors of slots,
+// tokens turned so that a dimension is a row, their products, and the order of positions.
+//
+// Slots that hold equal tokens must score equal to the last bit, wherever they lie, for the older is
+// to go: so sums run over a head's dimensions in one order for all slots, side by side, and slots
+// are padded to whole vectors rather than left to a loop of another kind.
+
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+
+#include <algorithm>
+#include <bit>
+#include <limits>
+#include <vector>
+
+namespace {
+
+using at::Tensor;
+
+constexpr float kInf = std::numeric_limits<float>::infinity();
+constexpr float kTiny = std::numeric_limits<float>::min();
+constexpr int32_t kLast = std::numeric_limits<int32_t>::max();
+
+// One row a head of a tensor [B, H, ...], of which only the last dimension is side by side.
+template <typename T>
+struct Rows {
+  Tensor kept;
+  T* data;
+  int64_t heads, batch_stride, head_stride, stride;
+
+  explicit Rows(const Tensor& given)
+      : kept(given.size(-1) == 1 || given.stride(-1) == 1 ? given : given.contiguous()),
+        data(static_cast<T*>(kept.data_ptr())),
+        heads(kept.size(1)),
+        batch_stride(kept.stride(0)),
+        head_stride(kept.stride(1)),
+        stride(kept.stride(2)) {}
+
+  T* operator[](int64_t at) const {
+    return data + at / heads * batch_stride + at % heads * head_stride;
+  }
+};
+
+template <typename Go>
+void each_head(const Tensor& by_slot, int64_t grain, const Go& go) {
+  at::parallel_for(0, by_slot.size(0) * by_slot.size(1), grain, go);
+}
+
+template <typename Go>
+void by_dtype(const Tensor& tensor, const Go& go) {
+  switch (tensor.scalar_type()) {
+    case at::kFloat: go(float{}); break;
+    case at::kBFloat16: go(at::BFloat16{}); break;
+    case at::kHalf: go(at::Half{}); break;
+    default: TORCH_CHECK(false, "no kernel for ", tensor.scalar_type());
+  }
+}
+
+// Slots side by side: sixteen, on processors with narrower vectors as several of them.
+constexpr int64_t kLanes = 16;
+using Lanes = float __attribute__((vector_size(kLanes * sizeof(float)), aligned(4), may_alias));
+using Ints = int32_t __attribute__((vector_size(kLanes * sizeof(int32_t)), aligned(4), may_alias));
+
+template <typename Vector, typename T>
+inline Vector& lanes(T* at) {
+  return *reinterpret_cast<Vector*>(at);
+}
+template <typename Vector, typename T>
+inline const Vector& lanes(const T* at) {
+  return *reinterpret_cast<const Vector*>(at);
+}
+
+inline int64_t padded(int64_t slots) { return (slots + kLanes - 1) / kLanes * kLanes; }
+
+// Sixteen rows of sixteen numbers, turned: each round interleaves the upper half with the lower.
+inline void turn_block(const float* rows, int64_t stride, float* out, int64_t out_stride) {
+#if defined(__has_builtin) && __has_builtin(__builtin_shufflevector)
+  Lanes a[kLanes], b[kLanes];
+  for (int64_t i = 0; i < kLanes; ++i) a[i] = lanes<Lanes>(rows + i * stride);
+  for (int64_t round = 0; round < 4; ++round) {
+    for (int64_t i = 0; i < kLanes / 2; ++i) {
+      const Lanes x = a[i], y = a[i + kLanes / 2];
+      b[2 * i] = __builtin_shufflevector(
+          x, y, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+      b[2 * i + 1] = __builtin_shufflevector(
+          x, y, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+    }
+    for (int64_t i = 0; i < kLanes; ++i) a[i] = b[i];
+  }
+  for (int64_t i = 0; i < kLanes; ++i) lanes<Lanes>(out + i * out_stride) = a[i];
+#else
+  for (int64_t d = 0; d < kLanes; ++d)
+    for (int64_t i = 0; i < kLanes; ++i) out[d * out_stride + i] = rows[i * stride + d];
+#endif
+}
+
+// A token in float32, padded with zeros.
+template <typename T>
+inline void copy(const T* token, int64_t dim, float* out) {
+  for (int64_t d = 0; d < dim; ++d) out[d] = static_cast<float>(token[d]);
+  std::fill(out + dim, out + padded(dim), 0.0f);
+}
+
+// A head's tokens [slots, dim], one row a dimension: [dim, slots]; both are padded.
+void turn(const float* tokens, int64_t slots, int64_t dim, float* out) {
+  const int64_t across = padded(slots), wide = padded(dim);
+  for (int64_t s = 0; s < across; s += kLanes)
+    for (int64_t d = 0; d < wide; d += kLanes)
+      turn_block(tokens + s * wide + d, wide, out + d * across + s, across);
+}
+
+constexpr int64_t kTileVectors = 4;
+
+template <int64_t kVectors>
+inline void product_of(
+    const float* other, int64_t stride, const float* rows, int64_t count, int64_t width, float* out) {
+  Lanes sums[kVectors] = {};
+  for (int64_t i = 0; i < count; ++i)
+    for (int64_t v = 0; v < kVectors; ++v)
+      sums[v] += other[i * stride] * lanes<Lanes>(rows + i * width + v * kLanes);
+  for (int64_t v = 0; v < kVectors; ++v) lanes<Lanes>(out + v * kLanes) = sums[v];
+}
+
+// out = sum over i < count of other[i * stride] * rows[i], rows of `width` numbers, whole vectors.
+void product(
+    const float* other, int64_t stride, const float* rows, int64_t count, int64_t width, float* out) {
+  int64_t j = 0;
+  for (; j + kTileVectors * kLanes <= width; j += kTileVectors * kLanes)
+    product_of<kTileVectors>(other, stride, rows + j, count, width, out + j);
+  switch ((width - j) / kLanes) {
+    case 3: product_of<3>(other, stride, rows + j, count, width, out + j); break;
+    case 2: product_of<2>(other, stride, rows + j, count, width, out + j); break;
+    case 1: product_of<1>(other, stride, rows + j, count, width, out + j); break;
+    default: break;
+  }
+}
+
+// Ask for a part of a head's tokens ahead of time: part `at` of `parts`.
+template <typename T>
+inline void ask_ahead(
+    const T* tokens, int64_t stride, int64_t slots, int64_t dim, int64_t at, int64_t parts) {
+  for (int64_t s = slots * at / parts; s < slots * (at + 1) / parts; ++s)
+    for (int64_t byte = 0; byte < dim * static_cast<int64_t>(sizeof(T)); byte += 64)
+      __builtin_prefetch(reinterpret_cast<const char*>(tokens + s * stride) + byte);
+}
+
+// How manieth each token of a head is in the order of positions: one bit a position tells, so nothing
+// is sorted.
+struct Order {
+  std::vector<uint64_t> bits;
+  std::vector<int32_t> before, place;  // place: of each slot; meaningless where it is empty
+
+  // How many slots hold a token.
+  int32_t find(const int32_t* position, int64_t slots) {
+    int32_t low = kLast, high = -1;
+    for (int64_t s = 0; s < slots; ++s) {
+      low = position[s] >= 0 && position[s] < low ? position[s] : low;
+      high = position[s] > high ? position[s] : high;
+    }
+    place.resize(slots);
+    if (high < 0) return 0;
+    bits.assign((high - low) / 64 + 1, 0);
+    before.resize(bits.size());
+    for (int64_t s = 0; s < slots; ++s)
+      if (position[s] >= 0) bits[(position[s] - low) / 64] |= uint64_t{1} << (position[s] - low) % 64;
+    int32_t held = 0;
+    for (size_t word = 0; word < bits.size(); ++word) {
+      before[word] = held;
+      held += std::popcount(bits[word]);
+    }
+    for (int64_t s = 0; s < slots; ++s) {
+      if (position[s] < 0) continue;
+      const int32_t bit = position[s] - low;
+      const uint64_t lower = (uint64_t{1} << bit % 64) - 1;
+      place[s] = before[bit / 64] + std::popcount(bits[bit / 64] & lower);
+    }
+    return held;
+  }
+};
+
+// The slot with the lowest worth, and of equals the one with the lowest position.
+template <typename T>
+int64_t lowest_of(const T* worth, const int32_t* position, int64_t slots) {
+  T least = worth[0];
+#pragma omp simd reduction(min : least)
+  for (int64_t s = 0; s < slots; ++s) least = worth[s] < least ? worth[s] : least;
+  int32_t oldest = kLast;
+#pragma omp simd reduction(min : oldest)
+  for (int64_t s = 0; s < slots; ++s) {
+    const int32_t here = worth[s] == least ? position[s] : kLast;
+    oldest = here < oldest ? here : oldest;
+  }
+  int32_t slot = kLast;
+#pragma omp simd reduction(min : slot)
+  for (int32_t s = 0; s < static_cast<int32_t>(slots); ++s) {
+    const int32_t here = worth[s] == least && position[s] == oldest ? s : kLast;
+    slot = here < slot ? here : slot;
+  }
+  return slot;
+}
+
+}  // namespace
