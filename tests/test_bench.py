@@ -7,6 +7,7 @@ share with the workers tested here is the protocol.
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_library import needs_compiler
 from torch._dynamo.testing import CompileCounter
+from torch._inductor.utils import run_and_get_code
 from typer.testing import CliRunner
 
 from kvpolicy import BudgetError, ParameterError, RasterLayout, UnknownNameError
@@ -194,6 +196,19 @@ def test_a_compiled_floor_is_compiled_once_and_gives_the_same(model, kind, monke
             ours, theirs = (e.decoder.step(e.tokens[:, 102:103]) for e in (compiled, eager))
         torch.testing.assert_close(ours, theirs)
         assert counter.frame_count == 1
+    torch._dynamo.reset()
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+def test_a_compiled_skip_still_makes_keys_and_values(model):
+    """Or what a cache costs would seem to include two products of each layer."""
+    torch._dynamo.reset()
+    run = session(model, Contender("skip", "skip", compiled=True))
+    run.restart()
+    with torch.inference_mode():
+        _, sources = run_and_get_code(run.decoder.step, run.tokens[:, 1:2])
+    (source,) = sources
+    assert source.count("extern_kernels.mm(") == 7 + 1  # of a layer, and the head
     torch._dynamo.reset()
 
 

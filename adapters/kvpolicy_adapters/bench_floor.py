@@ -27,9 +27,13 @@ from kvpolicy.terms import Terms
 __all__ = ["FloorCache", "fastest", "floor_attention", "skip_attention"]
 
 _TRIALS = 15
+#: Bytes that other layers read between two turns of one, more than most caches of a core hold.
+_BETWEEN = 1 << 26
 _MARK = "_kvpolicy_floor"
-#: The fastest attention of each case, measured when it first comes.
-_FASTEST: dict[tuple[Any, ...], Callable[[Tensor, Tensor, Tensor], Tensor]] = {}
+#: Writes a layer's next token and attends: layer, query, key, value.
+Way = Callable[["FloorLayer", Tensor, Tensor, Tensor], Tensor]
+#: The fastest way of each case, measured when it first comes.
+_FASTEST: dict[tuple[Any, ...], Way] = {}
 
 
 class FloorLayer(CacheLayerMixin):
@@ -42,6 +46,8 @@ class FloorLayer(CacheLayerMixin):
         super().__init__()
         self.slots = slots
         self.seen = 0
+        # Of the CPU kernel, which writes positions, too.
+        self.positions: Tensor | None = None
         # Of compiled code, whose position is a tensor: set while it runs.
         self.step: Step | None = None
         self.position: Tensor | None = None
@@ -63,15 +69,27 @@ class FloorLayer(CacheLayerMixin):
             return self._mark(key_states), value_states
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        if self.slots and key_states.shape[2] == 1:
+            return self._mark(key_states), value_states  # attention writes it, as it likes
         assert self.keys is not None
         assert self.values is not None
-        if self.slots:
-            for token in range(key_states.shape[2]):
-                slot = (self.seen + token) % self.slots
-                self.keys[:, :, slot] = key_states[:, :, token]
-                self.values[:, :, slot] = value_states[:, :, token]
-        self.seen += key_states.shape[2]
+        for token in range(key_states.shape[2]):
+            if self.slots:
+                self.write(key_states[:, :, token], value_states[:, :, token])
+            self.seen += 1
         return self.keys, self.values
+
+    @property
+    def slot(self) -> int:
+        """Where the next token goes: over the oldest."""
+        return self.seen % self.slots
+
+    def write(self, key: Tensor, value: Tensor) -> None:
+        """Write the next token, ``[B, H, D]``."""
+        assert self.keys is not None
+        assert self.values is not None
+        self.keys[:, :, self.slot] = key
+        self.values[:, :, self.slot] = value
 
     def _mark(self, key: Tensor) -> Tensor:
         """The same keys, which tell attention whose they are."""
@@ -163,14 +181,19 @@ def floor_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention of the newest tokens over all slots; returns ``[B, T, Hq, D]``."""
-    layer = getattr(key, _MARK, None)
-    if layer is not None:
-        output: Tensor = layer.step.attend(query, key, value, Terms())
-        return output.transpose(1, 2).contiguous(), None
-    case = (*query.shape, *key.shape, query.dtype, query.device, torch.get_num_threads())
-    if case not in _FASTEST:
-        _FASTEST[case] = fastest(query, key, value)
-    return _FASTEST[case](query, key, value).transpose(1, 2).contiguous(), None
+    layer: FloorLayer | None = getattr(key, _MARK, None)
+    output: Tensor
+    if layer is None:  # a prefix
+        output = _fused(query, key, value)
+    elif layer.step is not None:
+        output = layer.step.attend(query, key, value, Terms())
+    else:
+        case = (*query.shape, *key.shape, layer.slots, query.dtype, query.device)
+        if case not in _FASTEST:
+            _FASTEST[case] = fastest(layer, query, key, value)
+        output = _FASTEST[case](layer, query, key, value)
+        layer.seen += 1
+    return output.transpose(1, 2).contiguous(), None
 
 
 def skip_attention(
@@ -182,46 +205,71 @@ def skip_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """No attention: the query itself, in the output's shape."""
+    if torch.compiler.is_compiling():
+        # A compiler leaves out products that nobody uses; those of keys and values must be made.
+        query = query + 0.0 * (key.sum() + value.sum())
     return query.transpose(1, 2).contiguous(), None
 
 
-def fastest(
-    query: Tensor, key: Tensor, value: Tensor
-) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """The candidate with the smallest median time, in alternation with the others."""
-    seconds: dict[Callable[..., Tensor], list[float]] = {_fused: [], _products: []}
-    if native.decoder() is not None and query.shape[2] == 1 and native.serves(query, key, value):
-        seconds[_kernel] = []
+def fastest(layer: FloorLayer, query: Tensor, key: Tensor, value: Tensor) -> Way:
+    """The way to write a token and attend that has the smallest median time, of all there are.
+
+    They take turns, and each turn begins as a layer of a model does: other layers have been read
+    since, so that what it reads is far from the processor.
+    """
+    seconds: dict[Way, list[float]] = {_write_and_fuse: [], _write_and_multiply: []}
+    if native.decoder() is not None and native.serves(query, key, value):
+        seconds[_in_one_pass] = []
+    others = torch.zeros(_BETWEEN, dtype=torch.uint8, device=query.device)
     for _ in range(_TRIALS):
-        for candidate, times in seconds.items():
+        for way, times in seconds.items():
+            others.add_(1)
+            _settle(query)
             begun = time.perf_counter()
-            candidate(query, key, value)
-            if query.is_cuda:
-                torch.cuda.synchronize()
+            way(layer, query, key, value)
+            _settle(query)
             times.append(time.perf_counter() - begun)
-    return min(seconds, key=lambda candidate: statistics.median(seconds[candidate]))
+    return min(seconds, key=lambda way: statistics.median(seconds[way]))
 
 
-def _kernel(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """The CPU kernel of kvpolicy; what it writes is what lies there already."""
+def _settle(tensor: Tensor) -> None:
+    if tensor.is_cuda:
+        torch.cuda.synchronize()
+
+
+def _in_one_pass(layer: FloorLayer, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """The CPU kernel of kvpolicy."""
     decode = native.decoder()
     assert decode is not None
-    batch, heads, slots, dim = key.shape
-    first = torch.zeros(1, 1, 1, dtype=torch.int64).expand(batch, heads, 1)
-    positions = torch.empty(batch, heads, slots, dtype=torch.int32)
-    newest = key[:, :, :1], value[:, :, :1]
-    output, *_ = decode(query, key, value, positions, first, *newest, 0, slots, dim**-0.5, False)
+    assert layer.keys is not None
+    if layer.positions is None:
+        layer.positions = torch.zeros(layer.keys.shape[:3], dtype=torch.int32)
+    where = torch.tensor([layer.slot]).expand(*layer.keys.shape[:2], 1)
+    kept = (layer.keys, layer.values, layer.positions)
+    output, *_ = decode(
+        query, *kept, where, key, value, layer.seen, layer.slots, query.shape[3] ** -0.5, False
+    )
     return output
 
 
-def _fused(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def _write_and_fuse(layer: FloorLayer, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """The fused kernel behind scaled_dot_product_attention."""
+    layer.write(key[:, :, 0], value[:, :, 0])
+    return _fused(query, layer.keys, layer.values)
+
+
+def _write_and_multiply(layer: FloorLayer, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Two batched products and a softmax."""
+    layer.write(key[:, :, 0], value[:, :, 0])
+    return _products(query, layer.keys, layer.values)
+
+
+def _fused(query: Tensor, key: Any, value: Any) -> Tensor:
     shared = query.shape[1] != key.shape[1]
     return functional.scaled_dot_product_attention(query, key, value, enable_gqa=shared)
 
 
-def _products(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Two batched products and a softmax."""
+def _products(query: Tensor, key: Any, value: Any) -> Tensor:
     batch, query_heads, count, dim = query.shape
     heads, slots = key.shape[1:3]
     rows = query_heads // heads * count
