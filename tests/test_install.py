@@ -192,7 +192,8 @@ def test_core_tests_pass_where_nothing_else_is_installed(wheel, tmp_path):
     add(python, wheel)
     tests = tmp_path / "tests"
     tests.mkdir()
-    for name in ("conftest", "test_layout", "test_budget", "test_policy", "test_attention"):
+    core = ("test_layout", "test_budget", "test_policy", "test_attention")
+    for name in ("conftest", "kernel_library", *core):
         shutil.copy(ROOT / "tests" / f"{name}.py", tests)
     missing = "import importlib.util as u; assert u.find_spec('transformers') is None"
     run(python, "-c", missing, cwd=tmp_path)
