@@ -181,7 +181,8 @@ struct Order {
   }
 };
 
-// The slot with the lowest worth, and of equals the one with the lowest position.
+// The slot with the lowest worth, and of equals the one with the lowest position. Nothing equals NaN;
+// where it got this far after all, slot 0 is at least a slot.
 template <typename T>
 int64_t lowest_of(const T* worth, const int32_t* position, int64_t slots) {
   T least = worth[0];
@@ -199,7 +200,7 @@ int64_t lowest_of(const T* worth, const int32_t* position, int64_t slots) {
     const int32_t here = worth[s] == least && position[s] == oldest ? s : kLast;
     slot = here < slot ? here : slot;
   }
-  return slot;
+  return slot == kLast ? 0 : slot;
 }
 
 }  // namespace

@@ -133,44 +133,41 @@ struct Foreseen {
   }
 };
 
-// The change if each token goes alone, [B, H, S]; masses are [B, H, W, S].
-Tensor change_alone(const Tensor& values, const Tensor& mass) {
-  const int64_t lines = mass.size(2), slots = mass.size(3);
-  Tensor changes = at::empty({mass.size(0), mass.size(1), slots}, mass.options());
-  float* out = changes.mutable_data_ptr<float>();
+// What is foreseen for each head, one after the other; masses are [B, H, W, S].
+template <typename Use>
+void foresee(const Tensor& values, const Tensor& mass, const Use& use) {
+  const int64_t all = mass.size(0) * mass.size(1);
   by_dtype(values, [&](auto zero) {
     const Rows<decltype(zero)> tokens(values);
     const Rows<float> masses(mass);
-    each_head(changes, 1, [&](int64_t first, int64_t last) {
-      const int64_t all = mass.size(0) * mass.size(1);
-      Foreseen seen(lines, slots, values.size(3));
+    each_head(mass, 1, [&](int64_t first, int64_t last) {
+      Foreseen seen(mass.size(2), mass.size(3), values.size(3));
       for (int64_t at = first; at < last; ++at) {
         seen.look(tokens[at], tokens[std::min(at + 1, all - 1)], tokens.stride, masses[at], masses.stride);
-        seen.alone(out + at * slots);
+        use(seen, at);
       }
     });
   });
+}
+
+// The change if each token goes alone, [B, H, S].
+Tensor change_alone(const Tensor& values, const Tensor& mass) {
+  const int64_t slots = mass.size(3);
+  Tensor changes = at::empty({mass.size(0), mass.size(1), slots}, mass.options());
+  float* out = changes.mutable_data_ptr<float>();
+  foresee(values, mass, [&](Foreseen& seen, int64_t at) { seen.alone(out + at * slots); });
   return changes;
 }
 
 // The slots that together change least, int64 [B, H, count], given what each costs to begin with.
 Tensor change_together(
     const Tensor& values, const Tensor& mass, const Tensor& score, const Tensor& positions, int64_t count) {
-  const int64_t lines = mass.size(2), slots = mass.size(3);
   Tensor chosen = at::empty({mass.size(0), mass.size(1), count}, mass.options().dtype(at::kLong));
   int64_t* out = chosen.mutable_data_ptr<int64_t>();
-  by_dtype(values, [&](auto zero) {
-    const Rows<decltype(zero)> tokens(values);
-    const Rows<float> masses(mass), scores(score);
-    const Rows<int32_t> position(positions);
-    each_head(chosen, 1, [&](int64_t first, int64_t last) {
-      const int64_t all = mass.size(0) * mass.size(1);
-      Foreseen seen(lines, slots, values.size(3));
-      for (int64_t at = first; at < last; ++at) {
-        seen.look(tokens[at], tokens[std::min(at + 1, all - 1)], tokens.stride, masses[at], masses.stride);
-        seen.together(scores[at], position[at], count, out + at * count);
-      }
-    });
+  const Rows<float> scores(score);
+  const Rows<int32_t> position(positions);
+  foresee(values, mass, [&](Foreseen& seen, int64_t at) {
+    seen.together(scores[at], position[at], count, out + at * count);
   });
   return chosen;
 }

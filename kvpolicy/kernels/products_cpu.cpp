@@ -33,8 +33,16 @@ inline Lanes load(const float* from) {
   return lanes;
 }
 
+// Sums of neighbours: those of a, then those of b.
 inline Lanes halved(Lanes a, Lanes b) {
-#if defined(__AVX512F__)
+#if !defined(__has_builtin) || !__has_builtin(__builtin_shufflevector)
+  Lanes sums;
+  for (int64_t i = 0; i < kLanes / 2; ++i) {
+    sums[i] = a[2 * i] + a[2 * i + 1];
+    sums[kLanes / 2 + i] = b[2 * i] + b[2 * i + 1];
+  }
+  return sums;
+#elif defined(__AVX512F__)
   return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
          __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
 #elif defined(__AVX__)
@@ -45,7 +53,7 @@ inline Lanes halved(Lanes a, Lanes b) {
 #endif
 }
 
-// The sums of some lanes each: neighbours are added, and what two vectors leave goes into one.
+// The sums of some lanes each: what two vectors leave of theirs goes into one, again and again.
 template <int64_t kCount>
 inline void sums_of(Lanes* lanes, float* sums) {
   static_assert(kCount <= kLanes && (kCount & (kCount - 1)) == 0);

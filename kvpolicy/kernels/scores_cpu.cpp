@@ -12,7 +12,7 @@
 
 namespace {
 
-// Each token's mass pooled with its neighbours' in that order; tokens from position `newest` on count
+// Each token's mass pooled with its neighbours', in the order of positions; tokens from position `newest` on count
 // as zero, and empty slots get zero.
 Tensor pool(const Tensor& mass, const Tensor& positions, int64_t newest, int64_t kernel, bool mean) {
   const int64_t slots = mass.size(2);
