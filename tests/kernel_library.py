@@ -9,7 +9,7 @@ import pytest
 
 from kvpolicy.kernels import native
 
-__all__ = ["COMPILER", "folder", "kernel", "needs_compiler"]
+__all__ = ["COMPILER", "folder", "kernel", "needs_compiler", "operators"]
 
 COMPILER = next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler is installed")
@@ -29,6 +29,18 @@ def folder(tmp_path_factory):
             os.environ["KVPOLICY_KERNELS"] = before
     assert path.parent == built
     return built
+
+
+@pytest.fixture(scope="session")
+def operators(folder):
+    """The kernels by name, which nobody uses on that account."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KVPOLICY_KERNELS", str(folder))
+        patch.setenv("KVPOLICY_NATIVE", "1")
+        native.operators.cache_clear()
+        found = native.operators()
+    native.operators.cache_clear()
+    return found
 
 
 @pytest.fixture

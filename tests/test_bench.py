@@ -6,6 +6,8 @@ share with the workers tested here is the protocol.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import json
 import shutil
 import sys
@@ -196,6 +198,28 @@ def test_a_compiled_floor_is_compiled_once_and_gives_the_same(model, kind, monke
             ours, theirs = (e.decoder.step(e.tokens[:, 102:103]) for e in (compiled, eager))
         torch.testing.assert_close(ours, theirs)
         assert counter.frame_count == 1
+    torch._dynamo.reset()
+
+
+def test_there_may_be_more_compiled_contenders_than_torch_compiles_one_function_for(
+    model, monkeypatch
+):
+    plain = torch.compile
+
+    @functools.wraps(plain)  # its parameters are looked at
+    def traced(function, **how):
+        return plain(function, backend="eager", **how)
+
+    if "isolate_recompiles" not in inspect.signature(plain).parameters:
+        pytest.skip("this torch counts all of them together")
+    monkeypatch.setattr(torch, "compile", traced)
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for kind in ("skip", "floor", "static"):
+            run = session(model, Contender(kind, kind, compiled=True))
+            run.restart()
+            run.run(2)
+            run.close()
     torch._dynamo.reset()
 
 
@@ -446,6 +470,31 @@ def test_tables_and_plot(measured, tmp_path):
     assert list(drawn["dynamic"])[-1] == 13_000
 
 
+class Recording(PeerSession):
+    """A watched session without a process: notes what it is told, and has grown by so much."""
+
+    def __init__(self, done, grown):
+        self.done, self.grown = done, grown
+
+    def restart(self):
+        self.done.append("restart")
+
+    def run(self, count):
+        self.done.append(("run", count))
+
+    def skip(self, count):
+        self.done.append(("skip", count))
+
+    def watch(self):
+        self.done.append("watch")
+
+    def memory(self):
+        return self.grown
+
+    def close(self):
+        self.done.append("close")
+
+
 # -- how many fit --------------------------------------------------------------------------------
 
 
@@ -500,29 +549,9 @@ def test_trials_decode_the_last_line_of_their_own_batch(model, monkeypatch):
     bench = Bench(model, TINY, plan, [Contender("h2o", "policy", "h2o")], MACHINE, 12, "")
     done = []
 
-    class Recording(PeerSession):
-        def __init__(self, batch):
-            self.batch = batch
-
-        def watch(self):
-            done.append("watch")
-
-        def restart(self):
-            done.append("restart")
-
-        def run(self, count):
-            done.append(("run", count))
-
-        def skip(self, count):
-            done.append(("skip", count))
-
-        def memory(self):
-            return self.batch * 1000
-
-        def close(self):
-            done.append("close")
-
-    monkeypatch.setattr(bench, "session", lambda contender, watched, batch: Recording(batch))
+    monkeypatch.setattr(
+        bench, "session", lambda contender, watched, batch: Recording(done, 1000 * batch)
+    )
     fit = bench.fit(least_bytes(model) + 2500, lambda count: None)
     assert fit.largest == {"h2o": Largest(2, least_bytes(model) + 2000)}
     trial = ["watch", "restart", ("skip", 24), ("skip", 24), ("run", 24), "close"]
@@ -614,32 +643,10 @@ def test_memory_is_watched_after_a_whole_image_decisions_and_all(model, monkeypa
     """What the first decision loads (code, libraries) is not what a cache costs."""
     done = []
 
-    class Recording(PeerSession):
-        def __init__(self):
-            pass
-
-        def restart(self):
-            done.append("restart")
-
-        def run(self, count):
-            done.append(("run", count))
-
-        def skip(self, count):
-            done.append(("skip", count))
-
-        def watch(self):
-            done.append("watch")
-
-        def memory(self):
-            return 7
-
-        def close(self):
-            done.append("close")
-
     plan = plan_of(model.layout, steps=96, rounds=1, every=2, minutes=None, whole_images=False)
     contender = Contender("h2o", "policy", "h2o")
     bench = Bench(model, EIGHT, plan, [contender], MACHINE, 12, "")
-    monkeypatch.setattr(bench, "session", lambda contender, watched: Recording())
+    monkeypatch.setattr(bench, "session", lambda contender, watched: Recording(done, 7))
     assert bench.watch_memory(lambda count: None) == {"h2o": 7}
     begun = done.index("watch")
     run, skip = ("run", 24), ("skip", 24)

@@ -56,16 +56,10 @@ def reference(query, keys, values, scale):
     data=st.data(),
 )
 def test_it_writes_and_attends(
-    folder, seed, batch, heads, group, slots, spare, dims, dtype, spread, data
+    operators, seed, batch, heads, group, slots, spare, dims, dtype, spread, data
 ):
     """Against float64, on strided tokens, with slots behind those that are held."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("KVPOLICY_KERNELS", str(folder))
-        patch.setenv("KVPOLICY_NATIVE", "1")
-        native.operators.cache_clear()
-        decode = native.decoder()
-    native.operators.cache_clear()
-    assert decode is not None
+    decode = operators.decode.default
     chance = torch.Generator().manual_seed(seed)
     dim, value_dim = dims
     total = slots + spare
@@ -123,15 +117,10 @@ def test_it_writes_and_attends(
     need_mass=st.booleans(),
 )
 def test_the_compiled_steps_kernel_knows_empty_slots(
-    folder, seed, batch, heads, group, slots, dims, dtype, shift, empty, need_mass
+    operators, seed, batch, heads, group, slots, dims, dtype, shift, empty, need_mass
 ):
     """Against float64 over the slots that hold a token, whatever lies in those that are empty."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("KVPOLICY_KERNELS", str(folder))
-        patch.setenv("KVPOLICY_NATIVE", "1")
-        native.operators.cache_clear()
-        decode_step = native.stepper()
-    native.operators.cache_clear()
+    decode_step = operators.decode_step.default
     chance = torch.Generator().manual_seed(seed)
     dim, value_dim = dims
 

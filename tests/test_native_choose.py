@@ -65,17 +65,6 @@ class Counted:
         return getattr(self.operators, name)
 
 
-@pytest.fixture(scope="module")
-def operators(folder):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("KVPOLICY_KERNELS", str(folder))
-        patch.setenv("KVPOLICY_NATIVE", "1")
-        native.operators.cache_clear()
-        found = native.operators()
-    native.operators.cache_clear()
-    return found
-
-
 def both(operators, name, function):
     """What a function gives with the kernel of this name, and without any."""
     counted = Counted(operators)

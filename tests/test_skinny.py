@@ -45,13 +45,8 @@ def numbers(*shape, seed=0):
     outputs=st.sampled_from([1, 2, 3, 11, 12, 13, 100]),
     with_bias=st.booleans(),
 )
-def test_products_against_float64(folder, seed, rows, columns, outputs, with_bias):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("KVPOLICY_KERNELS", str(folder))
-        patch.setenv("KVPOLICY_NATIVE", "1")
-        native.operators.cache_clear()
-        linear = native.linear()
-    native.operators.cache_clear()
+def test_products_against_float64(operators, seed, rows, columns, outputs, with_bias):
+    linear = operators.linear.default
     x, weight = numbers(rows, columns, seed=seed), numbers(outputs, columns, seed=seed + 1)
     bias = numbers(outputs, seed=seed + 2) if with_bias else None
     found = linear(x, weight, bias)

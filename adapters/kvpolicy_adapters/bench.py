@@ -143,9 +143,13 @@ class LlamaDecoder:
         self.forward: Any = self.model
         self.seen = 0
 
-    def step(self, token: Tensor, **options: Any) -> Tensor:
+    def step(self, token: Tensor) -> Tensor:
         """Decode one token a sequence."""
-        output = self.forward(
+        return self._decode(token)
+
+    def _decode(self, token: Tensor, **options: Any) -> Tensor:
+        """A forward pass."""
+        output: Tensor = self.forward(
             token, past_key_values=self.cache, use_cache=True, logits_to_keep=1, **options
         ).logits
         self.seen += token.shape[1]
@@ -196,13 +200,13 @@ class BaselineDecoder(LlamaDecoder):
             self.forward = torch.compile(self.model, fullgraph=True, dynamic=False, **options)
         self.unread = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=workload.device)
 
-    def step(self, token: Tensor, **options: Any) -> Tensor:
+    def step(self, token: Tensor) -> Tensor:
         """Decode one token a sequence; the floor says outside of compiled code where it goes."""
         if self.forward is self.model or not isinstance(self.cache, FloorCache):
-            return super().step(token, **options)
+            return self._decode(token)
         with self.cache.compiled_step():
             # A mask of its own shape is taken as it is: none is made from the length.
-            return super().step(token, attention_mask=self.unread)
+            return self._decode(token, attention_mask=self.unread)
 
     def restart(self, prefix: Tensor) -> None:
         """Begin anew."""

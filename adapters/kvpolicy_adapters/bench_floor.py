@@ -41,43 +41,46 @@ class FloorLayer(CacheLayerMixin):
 
     is_compileable = False
     is_sliding = False
+    store: SlotStore
 
     def __init__(self, slots: int) -> None:
         super().__init__()
         self.slots = slots
         self.seen = 0
-        # Of the CPU kernel, which writes positions, too.
-        self.positions: Tensor | None = None
-        # Of compiled code, whose position is a tensor: set while it runs.
-        self.step: Step | None = None
+        # In the middle of compiled code, where the number of tokens is a tensor.
+        self.compiled = False
+        self.compiled_step: Step | None = None
         self.position: Tensor | None = None
-        self._ready: Step | None = None
-        self._position: Tensor | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Allocate."""
-        batch, heads, _, dim = key_states.shape
-        self.keys = key_states.new_zeros(batch, heads, self.slots, dim)
-        self.values = value_states.new_zeros(batch, heads, self.slots, value_states.shape[-1])
+        """Allocate, with no slot empty."""
+        shape = SlotShape(
+            batch=key_states.shape[0],
+            heads=key_states.shape[1],
+            slots=self.slots,
+            device=key_states.device,
+            layout=TextLayout(),
+        )
+        self.store = SlotStore(shape, key_states, value_states)
+        self.store.positions.zero_()
+        self.keys, self.values = self.store.keys, self.store.values
         self.is_initialized = True
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Write the newest tokens over the oldest, and give all slots."""
-        if self.position is not None:
+        if self.compiled:
             return self._mark(key_states), value_states
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if self.slots and key_states.shape[2] == 1:
             return self._mark(key_states), value_states  # attention writes it, as it likes
-        assert self.keys is not None
-        assert self.values is not None
         for token in range(key_states.shape[2]):
             if self.slots:
                 self.write(key_states[:, :, token], value_states[:, :, token])
             self.seen += 1
-        return self.keys, self.values
+        return self.store.keys, self.store.values
 
     @property
     def slot(self) -> int:
@@ -86,10 +89,8 @@ class FloorLayer(CacheLayerMixin):
 
     def write(self, key: Tensor, value: Tensor) -> None:
         """Write the next token, ``[B, H, D]``."""
-        assert self.keys is not None
-        assert self.values is not None
-        self.keys[:, :, self.slot] = key
-        self.values[:, :, self.slot] = value
+        self.store.keys[:, :, self.slot] = key
+        self.store.values[:, :, self.slot] = value
 
     def _mark(self, key: Tensor) -> Tensor:
         """The same keys, which tell attention whose they are."""
@@ -99,36 +100,26 @@ class FloorLayer(CacheLayerMixin):
 
     def begin(self) -> None:
         """Say where the next token of compiled code goes."""
-        if self._position is None:
-            assert self.keys is not None
-            assert self.values is not None
-            self._position = torch.zeros(1, dtype=torch.int32, device=self.keys.device)
+        if self.position is None:
+            self.position = torch.zeros(1, dtype=torch.int32, device=self.store.keys.device)
             if self.slots:
-                shape = SlotShape(
-                    batch=self.keys.shape[0],
-                    heads=self.keys.shape[1],
-                    slots=self.slots,
-                    device=self.keys.device,
-                    layout=TextLayout(),
+                self.compiled_step = Step(
+                    self.store, need_mass=False, window=None, start=None, hidden=None
                 )
-                store = SlotStore(shape, self.keys, self.values)
-                store.positions.zero_()  # no slot is empty
-                self.keys, self.values = store.keys, store.values
-                self._ready = Step(store, need_mass=False, window=None, start=None, hidden=None)
-        if self._ready is not None:
-            where = torch.full_like(self._ready.slots, self.seen % self.slots)
-            self._ready.aim(where, self.seen)
-        self._position.fill_(self.seen)
-        self.step, self.position = self._ready, self._position
+        if self.compiled_step is not None:
+            where = torch.full_like(self.compiled_step.slots, self.slot)
+            self.compiled_step.aim(where, self.seen)
+        self.position.fill_(self.seen)
+        self.compiled = True
 
     def end(self) -> None:
         """The compiled code has run."""
-        self.step = self.position = None
+        self.compiled = False
         self.seen += 1
 
     def get_seq_length(self) -> int:
         """Tokens so far; a tensor in the middle of compiled code."""
-        return self.seen if self.position is None else self.position  # type: ignore[return-value]
+        return self.position if self.compiled else self.seen  # type: ignore[return-value]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """No mask is made."""
@@ -185,8 +176,8 @@ def floor_attention(
     output: Tensor
     if layer is None:  # a prefix
         output = _fused(query, key, value)
-    elif layer.step is not None:
-        output = layer.step.attend(query, key, value, Terms())
+    elif layer.compiled and layer.compiled_step is not None:
+        output = layer.compiled_step.attend(query, key, value, Terms())
     else:
         case = (*query.shape, *key.shape, layer.slots, query.dtype, query.device)
         if case not in _FASTEST:
@@ -241,11 +232,9 @@ def _in_one_pass(layer: FloorLayer, query: Tensor, key: Tensor, value: Tensor) -
     """The CPU kernel of kvpolicy."""
     decode = native.decoder()
     assert decode is not None
-    assert layer.keys is not None
-    if layer.positions is None:
-        layer.positions = torch.zeros(layer.keys.shape[:3], dtype=torch.int32)
-    where = torch.tensor([layer.slot]).expand(*layer.keys.shape[:2], 1)
-    kept = (layer.keys, layer.values, layer.positions)
+    store = layer.store
+    where = torch.tensor([layer.slot]).expand(*store.positions.shape[:2], 1)
+    kept = (store.keys, store.values, store.positions)
     output, *_ = decode(
         query, *kept, where, key, value, layer.seen, layer.slots, query.shape[3] ** -0.5, False
     )
@@ -255,21 +244,21 @@ def _in_one_pass(layer: FloorLayer, query: Tensor, key: Tensor, value: Tensor) -
 def _write_and_fuse(layer: FloorLayer, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """The fused kernel behind scaled_dot_product_attention."""
     layer.write(key[:, :, 0], value[:, :, 0])
-    return _fused(query, layer.keys, layer.values)
+    return _fused(query, layer.store.keys, layer.store.values)
 
 
 def _write_and_multiply(layer: FloorLayer, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Two batched products and a softmax."""
     layer.write(key[:, :, 0], value[:, :, 0])
-    return _products(query, layer.keys, layer.values)
+    return _products(query, layer.store.keys, layer.store.values)
 
 
-def _fused(query: Tensor, key: Any, value: Any) -> Tensor:
+def _fused(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     shared = query.shape[1] != key.shape[1]
     return functional.scaled_dot_product_attention(query, key, value, enable_gqa=shared)
 
 
-def _products(query: Tensor, key: Any, value: Any) -> Tensor:
+def _products(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     batch, query_heads, count, dim = query.shape
     heads, slots = key.shape[1:3]
     rows = query_heads // heads * count
