@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from kernel_library import needs_compiler
 from torch._dynamo.testing import CompileCounter
 from torch._inductor.utils import run_and_get_code
+from torch.utils._python_dispatch import TorchDispatchMode
 from typer.testing import CliRunner
 
 from kvpolicy import BudgetError, ParameterError, RasterLayout, UnknownNameError
@@ -125,6 +126,34 @@ def test_what_a_session_reads_and_holds(model, contender, read, held):
     assert min(seconds) > 0
     assert tokens[-1] == read
     assert run.cache_bytes() == held * TOKEN
+    run.close()
+
+
+class Reads(TorchDispatchMode):
+    """Where the tensors lie that are summed whole."""
+
+    def __init__(self):
+        super().__init__()
+        self.at = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.sum.default:
+            self.at.add(args[0].data_ptr())
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", ["linear", "dynamic", "static", "floor", "skip"])
+def test_waking_reads_all_weights_and_all_of_the_cache(model, kind):
+    contender = Contender(kind, kind) if kind in BASELINES else Contender(kind, "policy", kind)
+    run = session(model, contender)
+    run.restart()
+    run.run(24)
+    with Reads() as reads:
+        run.wake()
+    weights = {weight.data_ptr() for weight in model.model.parameters()}
+    assert weights < reads.at or (kind == "skip" and weights <= reads.at)
+    cached = [tensor for tensor in run.decoder.cached() if tensor.data_ptr() in reads.at]
+    assert sum(tensor.nbytes for tensor in cached) == run.cache_bytes()
     run.close()
 
 
@@ -435,6 +464,33 @@ def test_each_is_compared_with_a_floor_and_a_skip_that_run_as_it_does():
     assert (compiled.cache, compiled.overhead) == (None, None)
 
 
+def test_what_a_peers_cache_costs_is_told_by_its_own_skip():
+    """Its transformers is another one: all else in its step may take another time."""
+    fakes = [
+        Fake("linear", "policy", lambda line: 3.0),
+        Fake("skip", "skip", lambda line: 2.0),
+        Fake("kvpress knorm", "peer", lambda line: 4.0),
+        Fake("kvpress skip", "skip", lambda line: 1.0),
+        Fake("llamagen official", "peer", lambda line: 9.0),
+        Fake("floor", "floor", lambda line: 2.5),
+    ]
+    for fake in fakes:
+        whose = fake.contender.name.split()[0]
+        if whose in ("kvpress", "llamagen"):
+            fake.contender = replace(fake.contender, peer=whose)
+    rounds = Rounds(fakes, Plan(lines=10, line_length=2, rounds=1), lambda count: None)
+    rounds.run()
+    summary = figures_of(rounds, rounds.plan)
+    ours, _, theirs, _, official, _ = summary.figures
+    assert ours.cache == pytest.approx(1.0)
+    assert theirs.cache == pytest.approx(3.0)
+    assert theirs.overhead.value == pytest.approx(4 / 2.5 - 1)
+    assert summary.cheaper["linear", "kvpress knorm"].value == pytest.approx(3.0)
+    assert official.cache is None  # nobody has left its attention out
+    assert ("linear", "llamagen official") not in summary.cheaper
+    assert ("linear", "kvpress skip") not in summary.faster
+
+
 def test_bytes_and_roofline(measured):
     _, _, summary = measured
     weights = 8 * 4 * (2 * 2 + 2 * 1) + 3 * 8 * 16 + 8 * 32
@@ -575,9 +631,12 @@ def test_who_takes_part(kernel):
         ("kvpress streaming_llm", False, False),
         ("kvpress lagkv", False, False),
         ("kvpress knorm", False, False),
+        ("kvpress skip", False, False),
         ("llamagen official", False, False),
     ]
     assert [each.kind for each in who][:4] == ["policy", "policy", "static", "skip"]
+    without = enlist(policies, ["floor"], presses=True, llamagen=False)
+    assert "kvpress skip" not in [each.name for each in without]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,8 @@
-"""kvpress's DecodingPress on a Llama of the same dimensions, in its own environment."""
+"""kvpress's DecodingPress on a Llama of the same dimensions, in its own environment.
+
+Its transformers is another one than kvpolicy's, and may spend more or less around attention. What
+kvpress's cache costs is therefore told by the same model there without attention.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +12,45 @@ from typing import Any
 import torch
 from kvpress import DecodingPress, KnormPress, LagKVPress, StreamingLLMPress
 from protocol import serve, settle, tokens_of
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from torch import Tensor, nn
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 _SINKS = 4
+_SKIP = "no-attention"
+
+
+class NoCache(DynamicCache):
+    """Keeps nothing."""
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """What came."""
+        return key_states, value_states
+
+
+def no_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """The query itself, in the output's shape."""
+    return query.transpose(1, 2).contiguous(), None
+
+
+def no_mask(*args: Any, **kwargs: Any) -> None:
+    """Nobody would read it."""
 
 
 class Worker:
-    """One press.
+    """One press, or with ``skip`` in its place the model without attention.
 
-    It compresses once a line, from the capacity down to the capacity less a line: its peak, counted
-    after each step, is the capacity.
+    A press compresses once a line, from the capacity down to the capacity less a line: its peak,
+    counted after each step, is the capacity.
     """
 
     def __init__(self, job: dict[str, Any]) -> None:
@@ -30,17 +63,19 @@ class Worker:
         self.target = capacity - interval
         # Two partitions of lag must fit behind the sinks, or LagKV keeps the newest tokens only.
         lag = max(1, (capacity - _SINKS) // 3)
-        base = {
-            "streaming_llm": StreamingLLMPress(n_sink=_SINKS),
-            "lagkv": LagKVPress(n_sink=_SINKS, lag_size=lag),
-            "knorm": KnormPress(),
-        }[job["press"]]
-        self.press = DecodingPress(
-            base,
-            compression_interval=interval,
-            target_size=self.target,
-            hidden_states_buffer_size=0,  # none of these presses looks at hidden states
-        )
+        self.press: DecodingPress | None = None
+        if job["press"] != "skip":
+            base = {
+                "streaming_llm": StreamingLLMPress(n_sink=_SINKS),
+                "lagkv": LagKVPress(n_sink=_SINKS, lag_size=lag),
+                "knorm": KnormPress(),
+            }[job["press"]]
+            self.press = DecodingPress(
+                base,
+                compression_interval=interval,
+                target_size=self.target,
+                hidden_states_buffer_size=0,  # none of these presses looks at hidden states
+            )
         config = LlamaConfig(
             hidden_size=sizes["hidden"],
             intermediate_size=sizes["intermediate"],
@@ -52,7 +87,9 @@ class Worker:
             max_position_embeddings=job["length"],
             tie_word_embeddings=False,
         )
-        config._attn_implementation = "sdpa"
+        AttentionInterface.register(_SKIP, no_attention)
+        AttentionMaskInterface.register(_SKIP, no_mask)
+        config._attn_implementation = _SKIP if self.press is None else "sdpa"
         torch.manual_seed(self.workload["seed"])
         with torch.device(self.device):
             self.model = LlamaForCausalLM(config).to(self.dtype).eval()
@@ -63,16 +100,18 @@ class Worker:
 
     def restart(self) -> None:
         self.block.close()
-        self.cache = DynamicCache(config=self.model.config)
+        kind = NoCache if self.press is None else DynamicCache
+        self.cache = kind(config=self.model.config)
         self.seen = 0
         self._forward(self.job["prefix"])
         self.block = ExitStack()
-        self.block.enter_context(self.press(self.model))
+        if self.press is not None:
+            self.block.enter_context(self.press(self.model))
 
     def run(self, count: int) -> tuple[list[float], list[float]]:
         seconds, read = [], []
         for _ in range(count):
-            read.append(float(self.cache.layers[0].keys.shape[2] + 1))
+            read.append(0.0 if self.press is None else float(self._held() + 1))
             begun = settle(self.device)
             self._forward(1)
             seconds.append(settle(self.device) - begun)
@@ -81,6 +120,8 @@ class Worker:
     def skip(self, count: int) -> None:
         """Lines are skipped whole, so the state is that after a compression."""
         self.seen += count
+        if self.press is None:
+            return
         held = min(self.seen, self.target)
         size = (self.workload["batch"], self.sizes["kv_heads"], held, self.sizes["head_dim"])
         for layer in self.cache.layers:
@@ -91,16 +132,25 @@ class Worker:
         self.press.reset()
 
     def wake(self) -> None:
-        kept = [tensor for layer in self.cache.layers for tensor in (layer.keys, layer.values)]
-        for tensor in (*self.model.parameters(), *kept):
+        for tensor in (*self.model.parameters(), *self._kept()):
             tensor.sum()
 
     def release(self) -> None:
         self.cache = None
-        self.press.reset()
+        if self.press is not None:
+            self.press.reset()
 
     def cache_bytes(self) -> int:
-        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.cache.layers)
+        return sum(tensor.nbytes for tensor in self._kept())
+
+    def _held(self) -> int:
+        count: int = self.cache.layers[0].keys.shape[2]
+        return count
+
+    def _kept(self) -> list[Tensor]:
+        if self.press is None:
+            return []
+        return [tensor for layer in self.cache.layers for tensor in (layer.keys, layer.values)]
 
     def _forward(self, count: int) -> None:
         positions = torch.arange(self.seen, self.seen + count, device=self.device)

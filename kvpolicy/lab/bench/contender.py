@@ -125,6 +125,8 @@ class Contender:
         name: how tables call it.
         kind: ``policy``, or one of :data:`BASELINES`, or ``peer``.
         policy: registry name, where it is a policy.
+        peer: whose code decodes, in a process of its own: ``kvpress`` or ``llamagen``; empty for
+            ours.
         compiled: whether its step is compiled.
         skinny: whether the CPU kernel makes the model's products of a few rows.
     """
@@ -132,6 +134,7 @@ class Contender:
     name: str
     kind: str
     policy: str = ""
+    peer: str = ""
     compiled: bool = False
     skinny: bool = False
 

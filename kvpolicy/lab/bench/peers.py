@@ -29,7 +29,6 @@ __all__ = [
     "PeerError",
     "PeerSession",
     "build_environment",
-    "peer",
 ]
 
 #: What pip installs for ``--peers``.
@@ -77,11 +76,6 @@ def _call(command: Sequence[str], what: str) -> None:
 
 def _tail(text: str) -> str:
     return " / ".join(text.strip().splitlines()[-3:]) or "no message"
-
-
-def peer(name: str) -> Contender:
-    """A contender of another project."""
-    return Contender(name=name, kind="peer")
 
 
 class PeerSession:

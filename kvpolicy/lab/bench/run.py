@@ -25,7 +25,7 @@ from kvpolicy.lab.bench.contender import (
 )
 from kvpolicy.lab.bench.fit import Fit, Largest, largest_batch
 from kvpolicy.lab.bench.machine import Machine
-from kvpolicy.lab.bench.peers import OWN_WORKER, PRESSES, PeerSession, peer
+from kvpolicy.lab.bench.peers import OWN_WORKER, PRESSES, PeerSession
 from kvpolicy.lab.bench.report import conditions, grids, markdown, plot
 from kvpolicy.lab.bench.rounds import Plan, Rounds, lines_of_round
 from kvpolicy.lab.bench.session import LocalSession
@@ -35,9 +35,6 @@ from kvpolicy.layout import RasterLayout
 from kvpolicy.registry import create
 
 __all__ = ["Bench", "capacity_of", "enlist", "plan_of"]
-
-_LLAMAGEN = "llamagen official"
-
 
 def enlist(
     policies: Sequence[str], baselines: Sequence[str], *, presses: bool, llamagen: bool
@@ -70,9 +67,11 @@ def enlist(
             )
         entries.append(_contender(name, name, how))
     if presses:
-        entries += [peer(f"kvpress {press}") for press in PRESSES]
+        entries += [Contender(f"kvpress {press}", "peer", peer="kvpress") for press in PRESSES]
+        if any(entry.kind == "skip" for entry in entries):
+            entries.append(Contender("kvpress skip", "skip", peer="kvpress"))
     if llamagen:
-        entries.append(peer(_LLAMAGEN))
+        entries.append(Contender("llamagen official", "peer", peer="llamagen"))
     if not entries:
         raise ParameterError("nobody takes part: name policies, baselines or both")
     return entries
@@ -177,12 +176,12 @@ class Bench:
         """
         options: dict[str, Any]
         workload = self.workload if batch is None else replace(self.workload, batch=batch)
-        if contender.kind == "peer" and contender.name != _LLAMAGEN:
+        if contender.peer == "kvpress":
             assert self.environment is not None
             press = contender.name.partition(" ")[2]
             python, options = self.environment, {"press": press}
             script = self.model.peers / "kvpress_worker.py"
-        elif contender.kind == "peer":
+        elif contender.peer == "llamagen":
             python, options = Path(sys.executable), {"checkout": str(self.checkout)}
             script = self.model.peers / "llamagen_worker.py"
         elif watched:

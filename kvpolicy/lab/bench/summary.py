@@ -143,11 +143,11 @@ def summarise(
     names = [contender.name for contender in contenders]
     own = {name: [block for block in blocks if block.contender == name] for name in names}
     lines = {name: _Lines(own[name], plan.lines) for name in names}
-    by_variant = {(each.kind, each.variant): lines[each.name] for each in contenders}
+    baselines = {(each.kind, each.peer, each.variant): lines[each.name] for each in contenders}
 
-    def beside(kind: str, contender: Contender) -> _Lines | None:
-        """The baseline whose model runs as the contender's does; another's would mislead."""
-        return by_variant.get((kind, contender.variant))
+    def without(contender: Contender) -> _Lines | None:
+        """The same model without attention; another's, or one that runs otherwise, would lie."""
+        return baselines.get(("skip", contender.peer, contender.variant))
 
     # The first line that begins with a full budget.
     steady = -(-(workload.capacity - prefix) // plan.line_length)
@@ -155,7 +155,8 @@ def summarise(
     figures = []
     for contender in contenders:
         name = contender.name
-        skip, floor = beside("skip", contender), beside("floor", contender)
+        skip = without(contender)
+        floor = baselines.get(("floor", "", contender.variant))
         mine = lines[name].median
         read = float(np.mean([r for block in own[name] for r in block.read]))
         weights = dimensions.step_weights * width
@@ -195,8 +196,8 @@ def summarise(
             cost = _cheaper(
                 lines[other.name],
                 lines[policy.name],
-                beside("skip", other),
-                beside("skip", policy),
+                without(other),
+                without(policy),
             )
             if cost is not None:
                 cheaper[pair] = cost
