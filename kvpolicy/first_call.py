@@ -88,6 +88,7 @@ def follow(state: LayerState, count: int) -> None:
     if known is None or known[0] is bound:
         return
     layout, budget = known
+    state.settled = 0  # what was foreseen was another layout's
     if bound is not None:
         if layout.prefix != bound.prefix:
             raise LayoutError(

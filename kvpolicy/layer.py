@@ -67,7 +67,6 @@ class LayerCache(LayerState):
         count = key.shape[2]
         before = self.require_store().handed_out
         slots, fresh = hand_out(self, count)
-        reclaimed = slots[:, :, fresh:]
         finite: bool | None = None
         if count > 1:
             output, mass = self._several(query, key, value, terms, slots, before)
@@ -78,7 +77,8 @@ class LayerCache(LayerState):
         first = self.seen
         self.seen += count
         self.peak = max(self.peak, self.held())
-        if reclaimed.shape[-1]:
+        if fresh < count:
+            reclaimed = slots if fresh == 0 else slots[:, :, fresh:]
             for observer in self.observers:
                 observer.forget(reclaimed)
         self.observe(mass, first, self.room, finite)

@@ -110,6 +110,8 @@ class LayerState:
         # Victims not reclaimed yet, [B, H, N], of which `reused` have been handed out.
         self.queue: Tensor | None = None
         self.reused = 0
+        # The first position before which a decision may be due.
+        self.settled = 0
         self.peak = self.reports = 0
         # The step that compiled code is about to make, or is making; None between steps.
         self.step: Step | None = None

@@ -17,6 +17,13 @@ __all__ = ["ask", "expire", "find_start", "hand_out", "make_room", "run_length"]
 
 def make_room(state: LayerState) -> None:
     """Let the policy decide, if the next token needs more room than there is."""
+    if state.seen >= state.settled:
+        _decide(state)
+        state.settled = state.seen + _calm(state)
+
+
+def _decide(state: LayerState) -> None:
+    """Ask the policy what it wants free, and for victims if that is not so."""
     room = state.room
     store = state.require_store()
     view = state.view(store, state.seen, room)
@@ -61,13 +68,19 @@ def ask(state: LayerState, view: CacheView, count: int) -> Tensor:
 def run_length(state: LayerState, limit: int) -> int:
     """Tokens, at most ``limit``, that can come at once with no decision between them."""
     make_room(state)
+    return min(limit, state.settled - state.seen)
+
+
+def _calm(state: LayerState) -> int:
+    """Tokens that can come with no decision between them: what a policy wants is known ahead."""
     room, length = state.room, state.layout.length
-    limit = min(limit, room, QUERY_CHUNK)
+    limit = min(room, QUERY_CHUNK)
     if length is not None and room >= length - state.seen:
         return limit
-    store = state.require_store()
+    view = state.view(state.require_store(), state.seen, room)
     for ahead in range(1, limit):
-        view = state.view(store, state.seen + ahead, room - ahead)
+        # One view for all of them: headroom() reads none of what a view remembers.
+        view.seen, view.room = state.seen + ahead, room - ahead
         if _headroom(state, view) > view.room:
             return ahead
     return limit
@@ -80,7 +93,9 @@ def hand_out(state: LayerState, count: int) -> tuple[Tensor, int]:
     if fresh == count:
         return store.take_fresh(count), fresh
     assert state.queue is not None  # make_room has seen to it
-    reclaimed = state.queue[:, :, state.reused : state.reused + count - fresh]
+    reclaimed = state.queue
+    if reclaimed.shape[2] != count - fresh:
+        reclaimed = reclaimed.narrow(2, state.reused, count - fresh)
     state.reused += count - fresh
     if fresh == 0:
         return reclaimed, 0

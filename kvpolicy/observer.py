@@ -96,8 +96,9 @@ class _SlotMass:
 
     def _add(self, mass: Tensor) -> None:
         """Add the mass of T queries, ``[B, H, T, S']``."""
-        into = self.mass[..., : mass.shape[-1]]
-        into += mass[:, :, 0] if mass.shape[2] == 1 else mass.sum(2)
+        count, slots = mass.shape[2:]
+        into = self.mass if slots == self.mass.shape[2] else self.mass[..., :slots]
+        into += mass.squeeze(2) if count == 1 else mass.sum(2)
 
 
 class CumulativeMass(_SlotMass):

@@ -350,7 +350,7 @@ def test_contenders_take_turns_line_by_line_and_begin_in_turn():
     rounds.run()
     assert calls == ["a", "b", "b", "a", "a", "b"]
     assert rounds.finished == 1
-    assert rounds.lines_in_all == len(rounds.blocks) == 6
+    assert rounds.plan.measured * 2 == len(rounds.blocks) == 6
 
 
 def test_what_is_skipped_is_not_run():

@@ -260,6 +260,30 @@ def test_the_budget_holds_while_the_sequence_goes_on(name, reclaim):
     assert cache.stats().peak_tokens == tuple(PROMPT + b for b in cache.stats().budgets)
 
 
+def test_what_was_foreseen_under_another_layout_is_forgotten(monkeypatch):
+    """A piece that begins in mid-line decides where its own lines begin."""
+    decided = []
+    real = type(policy("linear")).victims
+
+    def victims(self, view, count):
+        decided.append((view.seen, count))
+        return real(self, view, count)
+
+    monkeypatch.setattr(type(policy("linear")), "victims", victims)
+    first = kvpolicy.SequenceLayout(prefix=2, pieces=((2, 4),))
+    then = kvpolicy.SequenceLayout(prefix=2, pieces=((2, 4), (16, 6)))
+    cache = kvpolicy.PolicyCache(
+        kvpolicy.create("linear", anchors=0, recent_lines=0),
+        8,
+        layout=AtLast(first, 2, {16: then}),
+        num_layers=1,
+    )
+    run(cache, stream(22), [2] + [1] * 20)
+    # Ten slots: lines of 4 begin at 2, 6, 10 and 14, of which two need room; then one of 6 at 16,
+    # where two slots of the line before are still free.
+    assert decided == [(10, 4), (14, 4), (16, 6)]
+
+
 def test_a_further_image_that_needs_a_larger_budget_is_refused():
     wide = kvpolicy.SequenceLayout(prefix=PROMPT, pieces=((PROMPT, 5), (END, 12)))
     cache = make("linear", AtLast(KNOWN, PROMPT, {END: wide}), budget=15)

@@ -156,7 +156,7 @@ def bench(
         fitting = progress.add_task(
             "largest batch", total=len(contenders), visible=largest_batch is not None
         )
-        running = progress.add_task("rounds", total=None)
+        running = progress.add_task("rounds", total=plan.measured * len(contenders))
         if memory:
             grown = job.watch_memory(lambda count: progress.advance(watching, count))
         if largest_batch is not None:

@@ -57,6 +57,11 @@ class Plan:
     minutes: float | None = None
     whole_images: bool = False
 
+    @property
+    def measured(self) -> int:
+        """Lines of each contender that are measured in all rounds together."""
+        return sum(len(lines_of_round(self, number)) for number in range(self.rounds))
+
 
 def lines_of_round(plan: Plan, number: int) -> list[int]:
     """The lines that a round measures."""
@@ -83,12 +88,6 @@ class Rounds:
         self.cache_bytes: dict[str, int] = {}
         self.finished = 0
         self.interrupted = False
-
-    @property
-    def lines_in_all(self) -> int:
-        """Blocks that all rounds together have."""
-        chosen = sum(len(lines_of_round(self.plan, n)) for n in range(self.plan.rounds))
-        return chosen * len(self.sessions)
 
     def warm_up(self) -> None:
         """Let every contender decode a line that isn't timed: kernels are chosen, code compiled."""
