@@ -36,6 +36,7 @@ from kvpolicy.registry import create
 
 __all__ = ["Bench", "capacity_of", "enlist", "plan_of"]
 
+
 def enlist(
     policies: Sequence[str], baselines: Sequence[str], *, presses: bool, llamagen: bool
 ) -> list[Contender]:
