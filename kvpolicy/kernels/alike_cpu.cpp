@@ -191,7 +191,8 @@ Tensor not_redundant(
   const float part = static_cast<float>(importance), rest = static_cast<float>(1 - importance);
   each_head(worth, 16, [&](int64_t first, int64_t last) {
     Order order;
-    std::vector<float> row(slots), alike(slots);
+    Neighbours row(slots, kernel);
+    std::vector<float> alike(slots), largest(slots);
     for (int64_t at = first; at < last; ++at) {
       const float *given = masses[at], *sums = cosines[at];
       const int32_t* where = position[at];
@@ -215,15 +216,10 @@ Tensor not_redundant(
         all += alike[s];
       }
       const float share = all == 0 ? 0.0f : 1 / all;
+      row.largest(held, largest.data());
       for (int64_t s = 0; s < slots; ++s) {
-        float largest = 0;
-        if (where[s] >= 0) {
-          const int64_t middle = order.place[s];
-          const int64_t to = std::min<int64_t>(middle + kernel / 2 + 1, held);
-          for (int64_t i = std::max<int64_t>(middle - kernel / 2, 0); i < to; ++i)
-            largest = row[i] > largest || row[i] != row[i] ? row[i] : largest;
-        }
-        score[s] = part * largest - rest * (alike[s] * share);
+        const float most_near = where[s] >= 0 ? largest[order.place[s]] : 0.0f;
+        score[s] = part * most_near - rest * (alike[s] * share);
       }
     }
   });

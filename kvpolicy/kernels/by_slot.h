@@ -181,6 +181,45 @@ struct Order {
   }
 };
 
+// A head's numbers in the order of positions, none of them negative, and what those beside each come to;
+// beyond either end there is zero. Neighbours are added side by side for all tokens, from the oldest on.
+struct Neighbours {
+  int64_t kernel;
+  std::vector<float> room;
+
+  Neighbours(int64_t slots, int64_t kernel) : kernel(kernel), room(slots + 2 * (kernel / 2)) {}
+
+  float& operator[](int64_t place) { return room[kernel / 2 + place]; }
+
+  void mean(int64_t held, float* out) {
+    end(held);
+    std::fill(out, out + held, 0.0f);
+    for (int64_t k = 0; k < kernel; ++k) {
+      const float* beside = room.data() + k;
+#pragma omp simd
+      for (int64_t i = 0; i < held; ++i) out[i] += beside[i];
+    }
+#pragma omp simd
+    for (int64_t i = 0; i < held; ++i) out[i] /= static_cast<float>(kernel);
+  }
+
+  void largest(int64_t held, float* out) {
+    end(held);
+    std::fill(out, out + held, 0.0f);
+    for (int64_t k = 0; k < kernel; ++k) {
+      const float* beside = room.data() + k;
+#pragma omp simd
+      for (int64_t i = 0; i < held; ++i)  // NaN stays NaN
+        out[i] = beside[i] > out[i] || beside[i] != beside[i] ? beside[i] : out[i];
+    }
+  }
+
+ private:
+  void end(int64_t held) {
+    std::fill_n(room.begin() + kernel / 2 + held, kernel / 2, 0.0f);
+  }
+};
+
 // The slot with the lowest worth, and of equals the one with the lowest position. Nothing equals NaN;
 // where it got this far after all, slot 0 is at least a slot.
 template <typename T>

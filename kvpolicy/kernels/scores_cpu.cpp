@@ -22,23 +22,18 @@ Tensor pool(const Tensor& mass, const Tensor& positions, int64_t newest, int64_t
   const Rows<int32_t> position(positions);
   each_head(mass, 16, [&](int64_t first, int64_t last) {
     Order order;
-    std::vector<float> row(slots), result(slots);
+    Neighbours row(slots, kernel);
+    std::vector<float> result(slots);
     for (int64_t at = first; at < last; ++at) {
       const float* given = masses[at];
       const int32_t* where = position[at];
       const int32_t held = order.find(where, slots);
       for (int64_t s = 0; s < slots; ++s)
         if (where[s] >= 0) row[order.place[s]] = where[s] >= newest ? 0.0f : given[s];
-      for (int32_t i = 0; i < held; ++i) {
-        const int64_t from = std::max<int64_t>(i - kernel / 2, 0);
-        const int64_t to = std::min<int64_t>(i + kernel / 2 + 1, held);
-        float sum = 0, most = 0;  // masses are not negative
-        for (int64_t j = from; j < to; ++j) {
-          sum += row[j];
-          most = row[j] > most || row[j] != row[j] ? row[j] : most;  // NaN stays NaN
-        }
-        result[i] = mean ? sum / static_cast<float>(kernel) : most;
-      }
+      if (mean)
+        row.mean(held, result.data());
+      else
+        row.largest(held, result.data());
       for (int64_t s = 0; s < slots; ++s)
         out[at * slots + s] = where[s] >= 0 ? result[order.place[s]] : 0.0f;
     }
