@@ -526,6 +526,25 @@ def test_tables_and_plot(measured, tmp_path):
     assert list(drawn["dynamic"])[-1] == 13_000
 
 
+def test_no_two_lines_of_a_plot_look_alike():
+    policies = [f"policy {number}" for number in range(14)]
+    fakes = [Fake(name, "policy", lambda line: 2.0) for name in policies]
+    fakes += [Fake(f"peer {number}", "peer", lambda line: 3.0) for number in range(4)]
+    for kind in ("floor", "skip"):
+        fakes += [Fake(f"{kind} {number}", kind, lambda line: 1.0) for number in range(4)]
+    rounds = Rounds(fakes, Plan(lines=10, line_length=2, rounds=1), lambda count: None)
+    rounds.run()
+    summary = figures_of(rounds, rounds.plan)
+    figure = plot(summary, Workload(SHAPE, 2, "4", 5, 1, "cpu", "float32", 0), rounds.plan, 1)
+    lines = {line.get_label(): line for line in figure.axes[0].lines}
+    looks = {
+        (line.get_color(), line.get_marker(), str(line._dash_pattern), line.get_linestyle())
+        for name, line in lines.items()
+        if name in summary.by_line
+    }
+    assert len(looks) == len(fakes)
+
+
 class Recording(PeerSession):
     """A watched session without a process: notes what it is told, and has grown by so much."""
 

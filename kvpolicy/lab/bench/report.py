@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,11 @@ __all__ = ["Grid", "conditions", "grids", "markdown", "plot"]
 
 #: Colours that people with any colour vision can tell apart (Okabe and Ito, 2008).
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+#: Where there are more contenders than colours.
+_MARKERS = ("", "o", "s", "^", "v", "D")
+#: Of a floor and a skip, and of their variants.
+_REFERENCE = {"floor": "#555555", "skip": "#AAAAAA"}
+_DASHES: tuple[Any, ...] = (":", "-.", "--", (0, (1, 4)), (0, (6, 4)))
 
 
 @dataclass(frozen=True)
@@ -168,17 +174,28 @@ def plot(summary: Summary, workload: Workload, plan: Plan, prefix: int) -> Figur
 
     figure = Figure(figsize=(7.5, 4.4), layout="constrained")
     axes: Any = figure.subplots()
-    reference = {"floor": ("#555555", ":"), "skip": ("#AAAAAA", ":")}
-    colours = iter(_COLOURS * 4)
+    dashes = {kind: itertools.cycle(_DASHES) for kind in _REFERENCE}
+    looks = itertools.cycle(itertools.product(_MARKERS, _COLOURS))
     ends = []
     for figures in summary.figures:
         lines, seconds = summary.by_line[figures.name]
         at = [prefix + (line + 0.5) * plan.line_length for line in lines]
-        if figures.kind in reference:
-            colour, style = reference[figures.kind]
+        marker = ""
+        style: Any
+        if figures.kind in _REFERENCE:
+            colour, style = _REFERENCE[figures.kind], next(dashes[figures.kind])
         else:
-            colour, style = next(colours), "-" if figures.kind == "policy" else "--"
-        axes.plot(at, [s * 1e3 for s in seconds], style, color=colour, label=figures.name, lw=1.6)
+            (marker, colour), style = next(looks), "-" if figures.kind == "policy" else "--"
+        axes.plot(
+            at,
+            [s * 1e3 for s in seconds],
+            linestyle=style,
+            color=colour,
+            marker=marker,
+            markersize=4,
+            label=figures.name,
+            lw=1.6,
+        )
         ends.append(seconds[-1])
     order = sorted(range(len(ends)), key=lambda index: -ends[index])
     handles, labels = axes.get_legend_handles_labels()
