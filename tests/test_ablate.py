@@ -209,6 +209,8 @@ def test_ctrl_c_ends_cleanly_and_says_how_to_go_on(tmp_path, request):
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         text=True,
+        # What runs in the background ignores Ctrl-C, and so would its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     request.addfinalizer(process.kill)  # should the test fail, its workers end too
     while not diary.exists() or "\n" not in diary.read_text():
