@@ -192,31 +192,25 @@ struct Neighbours {
   float& operator[](int64_t place) { return room[kernel / 2 + place]; }
 
   void mean(int64_t held, float* out) {
-    end(held);
-    std::fill(out, out + held, 0.0f);
-    for (int64_t k = 0; k < kernel; ++k) {
-      const float* beside = room.data() + k;
-#pragma omp simd
-      for (int64_t i = 0; i < held; ++i) out[i] += beside[i];
-    }
+    beside(held, out, [](float sum, float next) { return sum + next; });
 #pragma omp simd
     for (int64_t i = 0; i < held; ++i) out[i] /= static_cast<float>(kernel);
   }
 
-  void largest(int64_t held, float* out) {
-    end(held);
-    std::fill(out, out + held, 0.0f);
-    for (int64_t k = 0; k < kernel; ++k) {
-      const float* beside = room.data() + k;
-#pragma omp simd
-      for (int64_t i = 0; i < held; ++i)  // NaN stays NaN
-        out[i] = beside[i] > out[i] || beside[i] != beside[i] ? beside[i] : out[i];
-    }
+  void largest(int64_t held, float* out) {  // NaN stays NaN
+    beside(held, out, [](float most, float next) { return next > most || next != next ? next : most; });
   }
 
  private:
-  void end(int64_t held) {
+  template <typename Take>
+  void beside(int64_t held, float* out, const Take& take) {
     std::fill_n(room.begin() + kernel / 2 + held, kernel / 2, 0.0f);
+    std::fill(out, out + held, 0.0f);
+    for (int64_t k = 0; k < kernel; ++k) {
+      const float* shifted = room.data() + k;
+#pragma omp simd
+      for (int64_t i = 0; i < held; ++i) out[i] = take(out[i], shifted[i]);
+    }
   }
 };
 
