@@ -277,3 +277,21 @@ def test_what_a_compiler_says_is_shown(tmp_path, monkeypatch):
     with pytest.raises(kvpolicy.KVPolicyError, match=r"broken failed \(3\):\nout of memory"):
         native.build(str(compiler))
     assert not list((tmp_path / "kernels").iterdir())
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        torch.zeros(2, 3, 1, 16)[..., ::2],  # numbers of a token are not side by side
+        torch.zeros(2, 3, 1, 8, dtype=torch.float64),
+        torch.zeros(2, 3, 1, 8, dtype=torch.bfloat16),
+        torch.zeros(2, 3, 1, 8, device="meta"),
+        torch.zeros(2, 3, 1, 8, requires_grad=True),
+        torch.nn.Parameter(torch.zeros(2, 3, 1, 8), requires_grad=False),
+    ],
+    ids=["strided", "float64", "another dtype", "another device", "gradient", "subclass"],
+)
+def test_what_is_not_left_to_the_kernel(other):
+    served = torch.zeros(2, 3, 1, 8)
+    assert native.serves(served, served)
+    assert not native.serves(served, other)
