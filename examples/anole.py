@@ -23,7 +23,7 @@ import torch
 from transformers import AutoTokenizer, ChameleonConfig, ChameleonForConditionalGeneration
 
 from kvpolicy_adapters import attach
-from kvpolicy_adapters.chameleon import ImageChameleon, ImageGrammar
+from kvpolicy_adapters.images.chameleon import ImageChameleon, ImageGrammar
 
 
 def main() -> None:

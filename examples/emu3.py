@@ -20,8 +20,8 @@ import torch
 from transformers import AutoProcessor, Emu3Config, Emu3ForConditionalGeneration
 
 from kvpolicy_adapters import attach
-from kvpolicy_adapters.emu3 import GridRule
-from kvpolicy_adapters.guidance import Guidance
+from kvpolicy_adapters.images.emu3 import GridRule
+from kvpolicy_adapters.images.guidance import Guidance
 
 NEGATIVE = "lowres, bad anatomy, bad hands, cropped, worst quality, low quality, blurry"
 

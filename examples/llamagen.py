@@ -26,7 +26,7 @@ import torch
 from safetensors.torch import save_file
 
 from kvpolicy_adapters import attach
-from kvpolicy_adapters.llamagen import LlamaGen, LlamaGenConfig, read_official
+from kvpolicy_adapters.images.llamagen import LlamaGen, LlamaGenConfig, read_official
 
 
 def main() -> None:

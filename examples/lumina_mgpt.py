@@ -24,7 +24,7 @@ import torch
 from transformers import AutoTokenizer, ChameleonConfig, ChameleonForConditionalGeneration
 
 from kvpolicy_adapters import attach
-from kvpolicy_adapters.chameleon import ImageChameleon, ImageGrammar, ImageGuidance
+from kvpolicy_adapters.images.chameleon import ImageChameleon, ImageGrammar, ImageGuidance
 
 IMAGE_START, SIZE_ZERO, END_OF_TURN = 8197, 8804, 8710
 

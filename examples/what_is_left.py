@@ -18,9 +18,9 @@ from rich.console import Console
 from rich.progress import track
 
 import kvpolicy
-from kvpolicy.lab.metrics import paired_bootstrap
-from kvpolicy.lab.oracle import oracle_bits
-from kvpolicy.lab.subject import Setting, load_subject
+from kvpolicy.lab.compare.metrics import paired_bootstrap
+from kvpolicy.lab.run.subject import Setting, load_subject
+from kvpolicy.lab.search.oracle import oracle_bits
 
 LAYERS = "schedule=per_layer:0:66:66:52"
 #: Policies as they are spelled; ``next`` and ``all`` are the oracles.

@@ -20,8 +20,8 @@ from rich.progress import track
 from rich.table import Table
 
 import kvpolicy
-from kvpolicy.lab.metrics import paired_bootstrap
-from kvpolicy.lab.subject import Setting, load_subject
+from kvpolicy.lab.compare.metrics import paired_bootstrap
+from kvpolicy.lab.run.subject import Setting, load_subject
 
 #: What is changed, and how a command line would spell it.
 ROWS = {

@@ -8,11 +8,9 @@ Three lines for a bare attention loop (adapters for whole models are in ``kvpoli
 """
 
 from kvpolicy import policies
-from kvpolicy.attention import attend
-from kvpolicy.budget import Arithmetic, Budget, PerLayer, Schedule, Uniform
-from kvpolicy.cache import CacheStats, PolicyCache
-from kvpolicy.calibrated import Calibrated
-from kvpolicy.composition import Decide, Observe, Part, Parts, Protect, Score
+from kvpolicy.budget.budget import Arithmetic, Budget, PerLayer, Schedule, Uniform
+from kvpolicy.budget.calibrated import Calibrated
+from kvpolicy.cache.cache import CacheStats, PolicyCache
 from kvpolicy.errors import (
     AttentionError,
     BudgetError,
@@ -33,7 +31,7 @@ from kvpolicy.layout import (
     TextLayout,
     TokenLayout,
 )
-from kvpolicy.observer import (
+from kvpolicy.observers import (
     AttentionObserver,
     AttentionReport,
     CumulativeMass,
@@ -43,14 +41,16 @@ from kvpolicy.observer import (
     Need,
     WindowMass,
 )
+from kvpolicy.ops.attend import attend
 from kvpolicy.parts import available_parts, register_part
-from kvpolicy.policies.compose import compose
-from kvpolicy.policy import EvictionPolicy, ScoredPolicy
-from kvpolicy.recording import Recording, trace
+from kvpolicy.parts.compose import compose
+from kvpolicy.policy.parts import Decide, Observe, Part, Parts, Protect, Score
+from kvpolicy.policy.policy import EvictionPolicy, ScoredPolicy
+from kvpolicy.policy.view import CacheView
 from kvpolicy.registry import PolicySpec, available, create, register, spec
 from kvpolicy.slots import SlotShape, SlotStore
-from kvpolicy.traces import LayerTrace, Trace, load_trace
-from kvpolicy.view import CacheView
+from kvpolicy.tracing.recording import Recording, trace
+from kvpolicy.tracing.trace import LayerTrace, Trace, load_trace
 
 __all__ = [
     "AfterPrompt",

@@ -12,8 +12,8 @@ import torch
 
 from kvpolicy.errors import ParameterError, UnknownNameError, near_matches
 from kvpolicy.layout import RasterLayout
-from kvpolicy.observer import Need
-from kvpolicy.policy import EvictionPolicy
+from kvpolicy.observers import Need
+from kvpolicy.policy.policy import EvictionPolicy
 from kvpolicy.slots import SlotShape
 
 __all__ = ["POLICIES", "PolicySpec", "Registry", "available", "create", "register", "spec"]

@@ -2,7 +2,7 @@ import os
 
 import torch
 from hypothesis import settings
-from kernel_library import folder, kernel, operators  # noqa: F401 (fixtures)
+from support.kernel_library import folder, kernel, operators  # noqa: F401 (fixtures)
 
 # No deadline: the machine may be busy. In CI the same examples every time, and a failing one can be
 # replayed from what is printed.

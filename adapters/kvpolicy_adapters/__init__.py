@@ -5,8 +5,8 @@
 
 from kvpolicy_adapters import zoo
 from kvpolicy_adapters.attach import attach
-from kvpolicy_adapters.compiled import compile_decode
-from kvpolicy_adapters.skinny import skinny_gemm
-from kvpolicy_adapters.transformers_cache import TransformersCache
+from kvpolicy_adapters.transformers.cache import TransformersCache
+from kvpolicy_adapters.transformers.compiled import compile_decode
+from kvpolicy_adapters.transformers.skinny import skinny_gemm
 
 __all__ = ["TransformersCache", "attach", "compile_decode", "skinny_gemm", "zoo"]

@@ -31,13 +31,13 @@ from kvpolicy import (
     Schedule,
     TokenLayout,
 )
-from kvpolicy.cache import Reclaim
-from kvpolicy_adapters.families import layout_of
-from kvpolicy_adapters.kept import kept_by
-from kvpolicy_adapters.llamagen import official
-from kvpolicy_adapters.tensor_parallel import HeadSplit
-from kvpolicy_adapters.token_reader import telling
-from kvpolicy_adapters.transformers_cache import TransformersCache, marked_layer, policy_attention
+from kvpolicy.cache.cache import Reclaim
+from kvpolicy_adapters.images.families import layout_of
+from kvpolicy_adapters.images.llamagen import official
+from kvpolicy_adapters.images.token_reader import telling
+from kvpolicy_adapters.transformers.cache import TransformersCache, marked_layer, policy_attention
+from kvpolicy_adapters.transformers.layers import kept_by
+from kvpolicy_adapters.transformers.tensor_parallel import HeadSplit
 
 __all__ = ["attach"]
 
@@ -72,11 +72,11 @@ def attach(
     Args:
         model: a causal language model of transformers that uses its attention interface; or the
             ``Transformer`` of LlamaGen's own repository, whose ``generate`` then needs no cache
-            passed (see :func:`kvpolicy_adapters.llamagen.attach_official`).
+            passed (see :func:`kvpolicy_adapters.images.llamagen.attach_official`).
         policy: a policy, or its name in the registry.
         budget: evictable tokens a head of a layer may hold; None for as many as the layout has.
         layout: where tokens sit; by default as the model's family has it, which is text where no
-            family recognises the model (see :mod:`kvpolicy_adapters.families`).
+            family recognises the model (see :mod:`kvpolicy_adapters.images.families`).
         reclaim: ``lazy`` or ``eager``.
         schedule: how layers share the budget; the policy's own by default.
 

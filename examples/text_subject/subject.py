@@ -23,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import kvpolicy
 import kvpolicy_adapters
-from kvpolicy.lab.subject import Measurement, Metric, Setting
+from kvpolicy.lab.run.subject import Measurement, Metric, Setting
 
 HERE = Path(__file__).parent
 #: Bytes of a piece: what the model has been trained on.

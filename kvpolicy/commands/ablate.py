@@ -16,10 +16,10 @@ from kvpolicy.commands.arguments import pair, split, value_of, whole_number
 from kvpolicy.commands.console import console
 from kvpolicy.commands.progress import progress_for, spell_seconds
 from kvpolicy.errors import ParameterError, near_matches
-from kvpolicy.lab.comparison import Entry
-from kvpolicy.lab.executors import Executor, make_executor
-from kvpolicy.lab.plan import Plan, PolicyPlan, read_plan
-from kvpolicy.lab.subject import MetricInfo
+from kvpolicy.lab.compare.comparison import Entry
+from kvpolicy.lab.run.executors import Executor, make_executor
+from kvpolicy.lab.run.plan import Plan, PolicyPlan, read_plan
+from kvpolicy.lab.run.subject import MetricInfo
 
 __all__ = ["ablate"]
 
@@ -90,8 +90,8 @@ def ablate(
 
     Nothing that has finished is lost, however a run ends: the same command goes on.
     """
-    from kvpolicy.lab.outputs import write_outputs
-    from kvpolicy.lab.runner import prepare, run, writing
+    from kvpolicy.lab.run.outputs import write_outputs
+    from kvpolicy.lab.run.runner import prepare, run, writing
 
     sys.path.insert(0, os.getcwd())  # modules of the user's own
     given = {
@@ -223,7 +223,7 @@ def _say_left_out(left_out: Sequence[Any]) -> None:
 
 def _dry_run(prepared: Any, out: Path, executor: Executor, threads: int) -> None:
     """Print every cell and an estimate of the time."""
-    from kvpolicy.lab.estimate import estimate_seconds
+    from kvpolicy.lab.compare.estimate import estimate_seconds
 
     seconds, source = estimate_seconds(prepared, out, threads)
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)

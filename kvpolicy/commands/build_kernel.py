@@ -20,6 +20,6 @@ def build_kernel(
 
     It lies in ~/.cache/kvpolicy/kernels, or $KVPOLICY_KERNELS; KVPOLICY_NATIVE=0 turns it off.
     """
-    from kvpolicy.kernels import native
+    from kvpolicy.ops.cpu import native
 
     console.print(str(native.build(compiler)), soft_wrap=True, highlight=False)

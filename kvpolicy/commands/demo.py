@@ -11,8 +11,8 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 
 from kvpolicy.commands.console import console
-from kvpolicy.lab import demo as lab
-from kvpolicy.lab.subject import ImageSubject, load_subject
+from kvpolicy.lab.run import demo as lab
+from kvpolicy.lab.run.subject import ImageSubject, load_subject
 
 __all__ = ["demo"]
 
@@ -34,7 +34,7 @@ def demo(
     The model is fashion-ar, trained on real photographs, and ships with kvpolicy. Writes
     results.json, images.png and retention.png.
     """
-    from kvpolicy.lab.pictures import contact_sheet, retention_sheet
+    from kvpolicy.lab.show.pictures import contact_sheet, retention_sheet
 
     subject = cast(ImageSubject, load_subject("fashion-ar"))
     settings = lab.plan([name.strip() for name in policies.split(",")], budget, subject)

@@ -8,7 +8,7 @@ from rich.text import Text
 
 import kvpolicy
 from kvpolicy.commands.console import console
-from kvpolicy.policies.compose import Compose
+from kvpolicy.parts.compose import Compose
 from kvpolicy.registry import POLICIES
 
 __all__ = ["list_policies"]

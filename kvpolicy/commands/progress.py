@@ -14,9 +14,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from kvpolicy.lab.plan import BASELINE, Cell
-from kvpolicy.lab.run_folder import CellRecord, Failure
-from kvpolicy.lab.subject import MetricInfo
+from kvpolicy.lab.run.plan import BASELINE, Cell
+from kvpolicy.lab.run.run_folder import CellRecord, Failure
+from kvpolicy.lab.run.subject import MetricInfo
 
 __all__ = ["Bar", "Lines", "SweepProgress", "progress_for"]
 
@@ -38,19 +38,19 @@ class SweepProgress(AbstractContextManager["SweepProgress"]):
         self._values: dict[tuple[str, str | None], list[float]] = {}
 
     def begun(self, waiting: Sequence[Cell], finished: Sequence[CellRecord]) -> None:
-        """See :class:`kvpolicy.lab.runner.Watcher`."""
+        """See :class:`kvpolicy.lab.run.runner.Watcher`."""
         self.workers = max(1, min(self.workers, len(waiting)))
         self.total, self.count = len(waiting) + len(finished), len(finished)
         for record in finished:
             self._learn(record)
 
     def done(self, record: CellRecord) -> None:
-        """See :class:`kvpolicy.lab.runner.Watcher`."""
+        """See :class:`kvpolicy.lab.run.runner.Watcher`."""
         self.count += 1
         self._learn(record)
 
     def failed(self, failure: Failure) -> None:
-        """See :class:`kvpolicy.lab.runner.Watcher`."""
+        """See :class:`kvpolicy.lab.run.runner.Watcher`."""
         self.failures.append(failure)
 
     def __exit__(

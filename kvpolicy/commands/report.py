@@ -22,9 +22,9 @@ def report(
 
     It needs no network and opens from disk.
     """
-    from kvpolicy.lab.report import report_on_run, report_on_trace
-    from kvpolicy.lab.run_folder import open_run
-    from kvpolicy.lab.worker import metrics_of
+    from kvpolicy.lab.run.run_folder import open_run
+    from kvpolicy.lab.run.worker import metrics_of
+    from kvpolicy.lab.show.report import report_on_run, report_on_trace
 
     if path.is_file():
         out = path.with_suffix(".html") if out is None else out

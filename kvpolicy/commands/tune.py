@@ -36,9 +36,9 @@ def tune(
     Bounds are those of the policy's fields and of the budget. However a search ends, the same
     command goes on; more trials go further.
     """
-    from kvpolicy.lab import tune as lab
-    from kvpolicy.lab.executors import processors
-    from kvpolicy.lab.search_space import Space
+    from kvpolicy.lab.run.executors import processors
+    from kvpolicy.lab.search import tune as lab
+    from kvpolicy.lab.search.search_space import Space
 
     sys.path.insert(0, os.getcwd())  # modules of the user's own
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from kvpolicy.composition import Decide, EachToken
 from kvpolicy.layout import TokenLayout
 from kvpolicy.parts.named import register_part
-from kvpolicy.view import CacheView
+from kvpolicy.policy.parts import Decide, EachToken
+from kvpolicy.policy.view import CacheView
 
 __all__ = ["EachLine", "EachToken", "Every"]
 

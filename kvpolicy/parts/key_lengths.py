@@ -7,10 +7,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kvpolicy.kernels import native
-from kvpolicy.observer import AttentionReport, Need
+from kvpolicy.observers import AttentionReport, Need
+from kvpolicy.ops.cpu import native
+from kvpolicy.policy.view import CacheView
 from kvpolicy.slots import SlotShape
-from kvpolicy.view import CacheView
 
 __all__ = ["KeyLengths", "lengths"]
 

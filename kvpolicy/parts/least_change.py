@@ -8,13 +8,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from kvpolicy.composition import Score
-from kvpolicy.kernels import native
+from kvpolicy.ops.cpu import native
+from kvpolicy.ops.portions import portions
+from kvpolicy.ops.rank import lowest
 from kvpolicy.parts.moving import moved
 from kvpolicy.parts.named import register_part
-from kvpolicy.parts.portions import portions
-from kvpolicy.ranking import lowest
-from kvpolicy.view import CacheView
+from kvpolicy.policy.parts import Score
+from kvpolicy.policy.view import CacheView
 
 __all__ = ["LeastChange"]
 

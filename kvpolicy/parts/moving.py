@@ -8,9 +8,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from kvpolicy.composition import Score
 from kvpolicy.parts.named import register_part
-from kvpolicy.view import CacheView
+from kvpolicy.policy.parts import Score
+from kvpolicy.policy.view import CacheView
 
 __all__ = ["MovingMass", "moved"]
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from kvpolicy.budget import Arithmetic, PerLayer, Schedule, Uniform
-from kvpolicy.calibrated import Calibrated
-from kvpolicy.composition import Decide, Observe, Part, Protect, Score
+from kvpolicy.budget.budget import Arithmetic, PerLayer, Schedule, Uniform
+from kvpolicy.budget.calibrated import Calibrated
 from kvpolicy.errors import ParameterError, near_matches
+from kvpolicy.policy.parts import Decide, Observe, Part, Protect, Score
 from kvpolicy.registry import Registry
 
 __all__ = ["KINDS", "PARTS", "available_parts", "read_part", "register_part", "spell_part"]

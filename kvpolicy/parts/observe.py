@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from kvpolicy.composition import Observe
-from kvpolicy.observer import CumulativeMass, FadingMass, LastQuery, LineMass, WindowMass
+from kvpolicy.observers import CumulativeMass, FadingMass, LastQuery, LineMass, WindowMass
 from kvpolicy.parts.named import register_part
+from kvpolicy.policy.parts import Observe
 from kvpolicy.slots import SlotShape
 
 __all__ = ["WatchAll", "WatchFading", "WatchLine", "WatchNewest", "WatchWindow"]

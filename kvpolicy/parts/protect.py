@@ -7,10 +7,10 @@ import math
 from pydantic import Field
 from torch import Tensor
 
-from kvpolicy.composition import Protect
 from kvpolicy.layout import TokenLayout
 from kvpolicy.parts.named import register_part
-from kvpolicy.view import CacheView
+from kvpolicy.policy.parts import Protect
+from kvpolicy.policy.view import CacheView
 
 __all__ = ["Anchors", "RecentLines", "RecentShare", "RecentTokens"]
 

@@ -10,13 +10,13 @@ from pydantic import AfterValidator, Field
 from torch import Tensor
 from torch.nn import functional
 
-from kvpolicy.composition import Score
-from kvpolicy.kernels import native
-from kvpolicy.observer import AttentionObserver
+from kvpolicy.observers import AttentionObserver
+from kvpolicy.ops.cpu import native
 from kvpolicy.parts.key_lengths import KeyLengths, lengths
 from kvpolicy.parts.named import register_part
+from kvpolicy.policy.parts import Score
+from kvpolicy.policy.view import CacheView
 from kvpolicy.slots import SlotShape
-from kvpolicy.view import CacheView
 
 __all__ = ["HeadMean", "Kernel", "Mass", "PooledMass", "Recency", "ShortKeys", "pool"]
 

@@ -1,6 +1,6 @@
 """The strategies that ship with kvpolicy, one file each. Importing this registers them."""
 
-from kvpolicy.policies.compose import Compose
+from kvpolicy.parts.compose import Compose
 from kvpolicy.policies.full import Full
 from kvpolicy.policies.h2o import H2O
 from kvpolicy.policies.knorm import KNorm

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from kvpolicy.errors import BudgetError
 from kvpolicy.layout import TokenLayout
-from kvpolicy.policy import CacheView, EvictionPolicy
+from kvpolicy.policy.policy import CacheView, EvictionPolicy
 from kvpolicy.registry import register
 
 __all__ = ["Full"]

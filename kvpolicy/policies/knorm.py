@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from functools import cached_property
 
-from kvpolicy.composition import Parts
 from kvpolicy.parts import ShortKeys
-from kvpolicy.policy import ScoredPolicy
+from kvpolicy.policy.parts import Parts
+from kvpolicy.policy.policy import ScoredPolicy
 from kvpolicy.registry import register
 
 __all__ = ["KNorm"]

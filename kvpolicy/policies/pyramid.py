@@ -6,11 +6,11 @@ from functools import cached_property
 
 from pydantic import Field
 
-from kvpolicy.budget import Arithmetic
-from kvpolicy.composition import Parts
+from kvpolicy.budget.budget import Arithmetic
 from kvpolicy.parts import Every, PooledMass, RecentTokens, WatchWindow
 from kvpolicy.parts.score import Kernel
-from kvpolicy.policy import ScoredPolicy
+from kvpolicy.policy.parts import Parts
+from kvpolicy.policy.policy import ScoredPolicy
 from kvpolicy.registry import register
 
 __all__ = ["Pyramid"]

@@ -9,14 +9,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from kvpolicy.composition import Parts, Score
-from kvpolicy.kernels import native
+from kvpolicy.ops.cpu import native
+from kvpolicy.ops.portions import NEAR, portions
 from kvpolicy.parts import Every, RecentTokens, WatchWindow, register_part
-from kvpolicy.parts.portions import NEAR, portions
 from kvpolicy.parts.score import Kernel, pool
-from kvpolicy.policy import ScoredPolicy
+from kvpolicy.policy.parts import Parts, Score
+from kvpolicy.policy.policy import ScoredPolicy
+from kvpolicy.policy.view import CacheView
 from kvpolicy.registry import register
-from kvpolicy.view import CacheView
 
 __all__ = ["RKV", "NotRedundant"]
 

@@ -6,10 +6,10 @@ from functools import cached_property
 
 from pydantic import Field
 
-from kvpolicy.composition import Parts
 from kvpolicy.parts import Every, PooledMass, RecentTokens, WatchWindow
 from kvpolicy.parts.score import Kernel
-from kvpolicy.policy import ScoredPolicy
+from kvpolicy.policy.parts import Parts
+from kvpolicy.policy.policy import ScoredPolicy
 from kvpolicy.registry import register
 
 __all__ = ["SnapKV"]

@@ -6,9 +6,9 @@ from functools import cached_property
 
 from pydantic import Field
 
-from kvpolicy.composition import Parts
 from kvpolicy.parts import Anchors, Recency
-from kvpolicy.policy import ScoredPolicy
+from kvpolicy.policy.parts import Parts
+from kvpolicy.policy.policy import ScoredPolicy
 from kvpolicy.registry import register
 
 __all__ = ["StreamingLLM"]

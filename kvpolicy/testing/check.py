@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import seed as seeded
 
-from kvpolicy.cache import Reclaim
+from kvpolicy.cache.cache import Reclaim
 from kvpolicy.errors import ParameterError, near_matches
-from kvpolicy.policy import EvictionPolicy
+from kvpolicy.policy.policy import EvictionPolicy
 from kvpolicy.testing.failure import PolicyCheckError
 from kvpolicy.testing.invariants import INVARIANTS, Case, Invariant, applicable
 from kvpolicy.testing.streams import Stream, streams

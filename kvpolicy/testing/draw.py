@@ -10,7 +10,7 @@ from kvpolicy.errors import BudgetError, ParameterError
 from kvpolicy.layout import RasterLayout, TextLayout, TokenLayout
 from kvpolicy.parts import available_parts
 from kvpolicy.parts.named import KINDS, PARTS, spell_part
-from kvpolicy.policy import EvictionPolicy
+from kvpolicy.policy.policy import EvictionPolicy
 from kvpolicy.registry import POLICIES
 
 __all__ = ["draw_parameters", "draw_policy"]

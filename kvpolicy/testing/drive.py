@@ -12,11 +12,11 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor
 
-from kvpolicy.cache import CacheStats, PolicyCache
+from kvpolicy.cache.cache import CacheStats, PolicyCache
+from kvpolicy.cache.layer import LayerCache
 from kvpolicy.errors import KVPolicyError
-from kvpolicy.layer import LayerCache
-from kvpolicy.observer import AttentionObserver, AttentionReport, Need
-from kvpolicy.policy import CacheView, EvictionPolicy, ScoredPolicy
+from kvpolicy.observers import AttentionObserver, AttentionReport, Need
+from kvpolicy.policy.policy import CacheView, EvictionPolicy, ScoredPolicy
 from kvpolicy.slots import SlotShape
 from kvpolicy.testing.failure import PolicyCheckError
 from kvpolicy.testing.streams import Stream, Tokens

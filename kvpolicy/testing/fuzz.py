@@ -18,7 +18,7 @@ from typing import Protocol
 import torch
 
 from kvpolicy.errors import KVPolicyError, ParameterError, near_matches
-from kvpolicy.policy import EvictionPolicy
+from kvpolicy.policy.policy import EvictionPolicy
 from kvpolicy.registry import Registry, available
 from kvpolicy.testing.check import find_violation, on_streams
 from kvpolicy.testing.draw import draw_policy

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from kvpolicy.layout import TokenLayout
 from kvpolicy.parts import Anchors, EachLine, RecentLines, WatchLine
-from kvpolicy.policy import EvictionPolicy, ScoredPolicy
+from kvpolicy.policy.policy import EvictionPolicy, ScoredPolicy
 from kvpolicy.testing.drive import Trace, drive
 from kvpolicy.testing.failure import PolicyCheckError
 from kvpolicy.testing.streams import Stream, Tokens

@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import Any
 
 from kvpolicy.errors import ParameterError, UnknownNameError, near_matches
-from kvpolicy.policy import EvictionPolicy
+from kvpolicy.policy.policy import EvictionPolicy
 from kvpolicy.registry import create
 
 __all__ = ["policy_named", "read_settings"]

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import torch
 
-from kvpolicy.cache import PolicyCache
+from kvpolicy.cache.cache import PolicyCache
 from kvpolicy.errors import KVPolicyError, ParameterError
 from kvpolicy.layout import TextLayout
-from kvpolicy.policy import EvictionPolicy
+from kvpolicy.policy.policy import EvictionPolicy
 from kvpolicy.registry import available, create
 
 __all__ = ["WARM_UP", "Soaked", "main", "resident_bytes", "soak"]

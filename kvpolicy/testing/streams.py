@@ -15,10 +15,10 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvpolicy.cache import Reclaim
+from kvpolicy.cache.cache import Reclaim
 from kvpolicy.layout import RasterLayout, TextLayout, TokenLayout
 from kvpolicy.policies.full import Full
-from kvpolicy.policy import EvictionPolicy
+from kvpolicy.policy.policy import EvictionPolicy
 
 __all__ = ["Attention", "Stream", "Tokens", "streams"]
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from kvpolicy.kernels import native
+from kvpolicy.ops.cpu import native
 
 __all__ = ["Machine", "survey"]
 
@@ -31,7 +31,7 @@ class Machine:
         python: version.
         copy: bytes a second that a large copy reads and writes, best of several.
         matmul: operations a second of a large product in the workload's dtype, best of several.
-        kernel: whether kvpolicy's CPU kernel has been built (:mod:`kvpolicy.kernels.native`).
+        kernel: whether kvpolicy's CPU kernel has been built (:mod:`kvpolicy.ops.cpu.native`).
     """
 
     processor: str

@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 
-from kvpolicy.budget import Budget
+from kvpolicy.budget.budget import Budget
 from kvpolicy.errors import ParameterError, near_matches
-from kvpolicy.kernels import native
 from kvpolicy.lab.bench.contender import (
     BASELINES,
     VARIANTS,
@@ -30,8 +29,9 @@ from kvpolicy.lab.bench.report import conditions, grids, markdown, plot
 from kvpolicy.lab.bench.rounds import Plan, Rounds, lines_of_round
 from kvpolicy.lab.bench.session import LocalSession
 from kvpolicy.lab.bench.summary import Summary, summarise
-from kvpolicy.lab.files import write_whole
+from kvpolicy.lab.run.files import write_whole
 from kvpolicy.layout import RasterLayout
+from kvpolicy.ops.cpu import native
 from kvpolicy.registry import create
 
 __all__ = ["Bench", "capacity_of", "enlist", "plan_of"]

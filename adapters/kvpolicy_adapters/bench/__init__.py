@@ -1,0 +1,1 @@
+"""Shapes of models to measure, the floor, and other projects' caches."""

@@ -1,0 +1,1 @@
+"""Models as subjects of comparisons, and sweeps over architectures."""

@@ -1,0 +1,269 @@
+"""Subjects that ship: fashion-ar, real images without a download."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Collection
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+import kvpolicy
+from kvpolicy.errors import ParameterError, near_matches
+from kvpolicy.lab.compare.metrics import FrechetTo
+from kvpolicy.lab.run.subject import Advance, Generated, Measurement, Metric, Scored, Setting
+from kvpolicy_adapters import zoo
+from kvpolicy_adapters.attach import attach
+
+__all__ = ["FashionAR"]
+
+_GREYS, _CLASSES = 16, 10
+_SCORE_BATCH, _DRAW_BATCH = 64, 250
+_REAL = {"test": 1000, "calibration": 256}  # images that ship
+
+
+class FashionAR:
+    """The zoo's model of Fashion-MNIST, its held-out images and its classifier.
+
+    A seed scores its own images (seed 0 the first ``scored`` ones, seed 1 the next, and so on, from
+    the first again after the last that ships) and draws its own.
+
+    Args:
+        scored: real images that are scored, 2 to 1,000 (256 of ``calibration``).
+        images: images that are drawn, at least 10.
+        split: real images that are scored: ``test``, or ``calibration``, which are others.
+
+    Raises:
+        ParameterError: an argument is out of range.
+    """
+
+    name = "fashion-ar"
+    class_names = (
+        "T-shirt",
+        "trousers",
+        "pullover",
+        "dress",
+        "coat",
+        "sandal",
+        "shirt",
+        "sneaker",
+        "bag",
+        "boot",
+    )
+
+    def __init__(self, scored: int = 256, images: int = 200, split: str = "test") -> None:
+        if split not in _REAL:
+            raise ParameterError(f"fashion-ar: split={split!r}; {near_matches(str(split), _REAL)}")
+        real = _REAL[split]
+        for name, value, low, high in (("scored", scored, 2, real), ("images", images, 10, 10**6)):
+            if type(value) is not int or not low <= value <= high:
+                raise ParameterError(
+                    f"fashion-ar: {name}={value!r} must be a whole number from {low} to {high}"
+                )
+        self.scored, self.images, self.split = scored, images, split
+        self.zoo = zoo.load("fashion-ar")
+        self.layout = self.zoo.layout
+        self.num_layers = self.zoo.model.config.num_hidden_layers
+        self.metrics = (
+            Metric(
+                name="bits_per_pixel",
+                label="bits per pixel",
+                better="lower",
+                array="bits",
+                items="real",
+                about="of real held-out images, teacher-forced under the cache",
+            ),
+            Metric(
+                name="frechet",
+                label="Fréchet distance",
+                better="lower",
+                array="features",
+                statistic=FrechetTo(*self.reference()),
+                about="between classifier features of drawn images and of 10,000 real ones",
+            ),
+            Metric(
+                name="class_accuracy",
+                label="class accuracy",
+                better="higher",
+                array="correct",
+                about="share of drawn images in which a classifier sees the class asked for",
+            ),
+            Metric(
+                name="images_per_second",
+                label="images per second",
+                better="higher",
+                timing=True,
+                about="drawn",
+            ),
+        )
+
+    def measure(self, setting: Setting, seed: int, wanted: Collection[str]) -> Measurement:
+        """Score this seed's real images and draw this seed's own."""
+        arrays: dict[str, NDArray[Any]] = {}
+        figures, images = {}, None
+        drawing = {"frechet", "class_accuracy", "images_per_second"} & set(wanted)
+        if "bits_per_pixel" in wanted or not drawing:
+            blocks = _REAL[self.split] // self.scored
+            first = seed % blocks * self.scored
+            score = self.score(setting, self.scored, _ignore, first=first)
+            arrays |= {"bits": score.bits, "real": np.arange(first, first + self.scored)}
+            stats, batch = score.stats, (self.scored - 1) % _SCORE_BATCH + 1
+        if drawing:
+            drawn = self.generate(setting, self.images, seed * 1000, _ignore)
+            arrays |= {
+                "features": drawn.features,
+                "correct": drawn.correct,
+                "classes": drawn.classes,
+            }
+            figures["images_per_second"] = len(drawn.images) / drawn.seconds
+            images, stats, batch = drawn.images, drawn.stats, drawn.batch
+        return Measurement(arrays, stats, batch, figures, images)
+
+    def trace(self, setting: Setting, seed: int) -> bytes:
+        """The decisions on this seed's first two real images, the same for every policy."""
+        blocks = _REAL[self.split] // self.scored
+        tokens = self._real(seed % blocks * self.scored, 2)
+        with (
+            self._attached(setting) as cache,
+            kvpolicy.trace(cache) as recording,
+            torch.inference_mode(),
+        ):
+            self.zoo.model(tokens, past_key_values=cache)
+        pictures = torch.as_tensor(np.array(self.zoo.images(tokens[:, 1:])))
+        return recording.finish(pictures).dump()
+
+    def calibration(self) -> FashionAR:
+        """The same model on real images that no test scores."""
+        return FashionAR(min(self.scored, _REAL["calibration"]), self.images, "calibration")
+
+    def estimate(self, setting: Setting) -> float:
+        """Seconds that ``measure`` will take, from a few images scored and a few lines drawn."""
+        begun = time.perf_counter()
+        self.score(setting, min(16, self.scored), _ignore)
+        scoring = (time.perf_counter() - begun) * self.scored / min(16, self.scored)
+        batch, tokens = min(self.images, _DRAW_BATCH), 2 * self.layout.cols
+        prompt = torch.full((batch, 1), _GREYS)
+        begun = time.perf_counter()
+        with self._attached(setting) as cache:
+            self._draw(prompt, cache, tokens, _ignore)
+        pixels = self.layout.rows * self.layout.cols
+        return scoring + (time.perf_counter() - begun) * pixels / tokens * self.images / batch
+
+    def score(self, setting: Setting, images: int, advance: Advance, *, first: int = 0) -> Scored:
+        """Teacher-force images of the split from ``first`` on; ``advance`` counts images."""
+        bits = []
+        for tokens in self._real(first, images).split(_SCORE_BATCH):
+            with self._attached(setting) as cache, torch.inference_mode():
+                logits = self.zoo.model(tokens[:, :-1], past_key_values=cache).logits
+            nats = functional.cross_entropy(
+                logits.float().transpose(1, 2), tokens[:, 1:], reduction="none"
+            )
+            bits.append(nats.double().mean(1) / math.log(2))
+            advance(len(tokens))
+        return Scored(torch.cat(bits).numpy(), cache.stats())
+
+    def _real(self, first: int, images: int) -> Tensor:
+        """Tokens of real images of the split, the class first."""
+        tokens_of = {"test": self.zoo.test_tokens, "calibration": self.zoo.calibration_tokens}
+        return tokens_of[self.split](first + images)[first:]
+
+    def batch_tokens(self, images: int) -> int:
+        """Tokens that ``generate`` reports: those of an image, for each batch."""
+        return math.ceil(images / _DRAW_BATCH) * self.layout.rows * self.layout.cols
+
+    def generate(self, setting: Setting, images: int, seed: int, advance: Advance) -> Generated:
+        """Draw images of classes 0, 1, … in turn with ``model.generate``, seeded batch by batch."""
+        classes = torch.arange(images) % _CLASSES
+        pixels_each = self.layout.rows * self.layout.cols
+        drawn = []
+        seconds = 0.0
+        for number, wanted in enumerate(classes.split(_DRAW_BATCH)):
+            prompt = wanted[:, None] + _GREYS
+            torch.manual_seed(seed + number)
+            begun = time.perf_counter()
+            with self._attached(setting) as cache:
+                tokens = self._draw(prompt, cache, pixels_each, advance)
+            seconds += time.perf_counter() - begun
+            drawn.append(tokens[:, 1:])
+        pixels = torch.cat(drawn)
+        return Generated(
+            images=np.asarray(self.zoo.images(pixels)),
+            features=self.zoo.features(pixels).double().numpy(),
+            correct=(self.zoo.classify(pixels) == classes).numpy(),
+            classes=classes.numpy(),
+            seconds=seconds,
+            stats=cache.stats(),
+            batch=len(wanted),
+        )
+
+    def retention(
+        self, setting: Setting, moments: tuple[int, ...]
+    ) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
+        """Feed a real image and look at what is cached after ``moments`` of its tokens."""
+        tokens = self.zoo.test_tokens(1)
+        grid = (self.layout.rows, self.layout.cols)
+        shares = []
+        with self._attached(setting) as cache, torch.inference_mode():
+            seen = 0
+            for moment in moments:
+                upto = moment + self.layout.prefix
+                self.zoo.model(tokens[:, seen:upto], past_key_values=cache)
+                seen = upto
+                layers = [self._share(cache.positions(n)) for n in range(self.num_layers)]
+                shares.append(torch.stack(layers).view(self.num_layers, *grid))
+        image = np.asarray(self.zoo.images(tokens[:, 1:]))[0]
+        return image, torch.stack(shares).numpy()
+
+    def reference(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Feature statistics of the 10,000 real test images."""
+        mean, covariance = self.zoo.reference
+        return np.asarray(mean, np.float64), np.asarray(covariance, np.float64)
+
+    def _draw(self, prompt: Tensor, cache: Any, tokens: int, advance: Advance) -> Tensor:
+        """Draw grey levels behind a prompt ``[n, 1]``: int64 ``[n, 1 + tokens]``."""
+        model: Any = self.zoo.model
+        drawn: Tensor = model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            past_key_values=cache,
+            max_new_tokens=tokens,
+            do_sample=True,
+            top_k=0,
+            suppress_tokens=list(range(_GREYS, model.config.vocab_size)),
+            stopping_criteria=StoppingCriteriaList([_Watch(advance)]),
+        )
+        return drawn
+
+    def _attached(self, setting: Setting) -> Any:
+        return attach(
+            self.zoo.model, policy=setting.policy, budget=setting.budget, layout=self.layout
+        )
+
+    def _share(self, positions: Tensor) -> Tensor:
+        """Share of heads that hold each image token, float64 ``[rows * cols]``."""
+        image = positions[0] - self.layout.prefix
+        count = torch.zeros(self.layout.rows * self.layout.cols, dtype=torch.float64)
+        held = image[image >= 0]
+        count.scatter_add_(0, held, torch.ones(len(held), dtype=torch.float64))
+        return count / positions.shape[1]
+
+
+def _ignore(count: int) -> None:
+    """Progress that nobody watches."""
+
+
+class _Watch(StoppingCriteria):
+    """Never stops; tells how far generation has come."""
+
+    def __init__(self, advance: Advance) -> None:
+        self.advance = advance
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        self.advance(1)
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)

@@ -1,0 +1,1 @@
+"""Families of models that draw images token by token."""

@@ -1,0 +1,137 @@
+"""Drawing with :class:`LlamaGen`: classifier-free guidance, temperature, top-k, top-p, a seed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    Cache,
+    DynamicCache,
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from kvpolicy import CacheStateError, ParameterError, ShapeError
+from kvpolicy_adapters.images.guidance import guided
+
+if TYPE_CHECKING:
+    from kvpolicy_adapters.images.llamagen.modeling import LlamaGen
+
+__all__ = ["generate"]
+
+
+@torch.no_grad()
+def generate(
+    self: LlamaGen,
+    condition: Tensor,
+    *,
+    condition_mask: Tensor | None = None,
+    past_key_values: Cache | None = None,
+    cfg_scale: float = 1.0,
+    cfg_interval: int = -1,
+    do_sample: bool = True,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int | None = None,
+) -> Tensor:
+    """Draw one image for each condition.
+
+    Guidance (Ho and Salimans, arXiv:2207.12598) doubles the batch: the first half has the
+    conditions, the second half none, and both draw the same tokens.
+
+    Args:
+        self: the model.
+        condition: classes ``[B]``, or embeddings of captions ``[B, length, caption_size]``, padded
+            on the left.
+        condition_mask: ``[B, length]``, 0 where a caption is padding; of captions only.
+        past_key_values: an empty cache, e.g. that of ``attach``; one of transformers' by default.
+        cfg_scale: guidance; 1 is none.
+        cfg_interval: the last image token but one that is guided, counted from 0; -1 guides all.
+        do_sample: draw at random; else take the likeliest token each time.
+        temperature: divides the logits.
+        top_k: draw from the likeliest so many tokens only; 0 for all.
+        top_p: draw from the likeliest tokens that have this probability together; 1 for all.
+        seed: makes the draw repeatable; None to go on from torch's own generator.
+
+    Returns:
+        Image tokens, int64 ``[B, n, n]``, row by row; the tokenizer's decoder makes pixels of them.
+
+    Raises:
+        ParameterError: an option is out of range, or a class is unknown.
+        ShapeError: the condition or its mask has the wrong shape.
+        CacheStateError: the cache holds tokens already.
+    """
+    for name, value, works, allowed in (
+        ("cfg_scale", cfg_scale, cfg_scale >= 1, "at least 1, which is no guidance"),
+        ("cfg_interval", cfg_interval, cfg_interval >= -1, "at least -1, which guides all tokens"),
+        ("temperature", temperature, temperature > 0, "above 0 (do_sample=False is greedy)"),
+        ("top_k", top_k, top_k >= 0, "at least 0, which is all tokens"),
+        ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1, which is all tokens"),
+    ):
+        if not works:
+            raise ParameterError(f"{name}={value!r} must be {allowed}")
+    cache = DynamicCache() if past_key_values is None else past_key_values
+    if (held := cache.get_seq_length()) != 0:
+        raise CacheStateError(
+            f"this cache holds {held} tokens already; reset() it, or take another"
+        )
+    config = self.config
+    batch = len(condition)
+    mask = None
+    if config.condition == "c2i":
+        wrong = condition[(condition < 0) | (condition > config.num_classes)].tolist()
+        if wrong:
+            raise ParameterError(f"class {wrong[0]} is not one of 0 to {config.num_classes - 1}")
+        if condition_mask is not None:
+            raise ParameterError("condition_mask is for captions; a class has nothing to hide")
+    elif condition_mask is not None:
+        if condition_mask.shape != condition.shape[:2]:
+            raise ShapeError(
+                f"condition_mask is {list(condition_mask.shape)}; expected "
+                f"{list(condition.shape[:2])}, like condition"
+            )
+        mask = torch.ones(batch, config.length, dtype=torch.bool, device=condition.device)
+        mask[:, : config.prefix] = condition_mask
+    if guidance := cfg_scale > 1:
+        condition = torch.cat([condition, self.unconditional(condition)])
+        mask = None if mask is None else mask.repeat(2, 1)
+
+    warp: Any = LogitsProcessorList()
+    if temperature != 1:
+        warp.append(TemperatureLogitsWarper(float(temperature)))
+    if top_k:
+        warp.append(TopKLogitsWarper(top_k))
+    if top_p < 1:
+        warp.append(TopPLogitsWarper(top_p))
+    chance = None
+    if seed is not None:
+        chance = torch.Generator(condition.device).manual_seed(seed)
+
+    count = config.grid_size**2
+    drawn = torch.empty(batch, count, dtype=torch.int64, device=condition.device)
+    for index in range(count):
+        newest = drawn[:, index - 1 : index]
+        output = self(
+            newest.repeat(2 if guidance else 1, 1) if index else None,
+            condition=None if index else condition,
+            attention_mask=None if mask is None else mask[:, : config.prefix + index],
+            past_key_values=cache,
+            logits_to_keep=1,
+        )
+        logits = output.logits[:, -1]
+        if guidance:
+            logits, unconditional = logits.chunk(2)
+            if cfg_interval == -1 or index <= cfg_interval + 1:
+                logits = guided(logits, unconditional, cfg_scale)
+        if do_sample:
+            chances = warp(newest, logits).softmax(-1)
+            token = torch.multinomial(chances, 1, generator=chance)
+        else:
+            token = logits.argmax(-1, keepdim=True)
+        drawn[:, index] = token[:, 0]
+    return drawn.view(batch, config.grid_size, config.grid_size)

@@ -1,0 +1,314 @@
+"""TransformersCache: a PolicyCache that transformers' models and ``generate`` take for their own.
+
+A transformers model hands new keys and values to its cache (``update``), takes back tensors, and
+passes those to an attention function. The policy needs the query too, so ``update`` only marks
+the new keys with the layer they belong to; everything happens in :func:`policy_attention`, which
+finds the mark. The mark travels with the tensor, so threads and models can't mix their caches up.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin
+from transformers.utils import output_capturing
+
+from kvpolicy import CacheStateError, CacheStats, ModelError, PolicyCache
+from kvpolicy.cache.layer import LayerCache
+from kvpolicy.cache.terms import Terms
+
+__all__ = ["TransformersCache", "policy_attention"]
+
+_MARK = "_kvpolicy_layer"
+
+
+class PolicyLayer(CacheLayerMixin):
+    """One layer of a :class:`TransformersCache`."""
+
+    is_compileable = False
+    is_sliding = False
+    is_croppable = False
+
+    def __init__(self, cache: TransformersCache, layer: LayerCache) -> None:
+        super().__init__()
+        self.cache = weakref.proxy(cache)
+        self.layer = layer
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to do: the store allocates itself when the first token comes."""
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Mark the new keys ``[B, H, T, D]`` for :func:`policy_attention`, and hand them back.
+
+        Raises:
+            ModelError: the keys of the layer before never came to an attention function.
+        """
+        if self.layer.step is not None:  # traced by a compiler: begin_step has looked
+            return _mark(key_states, self), value_states
+        self.cache.expect(self)
+        return _mark(key_states, self), value_states
+
+    def get_seq_length(self) -> int:
+        """Tokens of the sequence so far, evicted ones included.
+
+        In the middle of a compiled step it is a tensor, as that of a static cache of transformers
+        is: models add it to other tensors, and a number would be compiled in.
+        """
+        step = self.layer.step
+        return self.layer.seen if step is None else step.position  # type: ignore[return-value]
+
+    def get_max_length(self) -> int:
+        """Tokens that the layout has, or -1 where it has no end."""
+        length = self.layer.layout.length
+        return -1 if length is None else length
+
+    def get_max_cache_shape(self) -> int:
+        """The former name of :meth:`get_max_length`."""
+        return self.get_max_length()
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Masks are made by position: as long as the whole sequence, from 0.
+
+        Raises:
+            CacheStateError: ``generate`` was given no more tokens than the cache has seen.
+        """
+        if query_length == 0:
+            raise CacheStateError(
+                f"this cache has seen {self.layer.seen} tokens, and the input has no others; "
+                f"reset() the cache for a new sequence, or pass the whole sequence so far and more"
+            )
+        return self.layer.seen + query_length, 0
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.cache.expected = None
+        self.layer.reset()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Follow the beams."""
+        self.layer.select_batch(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some sequences."""
+        if indices.dtype == torch.bool:
+            indices = indices.nonzero().flatten()
+        self.layer.select_batch(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each sequence."""
+        if self.layer.store is not None:
+            batch = torch.arange(self.layer.store.shape.batch)
+            self.layer.select_batch(batch.repeat_interleave(repeats))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take the newest tokens back.
+
+        Raises:
+            CacheStateError: more than none is asked for.
+        """
+        if tokens_to_remove != 0:
+            raise CacheStateError(
+                f"crop({tokens_to_remove}): what these tokens evicted can't be brought back; "
+                f"decode without an assistant model"
+            )
+
+
+class TransformersCache(Cache):
+    """The cache that ``attach`` gives: pass it as ``past_key_values``.
+
+    Args:
+        policy_cache: the cache of the layers that the policy manages.
+        model: the model.
+        own: transformers' own cache layers, of which those that the policy leaves alone are used.
+
+    Attributes:
+        policy_cache: the :class:`kvpolicy.PolicyCache` behind it.
+        closed: whether its ``attach`` block has ended.
+    """
+
+    def __init__(
+        self, policy_cache: PolicyCache, model: PreTrainedModel, own: Sequence[Any] = ()
+    ) -> None:
+        self.policy_cache = policy_cache
+        self.closed = False
+        self.expected: PolicyLayer | None = None
+        self._name = type(model).__name__
+        # The block holds the model, so its ids are not given to others while the cache is in use.
+        self._modules = frozenset(id(module) for module in model.modules())
+        left_alone = policy_cache.stats().left_alone
+        super().__init__(
+            layers=[
+                own[index] if index in left_alone else PolicyLayer(self, layer)
+                for index, layer in enumerate(policy_cache.layers)
+            ]
+        )
+
+    def expect(self, layer: PolicyLayer) -> None:
+        """Note that a layer's keys are on their way to its attention.
+
+        Raises:
+            ModelError: those of the layer before never arrived.
+        """
+        if self.expected is not None:
+            lost, self.expected = self.expected.layer.layer, None
+            raise ModelError(
+                f"the keys of layer {lost} never came to the policy's attention: use this cache on "
+                f"the {self._name} that attach() was given, and on no other object; if that is so, "
+                f"{self._name} does not pass keys on to transformers' attention interface as its "
+                f"cache gives them, and kvpolicy can't serve it"
+            )
+        self.expected = layer
+
+    def check_owner(self, module: torch.nn.Module) -> None:
+        """Refuse an attention module of another model.
+
+        Raises:
+            CacheStateError: this cache was made for a model that has no such module.
+        """
+        if id(module) not in self._modules:
+            self.expected = None
+            raise CacheStateError(
+                f"this cache was made for another {self._name} object than the model it is used "
+                f"on (its {type(module).__name__} is not in it); attach() each model, and use the "
+                f"cache that its own block gives"
+            )
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Take the new keys and values of a layer.
+
+        Raises:
+            CacheStateError: the model has more layers than this cache, or its block has ended.
+        """
+        if self.closed:
+            raise CacheStateError(
+                "this cache's attach() block has ended; attach the model again for a new cache"
+            )
+        if layer_idx >= len(self.layers):
+            raise CacheStateError(
+                f"this cache was made for a model of {len(self.layers)} layers, and is used on one "
+                f"that has a layer {layer_idx}; attach() that model and use the cache it gives"
+            )
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def positions(self, layer: int) -> Tensor:
+        """Positions that a layer holds, int64 ``[B, H, S]``, -1 = empty."""
+        return self.policy_cache.positions(layer)
+
+    def stats(self) -> CacheStats:
+        """What the generation has cost so far, the layers that are left alone included."""
+        stats = self.policy_cache.stats()
+        if not stats.left_alone:
+            return stats
+        peaks, extra = list(stats.peak_tokens), 0
+        for index in stats.left_alone:
+            keys, values = (getattr(self.layers[index], name, None) for name in ("keys", "values"))
+            if keys is not None and values is not None:
+                peaks[index] = keys.shape[2]
+                extra += keys.nbytes + values.nbytes
+        return replace(stats, peak_tokens=tuple(peaks), bytes=stats.bytes + extra)
+
+
+def marked_layer(key: Tensor) -> PolicyLayer | None:
+    """The layer whose new keys these are, or None where they came through no policy cache."""
+    return getattr(key, _MARK, None)
+
+
+def _mark(key: Tensor, layer: PolicyLayer) -> Tensor:
+    """The same keys, marked as new ones of this layer."""
+    marked = key.view_as(key)
+    setattr(marked, _MARK, layer)
+    return marked
+
+
+def _collected() -> bool:
+    """Whether transformers is about to collect this call's weights.
+
+    A model need not pass on that it was asked for them (GPT-2 doesn't), and its configuration may
+    ask: transformers collects what attention returns, and keeps for what in a context variable.
+    """
+    collector = getattr(output_capturing, "_active_collector", None)
+    collected = None if collector is None else collector.get()
+    return collected is not None and "attentions" in collected
+
+
+def policy_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention of one layer under its policy, as transformers' attention interface calls it.
+
+    Args:
+        module: the attention module.
+        query: ``[B, Hq, T, D]``.
+        key: the new keys ``[B, H, T, D]``, marked by ``update``.
+        value: the new values ``[B, H, T, Dv]``.
+        attention_mask: by position, bool (True = visible) or additive ``[B, 1, T, seen + T]``.
+        scaling: factor of the scores.
+        kwargs: what else the model passes: ``softcap``, ``s_aux`` (learned sinks),
+            ``position_bias`` and ``output_attentions`` are served.
+
+    Returns:
+        The output ``[B, T, Hq, Dv]``, and the weights by position ``[B, Hq, T, seen]`` where they
+        are asked for: evicted tokens get zero.
+
+    """
+    layer = marked_layer(key)
+    assert layer is not None
+    step = layer.layer.step
+    if step is not None:
+        terms = Terms(
+            scale=scaling,
+            bias=kwargs.get("position_bias"),
+            softcap=kwargs.get("softcap"),
+            sinks=kwargs.get("s_aux"),
+        )
+        return step.attend(query, key, value, terms).transpose(1, 2).contiguous(), None
+    layer.cache.check_owner(module)
+    visible, bias = attention_mask, kwargs.get("position_bias")
+    if visible is not None and visible.dtype != torch.bool:
+        # An additive mask hides with the lowest number, and may carry a bias besides (ALiBi).
+        bias = visible if bias is None else bias + visible
+        visible = visible > torch.finfo(visible.dtype).min / 2
+        bias = bias.masked_fill(~visible, 0.0)
+    if visible is not None and visible.shape[1] not in (1, key.shape[1]):
+        raise ModelError(
+            f"{type(module).__name__} masks each query head in its own way, while query heads "
+            f"share the slots of their KV head; kvpolicy can't serve this model"
+        )
+    terms = Terms(
+        scale=scaling,
+        visible=visible,
+        bias=bias,
+        softcap=kwargs.get("softcap"),
+        sinks=kwargs.get("s_aux"),
+    )
+    asked = bool(kwargs.get("output_attentions")) or _collected()
+    if layer.cache.expected is layer:
+        layer.cache.expected = None
+        layer.layer.newest.watched = asked
+        output = layer.layer.attend(query, key, value, terms)
+    elif layer.layer.newest.lent:
+        output = layer.layer.newest.attend_again(query, terms)
+    else:
+        raise ModelError(
+            f"{type(module).__name__} attends more than once to the keys of layer "
+            f"{layer.layer.layer}, and its configuration does not say that layers share them "
+            f"(kv_sharing_modes); kvpolicy can't serve this model"
+        )
+    weights = layer.layer.newest.weights(query, terms, layer.layer.seen) if asked else None
+    return output.transpose(1, 2).contiguous(), weights

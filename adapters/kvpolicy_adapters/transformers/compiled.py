@@ -1,0 +1,132 @@
+"""compile_decode: one token at a time through a compiled model, decisions outside of it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kvpolicy import CacheStateError, ParameterError, SlotStore
+from kvpolicy.layout import UNBOUND
+from kvpolicy_adapters.transformers.cache import PolicyLayer, TransformersCache
+
+__all__ = ["compile_decode"]
+
+
+@contextmanager
+def compile_decode(
+    model: PreTrainedModel, cache: TransformersCache, **options: Any
+) -> Iterator[None]:
+    """Compile the model's decode step for the length of a ``with`` block, inside ``attach``.
+
+    Calls with one token a sequence and this cache run compiled: the whole model in one graph, with
+    static shapes, compiled once for a whole image. The first call (the prompt) and all other calls
+    run as they always do. What a policy decides, and what its observers are told, happens before
+    and after the compiled code (see :mod:`kvpolicy.cache.step`).
+
+    Example::
+
+        with attach(model, policy="linear", budget="1/6") as cache, compile_decode(model, cache):
+            out = model.generate(**inputs, past_key_values=cache)
+
+    Args:
+        model: a model that is attached.
+        cache: what ``attach`` gave.
+        options: of ``torch.compile``, such as ``mode="reduce-overhead"`` (CUDA graphs) or
+            ``backend="eager"``.
+
+    Raises:
+        ParameterError: this is no attached model of transformers, or (at the first step) its layers
+            borrow tokens from each other.
+    """
+    if not isinstance(model, PreTrainedModel) or not isinstance(cache, TransformersCache):
+        raise ParameterError(
+            f"compile_decode(model, cache) takes a model of transformers and the cache that "
+            f"attach() gave, not {type(model).__name__} and {type(cache).__name__}"
+        )
+    layers = [layer for layer in cache.layers if isinstance(layer, PolicyLayer)]
+    if len(layers) != len(cache.layers):
+        raise ParameterError(
+            f"{len(cache.layers) - len(layers)} of {len(cache.layers)} layers of "
+            f"{type(model).__name__} are not under the policy, which a compiled step does not serve"
+        )
+    eager = model.forward
+    before = model.__dict__.get("forward")
+    step = torch.compile(eager, fullgraph=True, dynamic=False, **options)
+    # One sequence's masks are all alike, and are made by slot: this one is never looked at.
+    unread = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=model.device)
+
+    @functools.wraps(eager)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if not _decodes(layers, cache, args, kwargs):
+            return eager(*args, **kwargs)
+        if cache.closed:
+            raise CacheStateError("this cache's attach() block has ended; attach the model again")
+        hide = functools.partial(_hidden, layers, kwargs.get("attention_mask"))
+        begun = []
+        done = False
+        try:
+            for layer in layers:
+                begun.append(layer.layer)
+                layer.layer.begin_step(hide)
+            output = step(*args, **{**kwargs, "attention_mask": unread})
+            done = True
+        finally:
+            for each in begun:
+                each.end_step(done)
+        return output
+
+    model.forward = forward
+    try:
+        yield
+    finally:
+        del model.forward
+        if before is not None:
+            model.forward = before
+
+
+def _decodes(
+    layers: list[PolicyLayer], cache: TransformersCache, args: tuple[Any, ...], kwargs: Any
+) -> bool:
+    """Whether a call brings one token a sequence behind what this cache holds."""
+    if kwargs.get("past_key_values") is not cache:
+        return False
+    tokens = kwargs.get("input_ids", args[0] if args else None)
+    if tokens is None:
+        tokens = kwargs.get("inputs_embeds")
+    if tokens is None or tokens.shape[1] != 1:
+        return False
+    return all(
+        layer.layer.store is not None and layer.layer.layout is not UNBOUND for layer in layers
+    )
+
+
+def _hidden(layers: list[PolicyLayer], mask: Any, store: SlotStore) -> Tensor | None:
+    """Slots of padding, bool ``[B, 1, S]``; None where there is none.
+
+    Padding of an image's prompt lies in its prefix, which never moves. That of a text is hidden by
+    its position, because its slots are reclaimed.
+
+    Raises:
+        ParameterError: the mask does not say which tokens are padding.
+    """
+    if mask is None or layers[0].layer.start is not None:
+        return None
+    if not isinstance(mask, Tensor) or mask.ndim != 2:
+        raise ParameterError(
+            "a compiled step makes its masks itself: give attention_mask as [B, tokens], 0 for "
+            "padding, or not at all"
+        )
+    hides = mask == 0
+    if not bool(hides.any()):
+        return None
+    positions = store.positions[:, :1].to(torch.int64)
+    looked_up = positions.clamp(0, mask.shape[1] - 1)
+    found = hides[:, None].expand(len(positions), 1, -1).gather(2, looked_up)
+    prefix = layers[0].layer.layout.prefix
+    return found & (positions >= 0) & (positions < prefix)

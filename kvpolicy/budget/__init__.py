@@ -1,0 +1,1 @@
+"""Budgets, and how the layers of a model share one."""

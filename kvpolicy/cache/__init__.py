@@ -1,0 +1,1 @@
+"""One generation: its layers, their slots, and who decides about them."""

@@ -1,0 +1,348 @@
+"""PolicyCache: the keys and values of one generation, under one policy and one budget."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from kvpolicy.budget.budget import Budget, Schedule
+from kvpolicy.cache.layer import LayerCache
+from kvpolicy.cache.terms import Terms
+from kvpolicy.errors import BudgetError, CacheStateError, ParameterError, ShapeError
+from kvpolicy.layout import UNBOUND, LateLayout, TokenLayout
+from kvpolicy.policy.policy import EvictionPolicy
+from kvpolicy.registry import create
+
+__all__ = ["CacheStats", "PolicyCache", "Reclaim"]
+
+Reclaim = Literal["lazy", "eager"]
+
+_INTEGERS = (torch.int64, torch.int32)
+
+
+@dataclass(frozen=True)
+class CacheStats:
+    """What a generation has cost so far.
+
+    Attributes:
+        policy: registry name of the policy.
+        budgets: evictable tokens a head may hold, per layer.
+        peak_tokens: most tokens that a head held at any instant, prefix included, per layer.
+        bytes: bytes of all keys and values allocated.
+        overhead_bytes: bytes of positions and observers beside them.
+        evictions: tokens that a head lost, per layer.
+        reports: attention reports that reached observers, per layer.
+        seen: tokens of the sequence so far.
+        left_alone: layers that need no policy, so that none of the above is theirs: their sliding
+            window is no larger than their budget, or they keep no keys and values of their own.
+    """
+
+    policy: str
+    budgets: tuple[int, ...]
+    peak_tokens: tuple[int, ...]
+    bytes: int
+    overhead_bytes: int
+    evictions: tuple[int, ...]
+    reports: tuple[int, ...]
+    seen: int
+    left_alone: tuple[int, ...] = ()
+
+
+class PolicyCache:
+    """The cache of one generation: layout + budget + stores + policy.
+
+    Example:
+        >>> import torch, kvpolicy
+        >>> layout = kvpolicy.RasterLayout(rows=4, cols=4, prefix=1)
+        >>> cache = kvpolicy.PolicyCache("streaming_llm", budget=8, layout=layout, num_layers=1)
+        >>> for _ in range(layout.length):
+        ...     q = k = v = torch.randn(2, 3, 1, 8)
+        ...     out = cache.attend(0, q, k, v)
+        >>> out.shape, cache.stats().peak_tokens
+        (torch.Size([2, 3, 1, 8]), (9,))
+
+    Args:
+        policy: a policy, or its name in the registry.
+        budget: evictable tokens a head of a layer may hold (see :class:`Budget`); None for as
+            many as the layout has.
+        layout: where tokens sit; or a :class:`LateLayout`, which says so once the first tokens are
+            out. Fractions of a budget are worked out then, and a budget that is too small is
+            refused then.
+        num_layers: number of layers.
+        reclaim: ``lazy``, a victim stays visible until its slot is overwritten, or ``eager``, it
+            is hidden as soon as it is chosen.
+        schedule: how layers share the budget; the policy's own by default.
+        windows: of each layer, how many tokens its queries can see (a sliding window, which the
+            ``visible`` of each call imposes): None for all, 0 where it keeps no keys and values.
+            A layer that can see no more than the budget is left alone: it gets no slots, and the
+            others share the budget as if it were not there.
+        lent: layers whose tokens other layers attend to as well.
+
+    Raises:
+        BudgetError: the budget is too small for this policy on this layout.
+        ParameterError: another argument is wrong.
+        UnknownNameError: no policy has this name.
+    """
+
+    def __init__(
+        self,
+        policy: EvictionPolicy | str,
+        budget: Budget | int | float | str | None = None,
+        *,
+        layout: TokenLayout | LateLayout,
+        num_layers: int,
+        reclaim: Reclaim = "lazy",
+        schedule: Schedule | None = None,
+        windows: Sequence[int | None] | None = None,
+        lent: Collection[int] = (),
+    ) -> None:
+        self.policy = create(policy) if isinstance(policy, str) else policy
+        if not isinstance(self.policy, EvictionPolicy):
+            raise ParameterError(f"policy={policy!r} is neither an EvictionPolicy nor a name")
+        # A class has the attributes of its objects, and would pass for one of them.
+        if isinstance(layout, type) or not isinstance(layout, TokenLayout | LateLayout):
+            raise ParameterError(
+                f"layout={layout!r} is not a TokenLayout: give RasterLayout(...) or TextLayout(...)"
+            )
+        if isinstance(num_layers, bool) or not isinstance(num_layers, int) or num_layers < 1:
+            raise ParameterError(f"num_layers={num_layers!r} must be an integer, at least 1")
+        if reclaim not in ("lazy", "eager"):
+            raise ParameterError(f"reclaim={reclaim!r} must be 'lazy' or 'eager'")
+        self.reclaim = reclaim
+        schedule = self.policy.schedule() if schedule is None else schedule
+        if not isinstance(schedule, Schedule):
+            raise ParameterError(f"schedule={schedule!r} is not a Schedule, e.g. Uniform()")
+        self.schedule = schedule
+        late, known = (
+            (None, layout) if isinstance(layout, TokenLayout) else (layout, layout.preview())
+        )
+        self._late = late
+        self._budget = None if budget is None else Budget.parse(budget)
+        windows = _checked(windows, num_layers)
+        average = None if known is None else self._average(known)
+        # Where the layout is not known yet, the budget may not be either: windows stay with us.
+        reach = 0 if known is None or average is None else known.prefix + average
+        self._left_alone = frozenset(
+            layer for layer, window in enumerate(windows) if window is not None and window <= reach
+        )
+        self._managed = tuple(n for n in range(num_layers) if n not in self._left_alone)
+        budgets = {} if known is None or average is None else self._share(known, average)
+        self.layers = tuple(
+            LayerCache(
+                self.policy,
+                UNBOUND if known is None else known,
+                layer=layer,
+                num_layers=num_layers,
+                budget=budgets.get(layer, 0),
+                eager=reclaim == "eager",
+                bind=None if late is None else self._bind,
+                window=windows[layer] or None,
+                lent=layer in lent,
+            )
+            for layer in range(num_layers)
+        )
+
+    @property
+    def layout(self) -> TokenLayout | None:
+        """Where tokens sit, as the first layer knows it; None while that is unknown."""
+        layout = self._first.layout
+        return None if layout is UNBOUND else layout
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float | None = None,
+        visible: Tensor | None = None,
+        bias: Tensor | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        """Cache T new tokens of one layer and attend from them to what the layer holds.
+
+        T tokens at once give what T calls with one token each give, up to float error. A text
+        prompt longer than the capacity is the exception: its tokens attend to the whole prompt,
+        and what the policy keeps of it is cached.
+
+        Args:
+            layer: index of the layer.
+            query: ``[B, G * H, T, D]``, rotation applied.
+            key: ``[B, H, T, D]``, rotation applied.
+            value: ``[B, H, T, Dv]``.
+            scale: factor of the scores; ``1 / sqrt(D)`` by default.
+            visible: bool by position, broadcastable to ``[B, 1, T, seen + T]``: False hides the
+                token at a position (padding, a sliding window) from a query. Causality is
+                implied. None hides nothing. In text, leading tokens that don't see themselves are
+                padding: pinned sinks and anchors are counted from the first token behind them.
+            bias: added to the scores, by position, ``[B|1, 1|H|G * H, T, seen + T]`` (ALiBi).
+            softcap: scores become ``softcap * tanh(scores / softcap)``.
+            sinks: learned logits ``[G * H]`` that take a share of the softmax and give nothing.
+
+        Returns:
+            Output ``[B, G * H, T, Dv]``.
+
+        Raises:
+            ShapeError: a tensor has the wrong shape, dtype or device.
+            LayoutError: more tokens than the layout has.
+            CacheStateError: the batch size has changed since the last call.
+            AttentionError: the attention is NaN, or a score that a decision is made from. One whose
+                policy neither observes attention nor scores keys pays nothing for it, and NaN goes
+                on into the output. (On a GPU it is asserted there, so that nobody waits for it.)
+        """
+        terms = Terms(scale=scale, visible=visible, bias=bias, softcap=softcap, sinks=sinks)
+        return self._layer(layer).attend(query, key, value, terms)
+
+    def _bind(
+        self, layer: int, seen: int, count: int, bound: TokenLayout | None
+    ) -> tuple[TokenLayout, int] | None:
+        """The layout that a layer has from now on, and its budget; see :class:`LateLayout`."""
+        assert self._late is not None
+        layout = self._late.at(seen, count, bound)
+        if layout is None:
+            return None
+        if bound is None:
+            return layout, self._share(layout, self._average(layout))[layer]
+        budget = self.layers[layer].budget
+        if layout is not bound and budget < (floor := self.policy.min_budget(layout)):
+            raise BudgetError(
+                f"layer {layer} has a budget of {budget} tokens since {bound!r}, too few for "
+                f"{self._name} on {layout!r}, which follows; the smallest budget that works is "
+                f"{floor}"
+            )
+        return layout, budget
+
+    @property
+    def _goes_on(self) -> bool:
+        """Whether the layout may go on; see :class:`LateLayout`."""
+        return self._late is not None and self._late.goes_on
+
+    def _average(self, layout: TokenLayout) -> int:
+        """Tokens a layer, before layers share them."""
+        return _average(self.policy, self._budget, layout, self._goes_on)
+
+    def _share(self, layout: TokenLayout, average: int) -> dict[int, int]:
+        """The budget of each layer that the policy manages."""
+        if not self._managed:
+            return {}
+        self.schedule.check(layout)
+        open_end = self._goes_on and self._budget is not None and self._budget.kind != "fraction"
+        budgets = self.schedule.layers(
+            average,
+            len(self._managed),
+            floor=_floor(self.policy, layout),
+            ceiling=None if open_end else layout.evictable,
+        )
+        return dict(zip(self._managed, budgets, strict=True))
+
+    @property
+    def _name(self) -> str:
+        return self.policy.key or type(self.policy).__name__
+
+    def _layer(self, layer: int) -> LayerCache:
+        if type(layer) is not int or not 0 <= layer < len(self.layers):
+            raise ParameterError(f"layer={layer!r} is not one of the {len(self.layers)} layers")
+        if layer in self._left_alone:
+            raise CacheStateError(
+                f"layer {layer} is left alone: it sees no more tokens than its budget, or keeps "
+                f"none; the layers under the policy are {list(self._managed)}"
+            )
+        return self.layers[layer]
+
+    @property
+    def _first(self) -> LayerCache:
+        """The first layer to see a token."""
+        return self.layers[self._managed[0] if self._managed else 0]
+
+    @property
+    def seen(self) -> int:
+        """Tokens of the sequence so far (in the first layer, which is the first to see them)."""
+        return self._first.seen
+
+    def positions(self, layer: int) -> Tensor:
+        """Positions that a layer holds, int64 ``[B, H, S]``, -1 = empty (a copy).
+
+        Raises:
+            ParameterError: there is no such layer.
+            CacheStateError: the layer has not seen a token yet.
+        """
+        return self._layer(layer).require_store().positions.to(torch.int64)
+
+    def stats(self) -> CacheStats:
+        """What the generation has cost so far."""
+        stores = [layer.store for layer in self.layers if layer.store is not None]
+        readings = [o.mass.nbytes for layer in self.layers for o in layer.observers]
+        return CacheStats(
+            policy=self.policy.key or type(self.policy).__name__,
+            budgets=tuple(layer.budget for layer in self.layers),
+            peak_tokens=tuple(layer.peak for layer in self.layers),
+            bytes=sum(store.nbytes for store in stores),
+            overhead_bytes=sum(store.overhead_nbytes for store in stores) + sum(readings),
+            evictions=tuple(layer.evictions for layer in self.layers),
+            reports=tuple(layer.reports for layer in self.layers),
+            seen=self.seen,
+            left_alone=tuple(sorted(self._left_alone)),
+        )
+
+    def reset(self) -> None:
+        """Forget everything: the next token is the first of a new sequence."""
+        for layer in self.layers:
+            layer.reset()
+
+    def select_batch(self, index: Tensor) -> None:
+        """Keep the sequences ``index``, int64 ``[B']``; a sequence may repeat (beam search).
+
+        Raises:
+            ShapeError: the index is not a vector of integers.
+        """
+        if not isinstance(index, Tensor) or index.dtype not in _INTEGERS or index.ndim != 1:
+            raise ShapeError(f"index={index!r} is not a vector of integers [B'], int64 or int32")
+        for layer in self.layers:
+            layer.select_batch(index)
+
+
+def _average(
+    policy: EvictionPolicy, budget: Budget | None, layout: TokenLayout, goes_on: bool
+) -> int:
+    """Tokens a layer; ``goes_on`` as in :class:`LateLayout`."""
+    name = policy.key or type(policy).__name__
+    if budget is None:
+        if layout.evictable is None:
+            raise BudgetError(
+                f"budget=None means everything, but {layout!r} has no length; give the layout a "
+                f"length, or a budget"
+            )
+        return layout.evictable
+    # A fraction is of the layout that is known, and "everything" means all of that.
+    average = budget.tokens(layout, goes_on=goes_on and budget.kind != "fraction")
+    floor = _floor(policy, layout)
+    if average < floor:
+        raise BudgetError(
+            f"budget={budget} is {average} tokens per layer, too few for {name} on {layout!r}; "
+            f"the smallest budget that works is {floor}"
+        )
+    return average
+
+
+def _floor(policy: EvictionPolicy, layout: TokenLayout) -> int:
+    """The smallest budget of a layer, which never has to be more than the layout has."""
+    floor = policy.min_budget(layout)
+    return floor if layout.evictable is None else min(floor, layout.evictable)
+
+
+def _checked(windows: Sequence[int | None] | None, num_layers: int) -> tuple[int | None, ...]:
+    """One window a layer."""
+    if windows is None:
+        return (None,) * num_layers
+    if len(windows) != num_layers:
+        raise ParameterError(f"windows has {len(windows)} entries for {num_layers} layers")
+    for window in windows:
+        if window is not None and (type(window) is not int or window < 0):
+            raise ParameterError(f"windows={windows!r} must hold None or integers, at least 0")
+    return tuple(windows)

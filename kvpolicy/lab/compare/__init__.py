@@ -1,0 +1,1 @@
+"""What was measured, compared: differences, intervals, tables of figures."""

@@ -1,0 +1,1 @@
+"""Running policies against subjects, whatever happens on the way."""

@@ -1,0 +1,206 @@
+"""Where cells are measured: in this process, in processes of this machine, or on a Ray cluster.
+
+An executor takes tasks and gives each back with its outcome, in the order in which they end. It
+writes nothing: whoever reads the outcomes does, so that a worker needs no disk in common with it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from multiprocessing import connection, get_context, parent_process
+from typing import Any, Protocol, TypeAlias
+
+from kvpolicy.errors import ParameterError, near_matches
+from kvpolicy.lab.run.worker import Outcome, Raised, Task, measure_cell
+
+__all__ = ["DEATHS", "Executor", "Inline", "Outcomes", "Processes", "make_executor", "processors"]
+
+#: Tasks with their outcomes; ``close()`` ends the workers.
+Outcomes: TypeAlias = Generator[tuple[Task, Outcome], None, None]
+#: How often a task may kill its worker before it counts as failed.
+DEATHS = 3
+
+
+class Executor(Protocol):
+    """What the runner asks of an executor."""
+
+    @property
+    def name(self) -> str:
+        """What a user calls it."""
+
+    @property
+    def workers(self) -> int:
+        """Cells that are measured at a time."""
+
+    def run(self, tasks: Sequence[Task]) -> Outcomes:
+        """Measure every task; closing the iterator ends the workers."""
+
+
+@dataclass(frozen=True)
+class Inline:
+    """One cell after the other, in this process."""
+
+    name: str = "inline"
+    workers: int = 1
+
+    def run(self, tasks: Sequence[Task]) -> Outcomes:
+        """Measure every task; see :class:`Executor`."""
+        for task in tasks:
+            yield task, measure_cell(task)
+
+
+@dataclass(eq=False)
+class _Worker:
+    """One process, its end of the pipe, and the task that it has."""
+
+    process: Any
+    pipe: Any
+    task: Task | None = None
+
+
+@dataclass(frozen=True)
+class Processes:
+    """Processes of this machine, each with a cell of its own.
+
+    A process that dies takes only the try of its own cell with it: it is replaced, and its cell is
+    tried again, up to ``DEATHS`` times. Where this process dies, however suddenly, its workers end
+    at once, so that no cell is measured twice by those left over.
+    """
+
+    workers: int
+    name: str = "processes"
+    _context: Any = field(default_factory=lambda: get_context("spawn"), repr=False)
+
+    def run(self, tasks: Sequence[Task]) -> Outcomes:
+        """Measure every task; see :class:`Executor`."""
+        waiting = deque(tasks)
+        deaths: dict[str, int] = {}
+        crew = [self._start() for _ in range(min(self.workers, len(waiting)))]
+        try:
+            while waiting or any(worker.task for worker in crew):
+                for worker in crew:
+                    if worker.task is None and waiting:
+                        worker.task = waiting.popleft()
+                        with suppress(OSError):  # dead already: seen below
+                            worker.pipe.send(worker.task)
+                ready = set(connection.wait([w.pipe for w in crew if w.task]))
+                for number, worker in enumerate(crew):
+                    if worker.pipe not in ready or (task := worker.task) is None:
+                        continue
+                    try:
+                        outcome = worker.pipe.recv()
+                    except (EOFError, OSError):
+                        worker.pipe.close()
+                        worker.process.join()
+                        crew[number] = self._start()
+                        died = deaths[task.cell.id] = deaths.get(task.cell.id, 0) + 1
+                        if died < DEATHS:
+                            waiting.append(task)
+                            continue
+                        outcome = Raised(*_death(worker.process.exitcode))
+                    else:
+                        worker.task = None
+                    yield task, outcome
+        finally:
+            for worker in crew:
+                worker.pipe.close()
+                worker.process.terminate()
+            for worker in crew:
+                worker.process.join()
+
+    def _start(self) -> _Worker:
+        ours, theirs = self._context.Pipe()
+        process = self._context.Process(target=_serve, args=(theirs,), daemon=True)
+        with _without_interrupts():
+            process.start()
+        theirs.close()
+        return _Worker(process, ours)
+
+
+def _serve(pipe: Any) -> None:
+    """A worker's life: a task in, an outcome out, until the pipe is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    while True:
+        try:
+            task = pipe.recv()
+        except EOFError:
+            return
+        pipe.send(measure_cell(task))
+
+
+@contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Hold back Ctrl-C, which is for this process alone; children started here never get it."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _death(exitcode: int) -> tuple[str, str]:
+    """What became of a worker, in a line, and what may have been the cause."""
+    cause = f"exit status {exitcode}"
+    if exitcode < 0:
+        with suppress(ValueError):
+            cause = signal.Signals(-exitcode).name
+    error = f"the worker died {DEATHS} times ({cause})"
+    advice = (
+        "No traceback: the process ended without one. SIGKILL mostly means that memory ran out; "
+        "fewer workers may help."
+    )
+    return error, advice
+
+
+def processors() -> int:
+    """Processors that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def make_executor(name: str, workers: int | None, threads: int, address: str | None) -> Executor:
+    """An executor by its name: ``inline``, ``processes`` or ``ray``.
+
+    Args:
+        name: which.
+        workers: cells at a time; by default as many as processors allow with these threads. A
+            Ray cluster that runs elsewhere has its own number.
+        threads: of torch, in each worker.
+        address: of a Ray cluster; None for one of this machine.
+
+    Raises:
+        ParameterError: the name is unknown, or an argument does not go with it.
+    """
+    if address is not None and name != "ray":
+        raise ParameterError(f"address={address!r} is of a Ray cluster: it needs executor 'ray'")
+    count = workers or max(1, processors() // threads)
+    if name == "inline":
+        if workers not in (None, 1):
+            raise ParameterError(f"workers={workers}: executor 'inline' has one")
+        return Inline()
+    if name == "processes":
+        return Processes(count)
+    if name == "ray":
+        from kvpolicy.lab.run.ray_executor import OnRay
+
+        return OnRay(count, address)
+    known = ("inline", "processes", "ray")
+    raise ParameterError(f"no executor is called {name!r}; {near_matches(name, known)}")

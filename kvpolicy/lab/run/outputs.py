@@ -1,0 +1,132 @@
+"""Everything that is made from a run's finished cells: tables, plots, contact sheets."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from kvpolicy.lab.compare.comparison import Entry, compare
+from kvpolicy.lab.run.files import write_whole
+from kvpolicy.lab.run.run_folder import FinishedCell, RunFolder
+from kvpolicy.lab.run.subject import MetricInfo
+from kvpolicy.lab.show.pictures import contact_sheet, retention_sheet
+from kvpolicy.lab.show.plots import pareto, quality_against_budget, quality_against_bytes
+from kvpolicy.lab.show.retention import retention
+from kvpolicy.lab.show.tables import latex_table, markdown_table, results_parquet, summary_csv
+from kvpolicy.tracing.trace import Trace, load_trace
+
+__all__ = ["write_outputs"]
+
+_COLUMNS = 10  # of a contact sheet
+
+
+def write_outputs(run: RunFolder, metrics: Sequence[MetricInfo]) -> tuple[list[Entry], list[Path]]:
+    """Write tables and plots into the run's folder, each whole or not at all.
+
+    Args:
+        run: with at least one finished cell.
+        metrics: with their statistics, as the subject has them.
+
+    Returns:
+        What the cells say together, and the files.
+    """
+    cells = list(run.finished())
+    entries = compare(cells, metrics)
+    files: dict[str, str | bytes] = {
+        "results.parquet": results_parquet(cells, metrics),
+        "summary.csv": summary_csv(entries, metrics),
+        "table.md": markdown_table(entries, metrics),
+        "table.tex": latex_table(entries, metrics),
+    }
+    figures: dict[str, Figure] = {}
+    judged = [metric for metric in metrics if metric.better is not None and not metric.timing]
+    if judged and any(not entry.is_full for entry in entries):
+        figures["quality-budget"] = quality_against_budget(entries, metrics)
+        figures["quality-bytes"] = quality_against_bytes(entries, metrics)
+        figures["pareto"] = pareto(entries, judged[0])
+    figures |= _sheets(entries, run.subject.class_names, judged[0] if judged else None)
+    figures |= _retention(cells)
+    for name, figure in figures.items():
+        for kind in ("png", "svg"):
+            file = io.BytesIO()
+            # Without a date the same run gives the same file.
+            figure.savefig(
+                file, format=kind, dpi=200, metadata={"Date": None} if kind == "svg" else None
+            )
+            files[f"plots/{name}.{kind}"] = file.getvalue()
+    (run.path / "plots").mkdir(exist_ok=True)
+    for name, content in files.items():
+        write_whole(run.path / name, content)
+    return entries, [run.path / name for name in files]
+
+
+def _sheets(
+    entries: Sequence[Entry], class_names: Sequence[str], metric: MetricInfo | None
+) -> dict[str, Figure]:
+    """For each budget, what each policy drew with the first seed, the full cache on top."""
+    sheets = {}
+    for budget in dict.fromkeys(entry.budget for entry in entries if not entry.is_full):
+        rows = []
+        for entry in entries:
+            if not entry.is_full and entry.budget != budget:
+                continue
+            images = entry.cells[0].images()
+            if images is not None and len(images):
+                rows.append((entry.label, _remark(entry, metric), images[:_COLUMNS]))
+        seeds = {entry.cells[0].cell.seed for entry in entries}
+        if not rows or len(seeds) > 1:
+            continue
+        count = min(len(images) for _, _, images in rows)
+        names = _columns(entries[0], class_names, count)
+        title = f"Drawn from {budget} of the cache (top row: all of it), same seed down each column"
+        sheets[f"images-{str(budget).replace('/', '_').replace(' ', '_')}"] = contact_sheet(
+            [(name, remark, np.asarray(images[:count])) for name, remark, images in rows],
+            names,
+            title,
+        )
+    return sheets
+
+
+def _columns(entry: Entry, class_names: Sequence[str], count: int) -> list[str]:
+    """What stands above the columns: the class of each image where it is known, or its number."""
+    classes = entry.cells[0].scores().get("classes")
+    if classes is None or len(classes) < count or not class_names:
+        return [str(number) for number in range(count)]
+    return [class_names[number] for number in classes[:count]]
+
+
+def _remark(entry: Entry, metric: MetricInfo | None) -> str:
+    if entry.is_full or metric is None:
+        return "full cache"
+    difference = entry.findings[metric.name].difference
+    return "" if difference is None else f"{difference.value:+.3f} {metric.label}"
+
+
+def _retention(cells: Sequence[FinishedCell]) -> dict[str, Figure]:
+    """What each policy holds of the first traced image, at each budget: over layers, over time."""
+    first = min(cell.cell.seed for cell in cells)
+    traces: dict[str, list[tuple[str, Trace]]] = {}
+    for cell in cells:
+        if cell.cell.seed == first and cell.cell.budget and cell.trace_path is not None:
+            found = load_trace(cell.trace_path)
+            if found.grid is not None and found.images is not None:
+                traces.setdefault(cell.cell.budget, []).append((cell.cell.label, found))
+    figures = {}
+    for budget, labelled in traces.items():
+        example = labelled[0][1]
+        assert example.grid is not None
+        assert example.images is not None
+        line = example.grid["cols"] + example.grid["line_break"]
+        moments = [round(example.grid["rows"] * share) * line for share in (0.5, 0.75, 1.0)]
+        moments = [min(moment, example.seen - example.grid["prefix"]) for moment in moments]
+        figures[f"retention-{budget.replace('/', '_')}"] = retention_sheet(
+            example.images[0].numpy(),
+            [(label, "", retention(found, moments)) for label, found in labelled],
+            moments,
+            f"Tokens still cached at a budget of {budget}",
+        )
+    return figures

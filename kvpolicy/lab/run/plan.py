@@ -1,0 +1,224 @@
+"""The plan of an ablation: policies × parameters × budgets × seeds on one subject, as cells."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from itertools import product
+from pathlib import Path
+from typing import Any, Self, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from kvpolicy.budget.budget import Budget
+from kvpolicy.errors import BudgetError, ParameterError, parameter_error
+
+__all__ = ["BASELINE", "Cell", "Plan", "PolicyPlan", "Value", "read_plan"]
+
+#: Values of parameters and options: what JSON can hold.
+Value: TypeAlias = Any
+
+#: What the others are compared with; its cells have no budget.
+BASELINE = "full"
+
+
+class Cell(BaseModel):
+    """One measurement of an ablation.
+
+    Attributes:
+        subject: what the policy is tried on, as the plan names it.
+        options: what the subject was made with.
+        policy: as the plan names it.
+        parameters: those that the plan sets; the others have the policy's defaults.
+        budget: in its shortest spelling; None for everything (the full cache).
+        seed: of the subject: which images are drawn and scored.
+        metrics: what is measured; None for all that the subject has.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    subject: str
+    options: dict[str, Value] = {}
+    policy: str
+    parameters: dict[str, Value] = {}
+    budget: str | None
+    seed: int
+    metrics: tuple[str, ...] | None = None
+
+    @property
+    def id(self) -> str:
+        """A name for its folder: readable, and different for different cells."""
+        text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        digest = hashlib.sha256(text.encode()).hexdigest()[:10]
+        words = f"{self.policy}-{self.budget or 'all'}-s{self.seed}"
+        safe = "".join(c if c.isascii() and (c.isalnum() or c in "-_") else "_" for c in words)
+        return f"{safe[:80]}-{digest}"
+
+    @property
+    def label(self) -> str:
+        """The policy with the parameters that were set: ``linear(recent_lines=2)``."""
+        if not self.parameters:
+            return self.policy
+        inner = ", ".join(f"{name}={_spell(value)}" for name, value in self.parameters.items())
+        return f"{self.policy}({inner})"
+
+    @property
+    def entry(self) -> tuple[str, str | None]:
+        """What cells of different seeds have in common: label and budget."""
+        return self.label, self.budget
+
+
+class PolicyPlan(BaseModel):
+    """A policy and the values to try of its parameters.
+
+    Attributes:
+        name: in the registry, or ``package.module:Class``.
+        parameters: a value for each parameter, or a list of values: every combination is tried.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(min_length=1)
+    parameters: dict[str, Value] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _a_name_will_do(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    def grid(self) -> list[dict[str, Value]]:
+        """Every combination of parameters, the last one changing fastest."""
+        choices = [v if isinstance(v, list) else [v] for v in self.parameters.values()]
+        return [dict(zip(self.parameters, chosen, strict=True)) for chosen in product(*choices)]
+
+
+class Plan(BaseModel):
+    """What an ablation compares.
+
+    Example:
+        >>> plan = Plan(subject="fashion-ar", policies=["full", "linear"], budgets=["1/6"])
+        >>> ", ".join(cell.label for cell in plan.cells())
+        'full, linear'
+
+    Attributes:
+        subject: a name in the registry of subjects, or ``package.module:name``.
+        options: keyword arguments of the subject, e.g. how many images it draws.
+        policies: names, or names with parameters; ``full`` is always there.
+        budgets: in any spelling of :class:`kvpolicy.Budget`.
+        seeds: of the subject.
+        metrics: what to measure; None for all that the subject has.
+        trace: whether every decision is recorded.
+
+    Raises:
+        ParameterError: a field is unknown, missing, of the wrong type or empty.
+        BudgetError: a budget can't be parsed.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    subject: str = Field(min_length=1)
+    options: dict[str, Value] = {}
+    policies: tuple[PolicyPlan, ...] = Field(min_length=1)
+    budgets: tuple[str, ...] = Field(("1/6",), min_length=1)
+    seeds: tuple[int, ...] = Field((0,), min_length=1)
+    metrics: tuple[str, ...] | None = None
+    trace: bool = False
+
+    def __init__(self, /, **fields: Any) -> None:
+        try:
+            super().__init__(**fields)
+        except ValidationError as error:
+            raise parameter_error("plan", type(self), error) from None
+
+    @field_validator("policies", mode="before")
+    @classmethod
+    def _baseline_first(cls, value: Any) -> Any:
+        if not isinstance(value, list | tuple):
+            return value
+        names = [getattr(p, "name", p.get("name") if isinstance(p, dict) else p) for p in value]
+        return list(value) if not value or BASELINE in names else [BASELINE, *value]
+
+    @field_validator("budgets", mode="before")
+    @classmethod
+    def _shortest_spelling(cls, value: Any) -> Any:
+        if not isinstance(value, list | tuple):
+            return value
+        try:
+            return list(dict.fromkeys(str(Budget.parse(budget)) for budget in value))
+        except BudgetError as error:
+            raise ValueError(str(error)) from None
+
+    @field_validator("seeds")
+    @classmethod
+    def _seeds_once(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if any(seed < 0 for seed in value):
+            raise ValueError("seeds must not be negative")
+        return tuple(dict.fromkeys(value))
+
+    @model_validator(mode="after")
+    def _each_cell_once(self) -> Self:
+        ids = [cell.id for cell in self.cells()]
+        if len(ids) != len(set(ids)):
+            raise ValueError(
+                "policies: the same policy with the same parameters stands there twice"
+            )
+        return self
+
+    def cells(self) -> list[Cell]:
+        """Every cell, the baseline first; it has one cell a seed, whatever the budgets are."""
+        ordered = sorted(self.policies, key=lambda policy: policy.name != BASELINE)
+        return [
+            Cell(
+                subject=self.subject,
+                options=self.options,
+                policy=policy.name,
+                parameters=parameters,
+                budget=budget,
+                seed=seed,
+                metrics=self.metrics,
+            )
+            for policy in ordered
+            for parameters in policy.grid()
+            for budget in ((None,) if policy.name == BASELINE else self.budgets)
+            for seed in self.seeds
+        ]
+
+    def text(self) -> str:
+        """The plan as JSON, the same for equal plans."""
+        return json.dumps(self.model_dump(mode="json"), indent=2) + "\n"
+
+
+def read_plan(path: Path) -> Plan:
+    """Read a plan from a ``.json``, ``.yaml`` or ``.yml`` file.
+
+    Raises:
+        ParameterError: the file can't be read, or what it says is no plan.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ParameterError(f"plan {path} can't be read: {error}") from None
+    try:
+        if path.suffix in (".yaml", ".yml"):
+            import yaml
+
+            fields = yaml.safe_load(text)
+        elif path.suffix == ".json":
+            fields = json.loads(text)
+        else:
+            raise ParameterError(f"plan {path} must end in .yaml, .yml or .json")
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ParameterError(f"plan {path} is not JSON: {error}") from None
+    except Exception as error:
+        if isinstance(error, ParameterError | ModuleNotFoundError):
+            raise
+        raise ParameterError(f"plan {path} is not YAML: {error}") from None
+    if not isinstance(fields, dict):
+        raise ParameterError(
+            f"plan {path} must be a mapping with at least 'subject' and 'policies'"
+        )
+    return Plan(**fields)
+
+
+def _spell(value: Value) -> str:
+    return value if isinstance(value, str) else json.dumps(value)

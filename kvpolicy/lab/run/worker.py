@@ -1,0 +1,213 @@
+"""Measure one cell, in whatever process an executor chose: tasks in, outcomes out."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kvpolicy.errors import ShapeError
+from kvpolicy.lab.run.named import make_policy
+from kvpolicy.lab.run.plan import Cell, Plan
+from kvpolicy.lab.run.run_folder import CellRecord, CellStats
+from kvpolicy.lab.run.subject import Measurement, MetricInfo, Setting, Subject, load_subject
+
+__all__ = [
+    "STANDARD",
+    "Measured",
+    "Outcome",
+    "Raised",
+    "Task",
+    "measure_cell",
+    "subject_of",
+    "threads_of_torch",
+]
+
+#: What every subject is measured by, whatever its own metrics are.
+STANDARD = (
+    MetricInfo(
+        name="peak_tokens",
+        label="peak cached tokens a head",
+        better=None,
+        about="prefix included, mean over layers",
+    ),
+    MetricInfo(
+        name="cache_bytes",
+        label="cache bytes",
+        better=None,
+        about="keys and values allocated for one sequence",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a worker is asked.
+
+    Attributes:
+        cell: what to measure.
+        threads: of torch, while it measures.
+        trace: whether every decision shall be recorded.
+    """
+
+    cell: Cell
+    threads: int = 1
+    trace: bool = False
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A cell that went well: what goes into its folder."""
+
+    record: CellRecord
+    scores: dict[str, NDArray[Any]]
+    images: NDArray[np.uint8] | None = None
+    trace: bytes | None = None
+
+
+@dataclass(frozen=True)
+class Raised:
+    """A cell that raised, or whose worker died."""
+
+    error: str
+    traceback: str = field(repr=False)
+
+
+Outcome = Measured | Raised
+
+
+def measure_cell(task: Task) -> Outcome:
+    """Measure a cell; an exception of the subject or the policy is an outcome too."""
+    try:
+        return _measure(task)
+    except Exception as error:
+        about = " ".join(f"{type(error).__name__}: {error}".split())
+        return Raised(about[:500], traceback.format_exc())
+
+
+def subject_of(cell: Cell) -> Subject:
+    """The subject of a cell, made once a process."""
+    return _made(cell.subject, json.dumps(cell.options, sort_keys=True))
+
+
+def metrics_of(plan: Plan) -> tuple[MetricInfo, ...]:
+    """The metrics of a plan's subject, with their statistics; the main one first.
+
+    Raises:
+        UnknownNameError: the subject is unknown here.
+        ParameterError: it can't be loaded.
+    """
+    return (*subject_of(plan.cells()[0]).metrics, *STANDARD)
+
+
+@lru_cache(maxsize=2)
+def _made(name: str, options: str) -> Subject:
+    return load_subject(name, json.loads(options))
+
+
+def _measure(task: Task) -> Measured:
+    cell = task.cell
+    begun = time.perf_counter()
+    with threads_of_torch(task.threads):
+        subject = subject_of(cell)
+        metrics = (*subject.metrics, *STANDARD)
+        wanted = [m.name for m in metrics if cell.metrics is None or m.name in cell.metrics]
+        policy = make_policy(cell.policy, cell.parameters)
+        # A subject that forgets to seed is repeatable all the same.
+        random.seed(cell.seed)
+        np.random.seed(cell.seed % 2**32)  # noqa: NPY002
+        torch.manual_seed(cell.seed)
+        measured = subject.measure(Setting(policy, cell.budget), cell.seed, wanted)
+        scores = {name: np.asarray(array) for name, array in measured.arrays.items()}
+        figures = _figures(subject, measured, scores, wanted)
+        trace = measured.trace
+        if task.trace and trace is None and hasattr(subject, "trace"):
+            trace = subject.trace(Setting(policy, cell.budget), cell.seed)
+    stats = _stats(measured)
+    standard = {
+        "peak_tokens": sum(stats.peak_tokens) / len(stats.peak_tokens),
+        "cache_bytes": float(stats.bytes),
+    }
+    figures |= {name: value for name, value in standard.items() if name in wanted}
+    record = CellRecord(
+        cell=cell,
+        id=cell.id,
+        parameters=policy.model_dump(mode="json"),
+        metrics=figures,
+        stats=stats,
+        seconds=time.perf_counter() - begun,
+    )
+    return Measured(record, scores, measured.images, trace)
+
+
+def _figures(
+    subject: Subject, measured: Measurement, scores: dict[str, NDArray[Any]], wanted: list[str]
+) -> dict[str, float]:
+    """The subject's own metrics.
+
+    Raises:
+        ShapeError: an array or a figure that a metric needs is not there, or not finite.
+    """
+    found = {}
+    for metric in subject.metrics:
+        if metric.name not in wanted:
+            continue
+        if metric.array is None:
+            if metric.name not in measured.figures:
+                raise ShapeError(f"metric {metric.name!r}: the subject's figures lack it")
+            value = float(measured.figures[metric.name])
+        else:
+            array = scores.get(metric.array)
+            if array is None or not array.ndim or not len(array):
+                raise ShapeError(
+                    f"metric {metric.name!r}: the subject gave no array {metric.array!r} with rows"
+                )
+            if metric.items is not None and len(scores.get(metric.items, ())) != len(array):
+                raise ShapeError(
+                    f"metric {metric.name!r}: array {metric.items!r} must have a row for each of "
+                    f"the {len(array)} rows of {metric.array!r}"
+                )
+            if not np.isfinite(array).all():
+                raise ShapeError(f"metric {metric.name!r}: {metric.array!r} is not finite")
+            value = float(array.mean() if metric.statistic is None else metric.statistic(array))
+        if not np.isfinite(value):
+            raise ShapeError(f"metric {metric.name!r} is {value}")
+        found[metric.name] = value
+    images = measured.images
+    if images is not None and (images.dtype != np.uint8 or images.ndim != 3):
+        raise ShapeError(
+            f"images must be uint8 [n, rows, cols], not {images.dtype} {list(images.shape)}"
+        )
+    return found
+
+
+def _stats(measured: Measurement) -> CellStats:
+    stats = measured.stats
+    return CellStats(
+        budgets=stats.budgets,
+        peak_tokens=stats.peak_tokens,
+        bytes=stats.bytes // measured.batch,
+        overhead_bytes=stats.overhead_bytes // measured.batch,
+        evictions=stats.evictions,
+    )
+
+
+@contextmanager
+def threads_of_torch(count: int) -> Iterator[None]:
+    """Give torch so many threads inside the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

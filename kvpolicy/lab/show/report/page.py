@@ -1,0 +1,184 @@
+"""The page: a run's table, plots, pictures and decisions in one file that needs no network."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvpolicy.errors import ParameterError
+from kvpolicy.lab.compare.comparison import Entry, Estimate, Finding, compare
+from kvpolicy.lab.run.files import write_whole
+from kvpolicy.lab.run.run_folder import FinishedCell, RunFolder
+from kvpolicy.lab.run.subject import MetricInfo
+from kvpolicy.lab.show.report.charts import charts, library
+from kvpolicy.lab.show.report.viewer import viewer_data
+from kvpolicy.tracing.trace import load_trace
+
+__all__ = ["report_on_run", "report_on_trace"]
+
+_PICTURES = 10  # drawn images of each row of the contact sheet
+
+
+def report_on_run(run: RunFolder, metrics: Sequence[MetricInfo], out: Path) -> None:
+    """Write the report of a run.
+
+    Args:
+        run: an ablation's folder, finished or not.
+        metrics: as :func:`kvpolicy.lab.compare.comparison.compare` takes them.
+        out: the HTML file.
+
+    Raises:
+        ParameterError: no cell has finished.
+        OSError: the file can't be written.
+    """
+    cells = list(run.finished())
+    if not cells:
+        raise ParameterError(f"{run.path} holds no finished cell to report on")
+    measured = {name for cell in cells for name in cell.record.metrics}
+    shown = [metric for metric in metrics if metric.name in measured]
+    entries = compare(cells, shown)
+    main = next((metric for metric in shown if metric.better is not None), shown[0])
+    subject = run.subject
+    plotted = charts(entries, main)
+    _write(
+        out,
+        title=f"{subject.name}: policies compared",
+        subject=subject,
+        environment=run.environment,
+        plan=run.plan.text(),
+        columns=[_column(metric) for metric in shown],
+        rows=[_row(entry, shown) for entry in entries],
+        charts=plotted,
+        plotly=library() if plotted else "",
+        sheet=_sheet(entries),
+        class_names=subject.class_names[:_PICTURES],
+        failures=run.failures(),
+        left_out=subject.left_out,
+        traces=_traces(cells),
+    )
+
+
+def report_on_trace(path: Path, out: Path) -> None:
+    """Write a report that is the viewer of one trace.
+
+    Raises:
+        ParameterError: the file is no trace, or not one of an image.
+        OSError: the report can't be written.
+    """
+    found = load_trace(path)
+    tokens = sum(found.budgets) / max(1, len(found.budgets))
+    data = viewer_data(found, found.policy, f"{tokens:g} tokens")
+    if data is None:
+        raise ParameterError(
+            f"{path} is a trace of {found.layout}, which has no grid that the viewer could show"
+        )
+    _write(out, title=f"{found.policy}: what is cached", traces=[data])
+
+
+def _write(out: Path, **context: Any) -> None:
+    from jinja2 import Environment, StrictUndefined
+
+    folder = resources.files("kvpolicy.lab.show.report")
+    jinja = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    jinja.filters["json"] = _json
+    names = ("subject", "environment", "plan", "columns", "rows", "charts", "plotly", "sheet")
+    others = ("class_names", "failures", "left_out")
+    template = jinja.from_string(folder.joinpath("report.html").read_text(encoding="utf-8"))
+    text = template.render(
+        style=folder.joinpath("report.css").read_text(encoding="utf-8"),
+        script=folder.joinpath("report.js").read_text(encoding="utf-8"),
+        **dict.fromkeys((*names, *others)) | context,
+    )
+    write_whole(out, text)
+
+
+def _json(value: Any) -> Any:
+    """JSON that no string in it can end the script element of."""
+    from markupsafe import Markup
+
+    text = json.dumps(value, separators=(",", ":"))
+    for letter in "<>&":
+        text = text.replace(letter, f"\\u{ord(letter):04x}")
+    return Markup(text)
+
+
+def _column(metric: MetricInfo) -> dict[str, str]:
+    arrow = {"lower": " ↓", "higher": " ↑", None: ""}[metric.better]
+    return {"label": metric.label + arrow, "about": metric.about}
+
+
+def _row(entry: Entry, metrics: Sequence[MetricInfo]) -> dict[str, Any]:
+    return {
+        "label": entry.label,
+        "budget": entry.budget or "all",
+        "order": sum(entry.cells[0].record.stats.budgets),
+        "seeds": len(entry.cells),
+        "cells": [_figure(entry.findings.get(metric.name), metric) for metric in metrics],
+    }
+
+
+def _figure(finding: Finding | None, metric: MetricInfo) -> dict[str, Any] | None:
+    if finding is None:
+        return None
+    difference = finding.difference
+    return {
+        "value": finding.estimate.value,
+        "text": _spell(finding.estimate.value),
+        "interval": _interval(finding.estimate),
+        "difference": "" if difference is None else f"{difference.value:+.4g}",
+        "difference_interval": "" if difference is None else _interval(difference),
+        "sure": finding.clear,
+    }
+
+
+def _interval(estimate: Estimate) -> str:
+    if estimate.low is None or estimate.high is None:
+        return ""
+    return f"{_spell(estimate.low)} … {_spell(estimate.high)}"
+
+
+def _spell(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def _sheet(entries: Sequence[Entry]) -> list[dict[str, Any]]:
+    """Drawn images, a row for each policy and budget, the same seeds down each column."""
+    rows = []
+    for entry in entries:
+        images = entry.cells[0].images()
+        if images is not None:
+            pictures = [_png(image) for image in images[:_PICTURES]]
+            rows.append(
+                {"label": entry.label, "budget": entry.budget or "all", "pictures": pictures}
+            )
+    return rows
+
+
+def _png(image: NDArray[np.uint8]) -> str:
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode("ascii")
+
+
+def _traces(cells: Sequence[FinishedCell]) -> list[dict[str, Any]]:
+    """The traces of the first seed; other seeds look at other images."""
+    first = min(cell.cell.seed for cell in cells)
+    found = []
+    for cell in cells:
+        if cell.cell.seed == first and cell.trace_path is not None:
+            data = viewer_data(
+                load_trace(cell.trace_path), cell.cell.label, cell.cell.budget or "all"
+            )
+            if data is not None:
+                found.append(data)
+    return found

@@ -1,0 +1,95 @@
+"""What the retention viewer is given of a trace: bytes in base64, as small as they can be."""
+
+from __future__ import annotations
+
+import base64
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvpolicy.tracing.trace import STAYS, LayerTrace, Trace
+
+__all__ = ["viewer_data"]
+
+#: What JavaScript reads as "still cached".
+_STAYS = 2**16 - 1
+
+
+def viewer_data(found: Trace, label: str, budget: str) -> dict[str, Any] | None:
+    """A trace for the viewer; None where there is no grid to show, or it is too long for it.
+
+    Args:
+        found: the trace.
+        label: the policy with its parameters.
+        budget: as a user would spell it.
+    """
+    if found.grid is None or found.seen >= _STAYS or not found.layers:
+        return None
+    line = found.grid["cols"] + found.grid["line_break"]
+    return {
+        "label": label,
+        "budget": budget,
+        **found.grid,
+        "seen": found.seen,
+        "roles": _roles(found, line),
+        "images": None if found.images is None else [_bytes(image) for image in found.images],
+        "layers": [
+            {
+                "layer": index,
+                "budget": found.budgets[index],
+                "heads": layer.gone.shape[1],
+                "items": [_item(layer, item, line) for item in range(layer.gone.shape[0])],
+            }
+            for index, layer in sorted(found.layers.items())
+        ],
+    }
+
+
+def _roles(found: Trace, line: int) -> dict[str, int]:
+    """How many tokens a policy protects for where they sit, by the names of its parameters."""
+    given = found.parameters
+
+    def count(*names: str, default: int = 0) -> int:
+        """The first of these parameters; other packages' policies may call so what is no number."""
+        value = next((given[name] for name in names if name in given), default)
+        return value if type(value) is int and 0 <= value <= found.seen else default
+
+    recent = given.get("recent", 0)
+    share = isinstance(recent, float) and 0 < recent < 1
+    return {
+        "anchors": count("anchors", "sinks"),
+        "recent_lines": count("recent_lines", default=-1),
+        "recent_tokens": round(recent * min(found.budgets)) if share else count("window"),
+        "by_recency": int(found.policy == "streaming_llm"),
+        "line": line,
+    }
+
+
+def _item(layer: LayerTrace, item: int, line: int) -> dict[str, Any]:
+    """One image: when each token went, and the scores of the last decision of each line."""
+    gone = layer.gone[item]
+    moments, places, scores, sizes = [], [], [], []
+    begun = 0
+    newest: dict[int, tuple[int, int, int]] = {}
+    for seen, size in zip(layer.decided.tolist(), layer.candidates.tolist(), strict=True):
+        if size:
+            newest[seen // line] = (seen, begun, size)
+        begun += size
+    for seen, first, size in newest.values():
+        moments.append(seen)
+        sizes.append(size)
+        places.append(layer.places[item, :, first : first + size].flatten())
+        scores.append(layer.scores[item, :, first : first + size].flatten())
+    nothing = torch.zeros(0)
+    return {
+        "gone": _bytes(torch.where(gone == STAYS, _STAYS, gone).to(torch.uint16)),
+        "decided": moments,
+        "sizes": sizes,
+        "places": _bytes(torch.cat([nothing.to(torch.int32), *places]).to(torch.int16)),
+        "scores": _bytes(torch.cat([nothing, *(score.float() for score in scores)])),
+    }
+
+
+def _bytes(tensor: Tensor) -> str:
+    return base64.b64encode(tensor.contiguous().numpy().tobytes()).decode("ascii")

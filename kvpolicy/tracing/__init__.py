@@ -1,0 +1,1 @@
+"""Recording what a generation decided, and reading it back."""

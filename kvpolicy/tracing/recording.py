@@ -1,0 +1,262 @@
+"""Recording: watches the decisions of a cache while a block runs, and makes a trace of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from kvpolicy.cache.cache import PolicyCache
+from kvpolicy.cache.layer_state import LayerState
+from kvpolicy.errors import CacheStateError, ParameterError
+from kvpolicy.policy.policy import ScoredPolicy
+from kvpolicy.policy.view import CacheView
+from kvpolicy.tracing.trace import STAYS, LayerTrace, Trace
+
+__all__ = ["Recording", "trace"]
+
+
+class _HasPolicyCache(Protocol):
+    @property
+    def policy_cache(self) -> PolicyCache: ...
+
+
+class Recording:
+    """A trace that is being made; what :func:`trace` gives."""
+
+    def __init__(self, cache: PolicyCache, samples: Sequence[int] | None, *, scores: bool) -> None:
+        self._cache = cache
+        self._recorders = {
+            layer.layer: _Recorder(samples, scores=scores)
+            for layer in cache.layers
+            if layer.layer not in cache.stats().left_alone
+        }
+        for index, recorder in self._recorders.items():
+            if cache.layers[index].seen:
+                raise CacheStateError(
+                    f"layer {index} has seen {cache.layers[index].seen} tokens already; a trace "
+                    f"begins before the first one: reset() the cache, or trace it from the start"
+                )
+            if cache.layers[index].recorder is not None:
+                raise CacheStateError("this cache is being traced already")
+            cache.layers[index].recorder = recorder
+
+    def stop(self) -> None:
+        """Record nothing any more."""
+        for index in self._recorders:
+            self._cache.layers[index].recorder = None
+
+    def finish(self, images: Tensor | None = None) -> Trace:
+        """The trace so far.
+
+        Args:
+            images: what was drawn, uint8 ``[B, rows, cols]``, to keep beside it.
+
+        Raises:
+            CacheStateError: no token has come yet.
+            ParameterError: the images are not those of the samples.
+        """
+        layers = {
+            index: recorder.finish(self._cache.layers[index])
+            for index, recorder in self._recorders.items()
+        }
+        rows = next(iter(layers.values())).gone.shape[0] if layers else 0
+        if images is not None and (images.ndim != 3 or images.shape[0] != rows):
+            raise ParameterError(
+                f"images is {list(images.shape)}; expected [{rows}, rows, columns], one for each "
+                f"traced sequence"
+            )
+        layout = self._cache.layout
+        sizes = {n: getattr(layout, n, None) for n in ("rows", "cols", "line_break", "prefix")}
+        grid = {name: size for name, size in sizes.items() if isinstance(size, int)}
+        policy = self._cache.policy
+        return Trace(
+            policy=policy.key or type(policy).__name__,
+            parameters=policy.model_dump(mode="json"),
+            layout=repr(layout),
+            grid=grid if len(grid) == len(sizes) else None,
+            seen=self._cache.seen,
+            budgets=tuple(layer.budget for layer in self._cache.layers),
+            layers=layers,
+            images=images,
+        )
+
+    def save(self, path: Path | str) -> None:
+        """Write the trace so far; see :meth:`Trace.save`."""
+        self.finish().save(path)
+
+
+@contextmanager
+def trace(
+    cache: PolicyCache | _HasPolicyCache,
+    *,
+    samples: Sequence[int] | None = None,
+    scores: bool = True,
+) -> Iterator[Recording]:
+    """Record every decision that is made while a block runs.
+
+    Example::
+
+        with attach(model, policy="linear", budget="1/6") as cache, kvpolicy.trace(cache) as trace:
+            model.generate(**inputs, past_key_values=cache)
+        trace.save("linear.trace.safetensors")
+
+    Args:
+        cache: a cache that has seen no token yet.
+        samples: sequences of the batch to record; all by default.
+        scores: whether to record the scores, too, which are most of what a trace holds.
+
+    Raises:
+        CacheStateError: the cache has seen tokens, or is being traced already.
+    """
+    inner = cache if isinstance(cache, PolicyCache) else cache.policy_cache
+    recording = Recording(inner, samples, scores=scores)
+    try:
+        yield recording
+    finally:
+        recording.stop()
+
+
+@dataclass
+class _Decision:
+    """One decision, as it was made; what it removed is gone once ``after`` tokens are seen."""
+
+    seen: int
+    after: int
+    fresh: int
+    victims: Tensor
+    places: Tensor | None
+    scores: Tensor | None
+    window: int | None
+    start: Tensor | None
+    eager: bool
+    reclaimed: int = 0
+
+
+@dataclass
+class _Recorder:
+    """Watches one layer; asked only where a decision is made."""
+
+    samples: Sequence[int] | None
+    scores: bool
+    decisions: list[_Decision] = field(default_factory=list)
+
+    def reset(self) -> None:
+        """Forget everything: a new sequence begins."""
+        self.decisions.clear()
+
+    def select_batch(self, index: Tensor) -> None:
+        """Follow a batch whose sequences are reordered."""
+        if self.samples is not None:
+            raise CacheStateError(
+                "a trace of some samples can't follow a batch that is reordered; trace them all"
+            )
+        for decision in self.decisions:
+            for name in ("victims", "places", "scores", "start"):
+                tensor = getattr(decision, name)
+                if tensor is not None:
+                    setattr(decision, name, tensor.index_select(0, index.to(tensor.device)))
+
+    def decided(self, layer: LayerState, view: CacheView, victims: Tensor, fresh: int) -> None:
+        """A decision is about to take the place of the one before.
+
+        Args:
+            layer: the layer, its queue still the one before.
+            view: what the policy saw.
+            victims: the slots that it chose, ``[B, H, N]``.
+            fresh: slots that will be used before any of those.
+        """
+        self._close(layer)
+        positions = view.positions
+        scores = places = None
+        if self.scores and isinstance(layer.policy, ScoredPolicy):
+            places = self._rows(positions).to(torch.int32).clone()
+            scores = self._rows(layer.policy.score(view)).to(torch.float16).clone()
+        self.decisions.append(
+            _Decision(
+                seen=view.seen,
+                after=view.seen + 1,
+                fresh=fresh,
+                victims=self._rows(positions.gather(2, victims)).clone(),
+                places=places,
+                scores=scores,
+                window=layer.window,
+                start=None if layer.start is None else self._rows(layer.start).clone(),
+                eager=layer.eager,
+            )
+        )
+
+    def compressed(self, layer: LayerState, view: CacheView, victims: Tensor) -> None:
+        """A prompt has been compressed: all victims are gone at once."""
+        self.decided(layer, view, victims, 0)
+        # As if they were hidden: no slot of theirs is left to reclaim.
+        self.decisions[-1].eager = True
+        self.decisions[-1].after = view.seen
+
+    def _close(self, layer: LayerState) -> None:
+        """Note how many of the newest decision's victims have been reclaimed."""
+        if self.decisions:
+            self.decisions[-1].reclaimed = layer.reused
+
+    def _rows(self, tensor: Tensor) -> Tensor:
+        return tensor if self.samples is None else tensor[list(self.samples)]
+
+    def finish(self, layer: LayerState) -> LayerTrace:
+        """The layer's trace so far."""
+        store = layer.require_store()
+        self._close(layer)
+        positions = self._rows(store.positions)
+        batch, heads = positions.shape[:2]
+        gone = positions.new_full((batch, heads, layer.seen), STAYS, dtype=torch.int32)
+        for decision in self.decisions:
+            self._apply(decision, gone)
+        device = gone.device
+        nothing = torch.zeros(batch, heads, 0, dtype=torch.int32, device=device)
+        scored = [d for d in self.decisions if d.places is not None]
+        traced = LayerTrace(
+            gone=gone,
+            decided=_numbers([d.seen for d in self.decisions]),
+            counts=_numbers([d.victims.shape[2] for d in self.decisions]),
+            victims=torch.cat([nothing, *(d.victims for d in self.decisions)], dim=2),
+            candidates=_numbers(
+                [0 if d.places is None else d.places.shape[2] for d in self.decisions]
+            ),
+            places=torch.cat([nothing, *(d.places for d in scored if d.places is not None)], dim=2),
+            scores=torch.cat(
+                [nothing.to(torch.float16), *(d.scores for d in scored if d.scores is not None)],
+                dim=2,
+            ),
+        )
+        return LayerTrace(**{name: tensor.cpu() for name, tensor in vars(traced).items()})
+
+    def _apply(self, decision: _Decision, gone: Tensor) -> None:
+        """Enter what a decision removed."""
+        places = torch.arange(gone.shape[2], device=gone.device, dtype=torch.int32)
+        dead = torch.zeros_like(gone, dtype=torch.bool)
+        if decision.window is not None:
+            dead |= places <= decision.seen - decision.window
+        if decision.start is not None:
+            dead |= places < decision.start.view(-1, 1, 1)
+        gone.copy_(torch.where(dead & (gone == STAYS), decision.after, gone))
+        victims = decision.victims
+        turn = torch.arange(victims.shape[2], device=gone.device, dtype=torch.int32)
+        if decision.eager:
+            moment = torch.full_like(turn, decision.after)
+        else:
+            # Fresh slots are used first, then the victims in their order, one a token.
+            victims = victims[..., : decision.reclaimed]
+            moment = (turn + decision.fresh + decision.after)[: decision.reclaimed]
+        # Slots that were empty go to a column of their own.
+        column = torch.where(victims >= 0, victims, gone.shape[2]).to(torch.int64)
+        wider = torch.nn.functional.pad(gone, (0, 1), value=STAYS)
+        wider.scatter_(2, column, moment.expand_as(column).to(torch.int32))
+        gone.copy_(wider[..., :-1])
+
+
+def _numbers(numbers: list[int]) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.int32)

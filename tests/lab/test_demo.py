@@ -1,0 +1,131 @@
+"""The main job, as a newcomer runs it, and what it has to show."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import kvpolicy
+from kvpolicy.lab.compare.metrics import paired_bootstrap
+
+for package in ("transformers", "typer", "rich", "matplotlib"):
+    pytest.importorskip(package, reason="the demo needs the extra 'lab'")
+
+KEYS = {
+    "policy",
+    "budget",
+    "peak_tokens",
+    "cache_bytes",
+    "bits_per_pixel",
+    "delta_bits",
+    "delta_low",
+    "delta_high",
+    "frechet",
+    "class_accuracy",
+    "images_per_second",
+}
+
+
+def command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "kvpolicy", *arguments],
+        cwd=cwd,
+        env=os.environ | {"COLUMNS": "80", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+def test_list_prints_the_registry(tmp_path):
+    done = command("list", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for name in kvpolicy.available():
+        assert name in done.stdout
+    assert "anchors" in done.stdout
+    assert "2512.04857" in done.stdout
+    lines = {line.split()[0]: line for line in done.stdout.splitlines() if line[1:2].isalpha()}
+    assert "as its parts" in lines["compose"]
+    assert " mass " in lines["h2o"]
+    assert " none " in lines["knorm"]
+
+
+def test_help_everywhere(tmp_path):
+    for arguments in (("--help",), ("demo", "--help"), ("list", "--help")):
+        done = command(*arguments, cwd=tmp_path)
+        assert done.returncode == 0
+        assert "Usage" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--policies", "linar"), "did you mean 'linear'"),
+        (("--budget", "1/50"), "the smallest budget that works is"),
+        (("--budget", "a sixth"), "budget='a sixth' is not a budget"),
+    ],
+)
+def test_wrong_requests_fail_before_any_work_in_one_line(tmp_path, arguments, said):
+    done = command("demo", *arguments, "--out", "out", cwd=tmp_path)
+    assert done.returncode == 2
+    assert said in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_small_demo_writes_what_it_says(tmp_path):
+    done = command(
+        *("demo", "--images", "10", "--scored", "8", "--policies", "linear", "--out", "out"),
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "out/results.json").read_text())
+    assert [row["policy"] for row in rows] == ["full", "linear"]
+    full, linear = rows
+    assert full.keys() == linear.keys() == KEYS
+    assert linear["budget"] == "1/6"
+    assert linear["peak_tokens"] == 1 + 130
+    assert full["delta_bits"] == 0
+    assert linear["delta_low"] <= linear["delta_bits"] <= linear["delta_high"]
+    assert linear["delta_bits"] == pytest.approx(linear["bits_per_pixel"] - full["bits_per_pixel"])
+    assert linear["cache_bytes"] / full["cache_bytes"] == pytest.approx(131 / 785)
+    assert all(math.isfinite(row[key]) for row in rows for key in KEYS - {"policy", "budget"})
+    for name in ("images.png", "retention.png"):
+        header = (tmp_path / "out" / name).read_bytes()[:24]
+        assert header[:8] == b"\x89PNG\r\n\x1a\n"
+        width, height = struct.unpack(">II", header[16:])
+        assert width > 800
+        assert height > 300
+    for shown in ("linear", f"{linear['bits_per_pixel']:.4f}", f"{full['bits_per_pixel']:.4f}"):
+        assert shown in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 80
+
+
+@pytest.mark.slow
+def test_linear_at_a_sixth_loses_little_and_beats_the_others():
+    """Issue 2's promise, on the 256 real test images of the demo."""
+    from kvpolicy.lab.run.subject import Setting, load_subject
+
+    subject = load_subject("fashion-ar")
+
+    def bits(name: str) -> np.ndarray:
+        budget = None if name == "full" else "1/6"
+        scored = subject.score(Setting(kvpolicy.create(name), budget), 256, lambda count: None)
+        if name != "full":
+            assert scored.stats.peak_tokens == (131,) * subject.num_layers
+        return scored.bits
+
+    full, linear = bits("full"), bits("linear")
+    assert paired_bootstrap(linear - full)[0] <= 0.045
+    for other in ("h2o", "random", "streaming_llm"):
+        difference, low, high = paired_bootstrap(bits(other) - linear)
+        assert difference > 0, (other, difference, low, high)

@@ -1,0 +1,384 @@
+"""The report, in a real browser: what it shows is what was recorded, and nothing in it runs."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import kvpolicy
+
+pytest.importorskip("safetensors", reason="traces are safetensors files")
+pytest.importorskip("plotly", reason="the report's plots need plotly")
+
+from kvpolicy.lab.run.outputs import write_outputs
+from kvpolicy.lab.run.plan import Plan
+from kvpolicy.lab.run.run_folder import (
+    CellRecord,
+    CellStats,
+    Environment,
+    MetricInfo,
+    RunFolder,
+    SubjectInfo,
+    open_run,
+)
+from kvpolicy.lab.show.report import report_on_run, report_on_trace
+from kvpolicy.lab.show.retention import retention
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+REQUIRED = os.environ.get("KVPOLICY_REQUIRE_CHROMIUM")
+HOSTILE = "</script><script>window.ran=1</script><img src=x onerror=window.ran=1>\"'`{{7*7}}"
+ROWS, COLS, LAYERS = 6, 5, 2
+LAYOUT = kvpolicy.RasterLayout(rows=ROWS, cols=COLS, prefix=2)
+BITS = MetricInfo(name="bits", label="bits per pixel", array="bits", about="lower is better")
+SPEED = MetricInfo(name="speed", label="images per second", better="higher", timing=True)
+POLICIES = {
+    "full": {},
+    "linear": {"anchors": 3, "recent_lines": 1},
+    "h2o": {},
+    "streaming_llm": {"sinks": 2},
+}
+
+needs_chromium = pytest.mark.skipif(
+    CHROMIUM is None and not REQUIRED,
+    reason="no Chromium on this machine (Debian's package chromium has one)",
+)
+
+
+def traced(name, budget):
+    policy = kvpolicy.create(name, **POLICIES[name])
+    cache = kvpolicy.PolicyCache(policy, budget, layout=LAYOUT, num_layers=LAYERS)
+    torch.manual_seed(3)
+    with kvpolicy.trace(cache) as recording:
+        for _ in range(LAYOUT.length):
+            for layer in range(LAYERS):
+                query, key, value = torch.randn(3, 2, 2, 1, 8) * 2
+                cache.attend(layer, query, key, value)
+    images = torch.arange(2 * ROWS * COLS).view(2, ROWS, COLS).to(torch.uint8)
+    return recording.finish(images)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A run of four policies on a subject with a hostile name."""
+    path = tmp_path_factory.mktemp("runs") / "first"
+    plan = Plan(subject="toy", policies=list(POLICIES), budgets=["15"], trace=True)
+    run = RunFolder.begin(path, plan)
+    run.describe(
+        Environment(
+            versions={"kvpolicy": "0", "torch": HOSTILE},
+            system=HOSTILE,
+            processors=1,
+            device="cpu",
+            threads=1,
+            executor="inline",
+        ),
+        SubjectInfo(
+            name=HOSTILE,
+            metrics=(BITS, SPEED),
+            class_names=(HOSTILE, "b"),
+            rows=ROWS,
+            cols=COLS,
+            prefix=2,
+            num_layers=LAYERS,
+        ),
+    )
+    generator = np.random.default_rng(0)
+    common = generator.random(20)
+    for number, cell in enumerate(plan.cells()):
+        bits = common + 0.1 * number + 0.01 * generator.random(20)
+        found = traced(cell.policy, None if cell.budget is None else int(cell.budget))
+        record = CellRecord(
+            cell=cell,
+            id=cell.id,
+            parameters={},
+            metrics={"bits": float(bits.mean()), "speed": 9.0 - number},
+            stats=CellStats(
+                budgets=(30 - 5 * number,) * LAYERS,
+                peak_tokens=(17,) * LAYERS,
+                bytes=10**6 * (4 - number),
+                overhead_bytes=1,
+                evictions=(0,) * LAYERS,
+            ),
+            seconds=1.0,
+        )
+        images = generator.integers(0, 255, (2, ROWS, COLS)).astype(np.uint8)
+        run.keep(record, {"bits": bits}, images, found.dump())
+    failed = plan.cells()[1]
+    run.fail(failed, HOSTILE, f"Traceback\n{HOSTILE}")
+    return path
+
+
+@pytest.fixture(scope="module")
+def report(folder):
+    report_on_run(open_run(folder), [BITS, SPEED], folder / "report.html")
+    return folder / "report.html"
+
+
+@pytest.fixture(scope="module")
+def browser():
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright drives Chromium")
+    with sync_api.sync_playwright() as playwright:
+        started = playwright.chromium.launch(
+            executable_path=CHROMIUM,
+            args=[
+                "--no-sandbox",
+                "--disable-gpu",
+                "--disable-background-networking",
+                "--disable-component-update",
+                "--disable-sync",
+                "--no-first-run",
+            ],
+        )
+        yield started
+        started.close()
+
+
+@pytest.fixture
+def page(browser, report):
+    opened = browser.new_page(viewport={"width": 1280, "height": 720})
+    opened.complaints, opened.requests = [], []
+    opened.on("console", lambda message: opened.complaints.append(message.text))
+    opened.on("pageerror", lambda error: opened.complaints.append(str(error)))
+    opened.on("request", lambda request: opened.requests.append(request.url))
+    opened.goto(report.as_uri())
+    yield opened
+    assert opened.complaints == []
+    opened.close()
+
+
+def move_to(page, moment):
+    page.evaluate(
+        """(moment) => { const slider = document.getElementById("moment");
+        slider.value = moment; slider.dispatchEvent(new Event("input")); }""",
+        moment,
+    )
+
+
+def states(page, side="left"):
+    return page.eval_on_selector_all(
+        f"#{side} .grid i", "cells => cells.map(cell => cell.dataset.state)"
+    )
+
+
+def choose(page, selector, label):
+    page.select_option(selector, label=label)
+
+
+@needs_chromium
+class TestInABrowser:
+    def test_it_loads_alone_and_without_a_complaint(self, page, report):
+        assert page.requests == [report.as_uri()]
+        assert page.locator("#figures tbody tr").count() == len(POLICIES)
+        assert page.locator(".charts .js-plotly-plot").count() == 2
+
+    @pytest.mark.parametrize("name", ["linear", "h2o", "streaming_llm", "full"])
+    def test_the_cells_are_the_traces(self, page, name):
+        found = traced(name, None if name == "full" else 15)
+        budget = "all" if name == "full" else "15"
+        choose(page, "#left .policy", f"{name}, {budget}")
+        for layer, head, item in ((0, 0, 0), (1, 0, 0), (0, 1, 1), (1, 1, 1)):
+            choose(page, "#layer", str(layer))
+            choose(page, "#head", str(head))
+            choose(page, "#item", str(item + 1))
+            for moment in (0, 1, 14, 15, 16, 20, 23, ROWS * COLS):
+                move_to(page, moment)
+                held = found.layers[layer].held(moment + LAYOUT.prefix)[item, head]
+                shown = states(page)
+                for place, state in enumerate(shown):
+                    if place >= moment:
+                        assert state == "future"
+                    else:
+                        cached = state in ("anchor", "recent", "kept")
+                        assert cached == held[place + LAYOUT.prefix], (moment, place, state)
+                        assert cached or state in ("gone", "new-gone")
+
+    def test_roles_of_linear(self, page):
+        choose(page, "#left .policy", "linear, 15")
+        move_to(page, 23)
+        shown = states(page)
+        assert shown[:3] == ["anchor"] * 3
+        assert shown[15:23] == ["recent"] * 8  # the last whole line, and the current one
+        assert shown[23:] == ["future"] * 7
+        assert "kept" in shown[3:15]
+
+    def test_choices_change_the_grid(self, page):
+        move_to(page, 25)
+        seen = set()
+        for selector, label in (
+            ("#left .policy", "h2o, 15"),
+            ("#layer", "1"),
+            ("#head", "1"),
+            ("#item", "2"),
+        ):
+            choose(page, selector, label)
+            seen.add(tuple(states(page)))
+        assert len(seen) == 4
+        choose(page, "#right .policy", "streaming_llm, 15")
+        assert states(page, "right") != states(page)
+        assert "layer 1, head 1: 15 of 25 tokens cached, and 2 pinned" in page.inner_text("#left")
+
+    def test_the_slider_moves_the_grid_and_the_picture(self, page):
+        pixels = """() => { const c = document.querySelector("#left .picture");
+            return [...c.getContext("2d").getImageData(0, 0, c.width, c.height).data]; }"""
+        move_to(page, 7)
+        before = states(page)
+        assert before.count("future") == ROWS * COLS - 7
+        shown = np.array(page.evaluate(pixels)).reshape(-1, 4)
+        assert (shown[:7, 3] == 255).all()
+        assert (shown[7:, 3] == 0).all()
+        assert shown[:7, 0].tolist() == list(range(7))
+        page.focus("#moment")
+        page.keyboard.press("ArrowRight")
+        assert states(page).count("future") == ROWS * COLS - 8
+        page.keyboard.press("ArrowUp")
+        assert states(page).count("future") == ROWS * COLS - 13
+
+    def test_keys_without_a_mouse(self, page):
+        move_to(page, 10)
+        page.evaluate("document.activeElement.blur()")
+        page.keyboard.press("ArrowLeft")
+        assert states(page).count("future") == ROWS * COLS - 9
+        page.keyboard.press(" ")
+        page.wait_for_timeout(400)
+        page.keyboard.press(" ")
+        after = states(page).count("future")
+        assert after < ROWS * COLS - 9
+        page.wait_for_timeout(200)
+        assert states(page).count("future") == after
+        page.focus("#left .grid")
+        page.keyboard.press("ArrowRight")
+        page.keyboard.press("ArrowDown")
+        about = page.inner_text("#left .about")
+        assert f"position {1 + COLS + 2}, row 1, column 1" in about
+
+    def test_a_cell_tells_its_score_and_age(self, page):
+        found = traced("linear", 15).layers[0]
+        choose(page, "#left .policy", "linear, 15")
+        move_to(page, 23)
+        page.hover("#left .grid i[data-place='16']")
+        about = page.inner_text("#left .about")
+        assert "recent: position 18, row 3, column 1, age 7" in about
+        newest = int((found.decided <= 25).nonzero().max())
+        begun = int(found.candidates[:newest].sum())
+        at = slice(begun, begun + int(found.candidates[newest]))
+        where = (found.places[0, 0, at] == 18).nonzero()
+        score = found.scores[0, 0, at][where].item()
+        assert f"score {score:.3g}"[:10] in about
+        assert f"the decision before token {int(found.decided[newest])}" in about
+
+    def test_sorting(self, page):
+        def order():
+            return page.eval_on_selector_all(
+                "#figures tbody th", "cells => cells.map(cell => cell.dataset.value)"
+            )
+
+        heads = page.locator("#figures thead button")
+        heads.nth(0).click()
+        assert order() == sorted(POLICIES)
+        heads.nth(0).click()
+        assert order() == sorted(POLICIES, reverse=True)
+        heads.nth(2).click()
+        assert order() == list(POLICIES)
+        heads.nth(3).click()
+        assert order() == list(reversed(POLICIES))
+
+    def test_what_comes_from_outside_is_text(self, page):
+        page.wait_for_timeout(300)
+        assert page.evaluate("window.ran") is None
+        assert HOSTILE in page.inner_text("h1")
+        assert page.locator("img[src='x']").count() == 0
+        page.click("summary >> nth=0")
+        assert "window.ran=1" in page.inner_text("pre >> nth=0")
+
+    @pytest.mark.parametrize("width", [390, 1280])
+    def test_it_fits_the_screen(self, browser, report, width):
+        opened = browser.new_page(viewport={"width": width, "height": 844})
+        opened.goto(report.as_uri())
+        assert opened.evaluate("document.documentElement.scrollWidth") <= width
+        opened.close()
+
+    def test_a_report_of_one_trace(self, browser, tmp_path):
+        traced("linear", 15).save(tmp_path / "t.safetensors")
+        report_on_trace(tmp_path / "t.safetensors", tmp_path / "t.html")
+        opened = browser.new_page()
+        complaints = []
+        opened.on("pageerror", lambda error: complaints.append(str(error)))
+        opened.goto((tmp_path / "t.html").as_uri())
+        assert opened.locator(".grid").count() == 1
+        assert opened.locator(".grid i").count() == ROWS * COLS
+        assert not complaints
+        opened.close()
+
+
+@needs_chromium
+def test_a_hostile_name_in_a_trace_is_text(browser, tmp_path):
+    hostile = replace(traced("linear", 15), policy=HOSTILE)
+    hostile.save(tmp_path / "t.safetensors")
+    report_on_trace(tmp_path / "t.safetensors", tmp_path / "t.html")
+    opened = browser.new_page()
+    opened.goto((tmp_path / "t.html").as_uri())
+    opened.wait_for_timeout(200)
+    assert opened.evaluate("window.ran") is None
+    chosen = "document.querySelector('#left .policy').selectedOptions[0].text"
+    assert " ".join(HOSTILE.split()) in opened.evaluate(chosen)
+    assert HOSTILE in opened.inner_text("h1")
+    opened.close()
+
+
+def test_nothing_is_linked(report):
+    text = re.sub(r"<script>.*?</script>", "", report.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for link in re.findall(r"""(?:src|href|url)\s*[=(]\s*["']?([^"')\s>]+)""", text):
+        assert link.startswith(("data:", "#", "x")), link
+
+
+def test_hostile_names_are_escaped_in_the_file(report):
+    text = report.read_text(encoding="utf-8")
+    assert "<script>window.ran" not in text
+    assert "<img src=x" not in text
+
+
+def test_without_a_grid_there_is_nothing_to_show(tmp_path):
+    cache = kvpolicy.PolicyCache("h2o", 8, layout=kvpolicy.TextLayout(), num_layers=1)
+    with kvpolicy.trace(cache) as recording:
+        cache.attend(0, *torch.randn(3, 1, 1, 12, 4))
+    recording.save(tmp_path / "t.safetensors")
+    with pytest.raises(kvpolicy.ParameterError, match="has no grid"):
+        report_on_trace(tmp_path / "t.safetensors", tmp_path / "t.html")
+    assert not (tmp_path / "t.html").exists()
+
+
+def test_a_run_without_a_finished_cell(tmp_path):
+    run = RunFolder.begin(tmp_path / "r", Plan(subject="toy", policies=["full"]))
+    with pytest.raises(kvpolicy.ParameterError, match="no finished cell"):
+        report_on_run(run, [BITS], tmp_path / "r.html")
+
+
+def test_retention_is_the_share_of_heads_in_the_trace():
+    found = traced("linear", 15)
+    shares = retention(found, [14, 23, 30], item=1)
+    assert shares.shape == (3, LAYERS, ROWS, COLS)
+    for number, moment in enumerate((14, 23, 30)):
+        for layer in range(LAYERS):
+            held = found.layers[layer].held(moment + 2)[1, :, 2:].double().mean(0).numpy()
+            shown = shares[number, layer].ravel()
+            assert (shown[:moment] == held[:moment]).all()
+            assert not shown[moment:].any()
+    one = retention(found, [23], item=1, head=0)
+    assert set(np.unique(one)) == {0.0, 1.0}
+    for wrong in ({"item": 2}, {"head": 2}, {"moments": [31]}):
+        options = {"moments": [3]} | wrong
+        with pytest.raises(kvpolicy.ParameterError):
+            retention(found, **options)
+
+
+def test_a_run_with_traces_draws_what_is_retained(folder, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    _, files = write_outputs(open_run(copy), [BITS, SPEED])
+    assert {"retention-15.png", "retention-15.svg"} <= {file.name for file in files}

@@ -1,0 +1,297 @@
+"""The CPU kernel, built for this machine: what it computes, when it is used, what can go wrong."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.kernel_library import needs_compiler
+from typer.testing import CliRunner
+
+import kvpolicy
+from kvpolicy.cli import app
+from kvpolicy.ops.cpu import native
+from kvpolicy.testing import check_policy
+
+DTYPES = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+
+@pytest.fixture
+def calls(kernel, monkeypatch):
+    """How often caches use it."""
+    seen = []
+
+    def counted(*arguments):
+        seen.append(arguments)
+        return kernel(*arguments)
+
+    monkeypatch.setattr(native, "decoder", lambda: counted)
+    return seen
+
+
+def reference(query, keys, values, scale):
+    """Softmax attention in float64, and its mass."""
+    batch, query_heads, _, dim = query.shape
+    heads = keys.shape[1]
+    asked = query.double().reshape(batch, heads, query_heads // heads, dim)
+    weights = (asked @ keys.double().transpose(2, 3) * scale).softmax(-1)
+    return (weights @ values.double()).view(batch, query_heads, 1, -1), weights.mean(
+        2, keepdim=True
+    )
+
+
+@needs_compiler
+@settings(deadline=None, max_examples=60)
+@given(
+    seed=st.integers(0, 10**6),
+    batch=st.integers(1, 3),
+    heads=st.integers(1, 3),
+    group=st.sampled_from([1, 2, 4]),
+    slots=st.integers(1, 70),
+    spare=st.integers(0, 5),
+    dims=st.sampled_from([(1, 1), (8, 8), (40, 40), (64, 64), (128, 128), (24, 16), (256, 256)]),
+    dtype=st.sampled_from(list(DTYPES)),
+    spread=st.sampled_from([0.0, 1.0, 30.0]),
+    data=st.data(),
+)
+def test_it_writes_and_attends(
+    operators, seed, batch, heads, group, slots, spare, dims, dtype, spread, data
+):
+    """Against float64, on strided tokens, with slots behind those that are held."""
+    decode = operators.decode.default
+    chance = torch.Generator().manual_seed(seed)
+    dim, value_dim = dims
+    total = slots + spare
+
+    def drawn(*shape):
+        return torch.randn(shape, generator=chance).to(dtype)
+
+    keys, values = drawn(batch, heads, total, dim), drawn(batch, heads, total, value_dim)
+    positions = torch.randint(0, 100, (batch, heads, total), generator=chance, dtype=torch.int32)
+    # As models give them: heads behind tokens, and a token's heads side by side.
+    query = (drawn(batch, 1, heads * group, dim) * spread).transpose(1, 2)
+    key = drawn(batch, 1, heads, dim).transpose(1, 2)
+    value = drawn(batch, 1, heads, value_dim).transpose(1, 2)
+    if data.draw(st.booleans()):
+        where = torch.randint(0, slots, (batch, heads, 1), generator=chance)
+    else:
+        where = torch.tensor([slots - 1]).expand(batch, heads, 1)
+    want_keys, want_values, want_positions = keys.clone(), values.clone(), positions.clone()
+    want_keys.scatter_(2, where.unsqueeze(-1).expand(-1, -1, -1, dim), key)
+    want_values.scatter_(2, where.unsqueeze(-1).expand(-1, -1, -1, value_dim), value)
+    want_positions.scatter_(2, where, 77)
+
+    scale = dim**-0.5
+    need_mass = data.draw(st.booleans())
+    output, mass, finite = decode(
+        query, keys, values, positions, where, key, value, 77, slots, scale, need_mass
+    )
+    assert finite
+    assert torch.equal(keys, want_keys)
+    assert torch.equal(values, want_values)
+    assert torch.equal(positions, want_positions)
+    expected, expected_mass = reference(query, keys[:, :, :slots], values[:, :, :slots], scale)
+    largest = max(float(values.abs().max()), 1.0)
+    assert output.dtype == dtype
+    assert (output.double() - expected).abs().max() <= DTYPES[dtype] * largest * max(spread, 1)
+    if need_mass:
+        assert mass.dtype == torch.float32
+        assert (mass.double() - expected_mass).abs().max() <= 2e-6 * max(spread, 1)
+    else:
+        assert mass.numel() == 0
+
+
+@needs_compiler
+@settings(deadline=None, max_examples=60)
+@given(
+    seed=st.integers(0, 10**6),
+    batch=st.integers(1, 3),
+    heads=st.integers(1, 3),
+    group=st.sampled_from([1, 2, 4]),
+    slots=st.integers(1, 40),
+    dims=st.sampled_from([(8, 8), (64, 64), (24, 16)]),
+    dtype=st.sampled_from(list(DTYPES)),
+    shift=st.sampled_from([0.0, -60.0]),
+    empty=st.floats(0, 1),
+    need_mass=st.booleans(),
+)
+def test_the_compiled_steps_kernel_knows_empty_slots(
+    operators, seed, batch, heads, group, slots, dims, dtype, shift, empty, need_mass
+):
+    """Against float64 over the slots that hold a token, whatever lies in those that are empty."""
+    decode_step = operators.decode_step.default
+    chance = torch.Generator().manual_seed(seed)
+    dim, value_dim = dims
+
+    def drawn(*shape):
+        return torch.randn(shape, generator=chance).to(dtype)
+
+    # With a shift, every token's score is far below what an empty slot's zeros would have.
+    query, towards = drawn(batch, heads * group, 1, dim), 0.0
+    if shift:
+        query, towards = torch.ones_like(query), shift
+    keys, key = (drawn(batch, heads, n, dim) + towards / dim for n in (slots, 1))
+    values, value = drawn(batch, heads, slots, value_dim), drawn(batch, heads, 1, value_dim)
+    positions = torch.arange(slots, dtype=torch.int32).expand(batch, heads, slots).clone()
+    gone = torch.rand(batch, heads, slots, generator=chance) < empty
+    positions[gone], keys[gone], values[gone] = -1, 0.0, 0.0
+    where = torch.randint(0, slots, (batch, heads, 1), generator=chance)
+    mass = torch.full((batch, heads, 1, slots), 7.0) if need_mass else None
+    output = decode_step(
+        query, keys, values, positions, mass, where, key, value, torch.tensor([77]).int(), 1.0
+    )
+    assert torch.equal(positions.gather(2, where), torch.full_like(where, 77).int())
+    assert torch.equal(keys.gather(2, where.unsqueeze(-1).expand(-1, -1, -1, dim)), key)
+    asked = query.double().view(batch, heads, group, dim)
+    scores = asked @ keys.double().transpose(2, 3)
+    scores = scores.masked_fill((positions < 0).unsqueeze(2), -torch.inf)
+    weights = scores.softmax(-1)
+    expected = (weights @ values.double()).view(batch, heads * group, 1, value_dim)
+    largest = max(float(values.abs().max()), 1.0)
+    assert (output.double() - expected).abs().max() <= 10 * DTYPES[dtype] * largest
+    if mass is not None:
+        assert (mass.double() - weights.mean(2, keepdim=True)).abs().max() <= 2e-5
+        assert (mass.squeeze(2)[positions < 0] == 0).all()
+
+
+def stream(policy, *, dtype=torch.float32, reclaim="lazy", **terms):
+    layout = kvpolicy.RasterLayout(rows=8, cols=6, prefix=2)
+    budget = None if isinstance(policy, kvpolicy.policies.Full) else 32
+    cache = kvpolicy.PolicyCache(policy, budget, layout=layout, num_layers=1, reclaim=reclaim)
+    chance = torch.Generator().manual_seed(7)
+    outputs, held = [], []
+    for _ in range(layout.length):
+        query = torch.randn(3, 4, 1, 16, generator=chance).to(dtype)
+        key, value = (torch.randn(3, 2, 1, 16, generator=chance).to(dtype) for _ in range(2))
+        outputs.append(cache.attend(0, query, key, value, **terms))
+        held.append(cache.positions(0).sort(-1).values)
+    return torch.cat(outputs, 2), held
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "policy",
+    [
+        kvpolicy.create(name, **({"anchors": 3} if name in ("linear", "linear2d") else {}))
+        for name in kvpolicy.available()
+        if name != "compose"
+    ],
+    ids=lambda policy: policy.key,
+)
+def test_every_policy_decides_as_without_it(policy, calls, monkeypatch):
+    output, held = stream(policy)
+    assert len(calls) == 50
+    monkeypatch.setattr(native, "decoder", lambda: None)
+    plain_output, plain_held = stream(policy)
+    assert all(map(torch.equal, held, plain_held))
+    torch.testing.assert_close(output, plain_output, rtol=1e-5, atol=1e-5)
+
+
+@needs_compiler
+@pytest.mark.parametrize("policy", ["h2o", "linear/protect=anchors:2+lines:1", "streaming_llm"])
+def test_the_invariants_hold_with_it(policy, calls):
+    check_policy(kvpolicy.create(policy), examples=15)
+    assert calls
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "terms",
+    [
+        {"softcap": 20.0},
+        {"sinks": torch.zeros(4)},
+        {"reclaim": "eager"},
+        {"dtype": torch.float64},
+    ],
+    ids=["soft cap", "learned sinks", "eager", "float64"],
+)
+def test_it_is_not_used_where_it_does_not_serve(terms, calls):
+    stream("h2o", **terms)
+    assert not calls
+
+
+@needs_compiler
+def test_gradients_flow_around_it(calls):
+    cache = kvpolicy.PolicyCache("h2o", 8, layout=kvpolicy.TextLayout(), num_layers=1)
+    query = torch.randn(1, 1, 1, 4, requires_grad=True)
+    key, value = torch.randn(1, 1, 1, 4), torch.randn(1, 1, 1, 4, requires_grad=True)
+    cache.attend(0, query, key, value).sum().backward()
+    assert value.grad is not None
+    assert not calls
+
+
+@needs_compiler
+def test_nan_is_refused(calls):
+    cache = kvpolicy.PolicyCache("h2o", 8, layout=kvpolicy.TextLayout(), num_layers=1)
+    key = torch.randn(1, 1, 1, 4)
+    cache.attend(0, key, key, key)
+    with pytest.raises(kvpolicy.AttentionError, match="from position 1 is NaN"):
+        cache.attend(0, key * float("nan"), key, key)
+    assert len(calls) == 2
+
+
+@needs_compiler
+def test_the_command_says_where_it_lies(folder, monkeypatch):
+    monkeypatch.setenv("KVPOLICY_KERNELS", str(folder))
+    done = CliRunner().invoke(app, ["build-kernel"])
+    assert done.exit_code == 0
+    assert Path(done.output.strip()) == native.library()
+
+
+def test_it_can_be_turned_off(tmp_path, monkeypatch):
+    monkeypatch.setenv("KVPOLICY_KERNELS", str(tmp_path))
+    native.library().write_bytes(b"")
+    monkeypatch.setenv("KVPOLICY_NATIVE", "0")
+    native.operators.cache_clear()
+    assert native.decoder() is None
+    native.operators.cache_clear()
+
+
+def test_a_damaged_file_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("KVPOLICY_KERNELS", str(tmp_path))
+    monkeypatch.setenv("KVPOLICY_NATIVE", "1")
+    native.library().write_bytes(b"no library")
+    native.operators.cache_clear()
+    with pytest.raises(kvpolicy.KVPolicyError, match=r"cpu-\w+\.so can't be loaded: .*build"):
+        native.decoder()
+    native.operators.cache_clear()
+
+
+def test_without_a_compiler_it_says_so(tmp_path, monkeypatch):
+    monkeypatch.setenv("KVPOLICY_KERNELS", str(tmp_path))
+    with pytest.raises(kvpolicy.KVPolicyError, match="no C\\+\\+ compiler \\(no-such-compiler\\)"):
+        native.build("no-such-compiler")
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(kvpolicy.KVPolicyError, match="works without one"):
+        native.build()
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_compiler_says_is_shown(tmp_path, monkeypatch):
+    monkeypatch.setenv("KVPOLICY_KERNELS", str(tmp_path / "kernels"))
+    compiler = tmp_path / "broken"
+    compiler.write_text("#!/bin/sh\necho out of memory >&2\nexit 3\n")
+    compiler.chmod(0o755)
+    with pytest.raises(kvpolicy.KVPolicyError, match=r"broken failed \(3\):\nout of memory"):
+        native.build(str(compiler))
+    assert not list((tmp_path / "kernels").iterdir())
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        torch.zeros(2, 3, 1, 16)[..., ::2],  # numbers of a token are not side by side
+        torch.zeros(2, 3, 1, 8, dtype=torch.float64),
+        torch.zeros(2, 3, 1, 8, dtype=torch.bfloat16),
+        torch.zeros(2, 3, 1, 8, device="meta"),
+        torch.zeros(2, 3, 1, 8, requires_grad=True),
+        torch.nn.Parameter(torch.zeros(2, 3, 1, 8), requires_grad=False),
+    ],
+    ids=["strided", "float64", "another dtype", "another device", "gradient", "subclass"],
+)
+def test_what_is_not_left_to_the_kernel(other):
+    served = torch.zeros(2, 3, 1, 8)
+    assert native.serves(served, served)
+    assert not native.serves(served, other)

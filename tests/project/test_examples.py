@@ -1,0 +1,89 @@
+"""Each family's example runs, on random weights of a tiny size."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("transformers", reason="the examples need transformers")
+
+ROOT = Path(__file__).parents[2]
+#: What each must say; scripts that do not exist (yet) are left out.
+FAMILIES = {
+    "anole": "RasterLayout(rows=24, cols=24, line_break=0, prefix=5, suffix=1)",
+    "emu3": "RasterLayout(rows=20, cols=24, line_break=1, prefix=9, suffix=3)",
+    "janus": "RasterLayout(rows=24, cols=24, line_break=0, prefix=5, suffix=0)",
+    "llamagen": "RasterLayout",
+    "lumina_mgpt": "RasterLayout(rows=20, cols=20, line_break=1, prefix=7, suffix=2)",
+    "text": "held at most 36 of 159 tokens; 13,056 bytes\nlayers that need no policy: 0, 2",
+}
+SCRIPTS = {name: ROOT / "examples" / f"{name}.py" for name in FAMILIES}
+
+
+def run(name: str, folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    paths = [str(ROOT), str(ROOT / "adapters"), os.environ.get("PYTHONPATH", "")]
+    return subprocess.run(
+        [sys.executable, str(SCRIPTS[name]), "--tiny", *options],
+        cwd=folder,
+        env=os.environ
+        | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name, script in SCRIPTS.items() if script.exists()])
+def test_it_runs_on_a_tiny_model(name, tmp_path):
+    done = run(name, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert FAMILIES[name] in done.stdout
+    assert not list(tmp_path.iterdir()), "a tiny run leaves nothing behind"
+
+
+@pytest.mark.slow
+def test_another_policy_and_budget(tmp_path):
+    done = run("janus", tmp_path, "--policy", "streaming_llm", "--budget", "48")
+    assert done.returncode == 0, done.stderr
+    assert "held at most 53 of 580 tokens" in done.stdout
+
+
+@pytest.mark.parametrize("name", [name for name, script in SCRIPTS.items() if script.exists()])
+def test_it_says_which_checkpoint_it_wants(name):
+    words = SCRIPTS[name].read_text(encoding="utf-8").partition('"""\n\nfrom')[0]
+    assert "Checkpoint: " in words
+    assert "--tiny" in words
+
+
+def test_the_table_of_parts_is_the_examples():
+    """docs/compose.md shows what examples/which_part.py measures, row by row."""
+    script = (ROOT / "examples" / "which_part.py").read_text(encoding="utf-8")
+    rows = re.findall(r'^    "(.+)": "(linear.*)",$', script, re.MULTILINE)
+    page = (ROOT / "docs" / "compose.md").read_text(encoding="utf-8")
+    assert len(rows) >= 10
+    for change, spelled in rows:
+        assert f"| {change} | `{spelled}` |" in page
+
+
+@pytest.mark.slow
+def test_which_part_prints_its_table(tmp_path):
+    command = [sys.executable, str(ROOT / "examples" / "which_part.py")]
+    done = subprocess.run(
+        [*command, "--images", "2", "--rows", "2", "--markdown"],
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    heading, _, linear, changed = done.stdout.splitlines()
+    assert heading == "| changed | spelled | over the full cache | over `linear` |"
+    assert linear.startswith("| nothing: `linear` as it is | `linear` | ")
+    assert changed.startswith("| protect: no anchors | `linear/protect=lines:1` | ")

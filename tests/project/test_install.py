@@ -1,0 +1,280 @@
+"""What an installation brings, and what importing it leaves alone."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import textwrap
+import venv
+import zipfile
+from importlib.metadata import distribution
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).parents[2]
+
+# Attention of two layers over 3 lines of 4 tokens, in a budget of one line and a half.
+ATTEND = """
+    import importlib.util, sys
+    import kvpolicy, torch
+
+    assert "site-packages" in kvpolicy.__file__, kvpolicy.__file__
+    for name in ("transformers", "typer", "rich", "matplotlib", "hypothesis", "safetensors"):
+        assert importlib.util.find_spec(name) is None, name
+    # The other import package is there; only its own extra is missing.
+    assert importlib.util.find_spec("kvpolicy_adapters") is not None
+
+    torch.manual_seed(0)
+    layout = kvpolicy.RasterLayout(rows=3, cols=4, prefix=1)
+    for policy in ("streaming_llm", "h2o"):
+        cache = kvpolicy.PolicyCache(policy, budget=6, layout=layout, num_layers=2)
+        for _ in range(layout.length):
+            for layer in range(2):
+                query, key, value = torch.randn(2, 4, 1, 8), *torch.randn(2, 2, 2, 1, 8)
+                out = cache.attend(layer, query, key, value)
+                assert out.shape == query.shape and out.isfinite().all()
+        assert cache.positions(0).shape == (2, 2, 7), cache.positions(0).shape
+        assert tuple(cache.stats().peak_tokens) == (7, 7), cache.stats()
+    print("attended with", ", ".join(kvpolicy.available()))
+"""
+
+UNTOUCHED = """
+    import importlib
+    import transformers
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    watched = [
+        importlib.import_module(f"transformers.{name}")
+        for name in ("cache_utils", "masking_utils", "modeling_utils", "generation.utils")
+    ]
+    # Lazily imported names of transformers would look like changes: bring in what adapters use.
+    transformers.Cache, transformers.DynamicCache, transformers.PreTrainedModel
+
+    def state():
+        found = {}
+        for interface in (AttentionInterface, AttentionMaskInterface):
+            for name, function in interface().items():
+                found[interface.__name__, name] = function
+            for name, value in vars(interface).items():
+                found[interface.__name__, "attribute", name] = value
+            for name, function in interface._global_mapping.items():
+                found[interface.__name__, "global", name] = function
+        for module in watched:
+            for name, value in vars(module).items():
+                found[module.__name__, name] = value
+                if isinstance(value, type) and value.__module__ == module.__name__:
+                    for attribute, inner in vars(value).items():
+                        found[module.__name__, name, attribute] = inner
+        return found
+
+    before = state()
+    import kvpolicy
+    import kvpolicy_adapters
+    after = state()
+    assert before.keys() == after.keys(), before.keys() ^ after.keys()
+    changed = [name for name in before if before[name] is not after[name]]
+    assert not changed, changed
+    print(len(before), "names are as they were")
+"""
+
+
+def run(*command, cwd, **environment):
+    """Run a command, and fail with all that it said."""
+    clean = {k: v for k, v in os.environ.items() if k not in {"PYTHONPATH", "VIRTUAL_ENV"}}
+    done = subprocess.run(
+        [str(part) for part in command],
+        cwd=cwd,
+        env=clean | environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        stdin=subprocess.DEVNULL,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """A wheel of the project as it lies here, built with the build backend of this environment."""
+    pytest.importorskip("hatchling", reason="the dev extra brings the build backend")
+    out = tmp_path_factory.mktemp("wheel")
+    build = ("-m", "build", "--wheel", "--no-isolation", "--outdir", out, ROOT)
+    run(sys.executable, *build, cwd=out)
+    (wheel,) = out.glob("*.whl")
+    return wheel
+
+
+@pytest.mark.slow
+def test_wheel_holds_the_packages_and_their_data(wheel):
+    inside = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    expected = {
+        path.relative_to(folder.parent).as_posix()
+        for folder in (ROOT / "kvpolicy", *(ROOT / "adapters").glob("kvpolicy_*"))
+        for path in folder.rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    assert {"kvpolicy/py.typed", "kvpolicy_adapters/py.typed"} <= inside
+    assert inside == expected
+
+
+@pytest.mark.slow
+def test_the_source_distribution_builds_the_same_wheel(wheel, tmp_path):
+    build = (sys.executable, "-m", "build", "--no-isolation")
+    run(*build, "--sdist", "--outdir", tmp_path, ROOT, cwd=tmp_path)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as packed:
+        names = packed.getnames()
+        packed.extractall(tmp_path, filter="data")
+    inside = {name.partition("/")[2] for name in names}
+    assert {"tests/conftest.py", "docs/index.md", "examples/text.py", "Makefile"} <= inside
+    assert not [name for name in inside if "__pycache__" in name or ".venv" in name]
+    (source,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    run(*build, "--wheel", "--outdir", tmp_path / "again", source, cwd=tmp_path)
+    (again,) = (tmp_path / "again").glob("*.whl")
+    with zipfile.ZipFile(again) as first, zipfile.ZipFile(wheel) as second:
+        assert sorted(first.namelist()) == sorted(second.namelist())
+
+
+@pytest.mark.slow
+def test_core_alone_attends(wheel, tmp_path):
+    """`pip install kvpolicy` brings torch, numpy and pydantic, and these are enough."""
+    venv.create(tmp_path / "venv", with_pip=True)
+    python = tmp_path / "venv" / ("Scripts" if os.name == "nt" else "bin") / "python"
+    run(python, "-m", "pip", "install", "-qq", "-c", ROOT / "constraints.txt", wheel, cwd=tmp_path)
+    assert "attended with" in run(python, "-c", textwrap.dedent(ATTEND), cwd=tmp_path)
+    run(python, "-m", "pip", "check", cwd=tmp_path)
+
+    # The command is there, and says in one line what it lacks.
+    done = subprocess.run(
+        [python, "-m", "kvpolicy", "--help"], cwd=tmp_path, text=True, capture_output=True
+    )
+    assert done.returncode == 2, done
+    assert "kvpolicy[lab]" in done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
+
+
+def bare(folder, *packages):
+    """A virtual environment with nothing in it, but for links to these packages' needs."""
+    venv.create(folder, with_pip=False)
+    (site,) = folder.glob("lib/python*/site-packages") or folder.glob("Lib/site-packages")
+    wanted, met = list(packages), set()
+    while wanted:
+        requirement = Requirement(wanted.pop())
+        name = requirement.name.lower().replace("_", "-")
+        if name in met or (requirement.marker and not requirement.marker.evaluate({"extra": ""})):
+            continue
+        met.add(name)
+        there = distribution(name)
+        wanted += there.requires or []
+        for top in {file.parts[0] for file in there.files if file.parts[0] not in ("..", "/")}:
+            link = site / top
+            if not link.exists() and top != "__pycache__":
+                link.symlink_to(Path(there.locate_file(top)).resolve())
+    return folder / ("Scripts" if os.name == "nt" else "bin") / "python"
+
+
+def add(python, *what):
+    """Really install packages, without what they need."""
+    pip = (sys.executable, "-m", "pip", "--python", python, "install", "-qq", "--no-deps")
+    run(*pip, "--no-build-isolation", "--no-index", *what, cwd=ROOT)
+
+
+@pytest.mark.slow
+def test_core_tests_pass_where_nothing_else_is_installed(wheel, tmp_path):
+    """As `pip install kvpolicy pytest hypothesis` has it: no transformers, no command line."""
+    python = bare(tmp_path / "venv", "torch", "numpy", "pydantic", "pytest", "hypothesis")
+    add(python, wheel)
+    tests = tmp_path / "tests"
+    tests.mkdir()
+    core = ("test_layout", "test_budget", "test_policy", "test_attention")
+    for name in ("conftest", "kernel_library", *core):
+        shutil.copy(ROOT / "tests" / f"{name}.py", tests)
+    missing = "import importlib.util as u; assert u.find_spec('transformers') is None"
+    run(python, "-c", missing, cwd=tmp_path)
+    said = run(python, "-m", "pytest", "-q", tests, cwd=tmp_path, OMP_NUM_THREADS="1")
+    assert " passed" in said
+    said = run(python, "-c", CHECKED, cwd=tmp_path, OMP_NUM_THREADS="1")
+    assert "holds" in said
+
+
+CHECKED = """
+import kvpolicy, kvpolicy.testing
+assert "site-packages" in kvpolicy.__file__, kvpolicy.__file__
+kvpolicy.testing.check_policy(kvpolicy.create("linear", anchors=2), examples=5)
+print("holds")
+"""
+
+
+@pytest.mark.slow
+def test_a_package_of_ones_own_joins_by_being_installed(wheel, tmp_path):
+    """examples/my_policy: listed without being loaded, checked, and compared."""
+    for package_name in ("typer", "pyarrow", "transformers"):
+        pytest.importorskip(package_name, reason="ablate needs the extra 'lab'")
+    venv.create(tmp_path / "venv", with_pip=False)
+    python = tmp_path / "venv" / ("Scripts" if os.name == "nt" else "bin") / "python"
+    (site,) = (tmp_path / "venv").glob("lib/python*/site-packages")
+    # torch and the rest come from where they are; kvpolicy and the package are really installed.
+    theirs = [path for path in sys.path if path.endswith("site-packages")]
+    (site / "theirs.pth").write_text("\n".join(theirs) + "\n")
+    package = tmp_path / "my_policy"
+    shutil.copytree(ROOT / "examples" / "my_policy", package)
+    add(python, wheel, package)
+
+    def call(*command):
+        return run(python, "-P", "-m", *command, cwd=tmp_path, OMP_NUM_THREADS="1", COLUMNS="120")
+
+    asked = "import kvpolicy, sys; kvpolicy.available(); print(kvpolicy.__file__, *sys.modules)"
+    said = run(python, "-P", "-c", asked, cwd=tmp_path)
+    assert str(site) in said
+    assert "my_policy" not in said.split()
+    assert "of the package my-policy (not loaded)" in call("kvpolicy", "list")
+    said = call("kvpolicy", "check", "mass_rate", "--examples", "10", "--set", "window=2")
+    assert "MassRate(window=2)" in said
+    assert "invariants hold" in said
+    own = call("pytest", "-q", package / "test_my_policy.py", "-p", "no:cacheprovider")
+    assert "1 passed" in own
+    plugin = call(
+        "pytest", "-q", "--kvpolicy", "mass_rate", "--kvpolicy-examples", "2", "-k", "pins"
+    )
+    assert "1 passed" in plugin
+    sizes = ("--option", "images=10", "--option", "scored=2", "--executor", "inline")
+    plan = ("--subject", "fashion-ar", "--policies", "mass_rate", "--budgets", "1/6")
+    call("kvpolicy", "ablate", *plan, *sizes, "--out", "run")
+    assert "mass_rate" in (tmp_path / "run" / "summary.csv").read_text()
+
+
+@pytest.mark.slow
+def test_the_metadata_is_complete(wheel):
+    inside = zipfile.ZipFile(wheel)
+    names = inside.namelist()
+    (metadata,) = (name for name in names if name.endswith(".dist-info/METADATA"))
+    text = inside.read(metadata).decode()
+    for field in (
+        "Name: kvpolicy",
+        "Summary: ",
+        "License-Expression: Apache-2.0",
+        "License-File: LICENSE",
+        "Requires-Python: >=3.11",
+        "Classifier: Typing :: Typed",
+        "Provides-Extra: lab",
+        "Description-Content-Type: text/markdown",
+    ):
+        assert f"\n{field}" in text, field
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+    # Of the data and of the weights that ship.
+    assert "kvpolicy_adapters/zoo/fashion_ar/LICENSE.fashion-mnist" in names
+    card = json.loads(inside.read("kvpolicy_adapters/zoo/fashion_ar/card.json"))
+    assert card["data_licence"]
+    assert card["weights_licence"]
+
+
+@pytest.mark.slow
+def test_importing_changes_nothing_in_transformers(tmp_path):
+    pytest.importorskip("transformers")
+    assert "as they were" in run(sys.executable, "-c", textwrap.dedent(UNTOUCHED), cwd=tmp_path)

@@ -1,0 +1,63 @@
+"""Every Python block of the README and of the documentation runs, as it stands there."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("transformers", reason="pages show whole models, which need transformers")
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
+FENCE = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def blocks(page: Path) -> list[str]:
+    return FENCE.findall(page.read_text())
+
+
+def run(block: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", block],
+        cwd=folder,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@pytest.mark.parametrize(
+    ("page", "number"),
+    [
+        pytest.param(page, number, id=f"{page.relative_to(ROOT)}-{number}")
+        for page in PAGES
+        for number in range(len(blocks(page)))
+    ],
+)
+def test_block_runs_and_says_what_its_comments_say(page, number, tmp_path):
+    block = blocks(page)[number]
+    done = run(block, tmp_path)
+    assert done.returncode == 0, done.stderr
+    # `print(...)  # (131, 131): why` promises what is printed.
+    promised = re.findall(r"^print\(.*\)  # (\(.*?\)|\S+)", block, re.MULTILINE)
+    assert done.stdout.split("\n")[: len(promised)] == promised
+
+
+def test_the_readme_has_blocks_and_names_every_policy():
+    import kvpolicy
+
+    text = (ROOT / "README.md").read_text()
+    assert len(blocks(ROOT / "README.md")) >= 3
+    for name in kvpolicy.policies.__all__:
+        key = getattr(kvpolicy.policies, name).key
+        assert f"| `{key}` |" in text, key
+
+
+def test_a_block_that_fails_is_found(tmp_path):
+    assert run("raise SystemExit(3)", tmp_path).returncode == 3

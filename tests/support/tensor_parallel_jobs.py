@@ -1,0 +1,122 @@
+"""What each process of test_tensor_parallel does; run by torchrun, one process a rank.
+
+    torchrun --nproc-per-node 2 tests/tensor_parallel_jobs.py MODELS OUT
+
+MODELS is a folder of saved models; OUT gets one file a rank.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import kvpolicy
+import kvpolicy_adapters
+from support import tiny_models
+
+IMAGE = kvpolicy.RasterLayout(rows=6, cols=5, prefix=6)
+TEXT = kvpolicy.TextLayout(sinks=1, line_length=5)
+#: Layout, tokens of the prompt, and how to generate.
+SETTINGS = {
+    "image": (IMAGE, 6, {}),
+    "long text": (TEXT, 20, {}),
+    "beams": (TEXT, 6, {"num_beams": 3}),
+}
+NEW = 24
+BUDGET = 13
+
+
+def policies() -> list[str]:
+    """Those that can evict and decide a head at a time."""
+    mixing = {name for name in kvpolicy.available() if kvpolicy.create(name).mixes_heads}
+    return sorted(set(kvpolicy.available()) - mixing - {"full"})
+
+
+def generate(model, setting: str, cache=None):
+    _, length, options = SETTINGS[setting]
+    generator = torch.Generator().manual_seed(3)
+    tokens = 1 + torch.rand(2, 60, generator=generator).argsort(-1)[:, :length]
+    return model.generate(
+        tokens,
+        attention_mask=torch.ones_like(tokens),
+        past_key_values=cache,
+        max_new_tokens=NEW,
+        do_sample=False,
+        **options,
+    )
+
+
+def results(model) -> dict:
+    """Tokens, held positions ``[B, H, S]`` of each layer, and statistics, of every job."""
+    found = {}
+    for name in policies():
+        policy = tiny_models.policy(name)
+        for setting, (layout, *_) in SETTINGS.items():
+            with kvpolicy_adapters.attach(
+                model, policy=policy, budget=BUDGET, layout=layout
+            ) as cache:
+                tokens = generate(model, setting, cache)
+                positions = [cache.positions(layer).sort().values for layer in range(len(cache))]
+            stats = cache.stats()
+            found[f"{name} {setting}"] = {
+                "tokens": tokens.tolist(),
+                "positions": [layer.tolist() for layer in positions],
+                "bytes": stats.bytes,
+                "evictions": stats.evictions,
+            }
+    return found
+
+
+class Collectives(TorchDispatchMode):
+    """Counts the times that processes wait for each other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.namespace in ("c10d", "_c10d_functional")
+        return func(*args, **(kwargs or {}))
+
+
+def main(models: Path, out: Path) -> None:
+    from transformers import AutoModelForCausalLM
+    from transformers.distributed import DistributedConfig
+
+    torch.set_num_threads(1)
+    report = {}
+    for path in sorted(models.iterdir()):
+        model = AutoModelForCausalLM.from_pretrained(
+            path, distributed_config=DistributedConfig(tp_plan="auto")
+        )
+        found = results(model)
+        with Collectives() as plain:
+            generate(model, "image")
+        with (
+            Collectives() as ours,
+            kvpolicy_adapters.attach(model, policy="h2o", budget=BUDGET, layout=IMAGE) as cache,
+        ):
+            generate(model, "image", cache)
+        refused = ""
+        try:
+            with kvpolicy_adapters.attach(model, policy="tova", budget=BUDGET, layout=IMAGE):
+                pass
+        except kvpolicy.ParameterError as error:
+            refused = str(error)
+        report[path.name] = {
+            "results": found,
+            "refused": refused,
+            "collectives": [plain.count, ours.count],
+        }
+    rank = torch.distributed.get_rank()
+    (out / f"{rank}.json").write_text(json.dumps(report))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,746 @@
+"""Policies and stores broken on purpose: the named invariant's check catches every one.
+
+A mutant that survives is a hole in the suite, and fails the test.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import ClassVar
+
+import pytest
+import torch
+from pydantic import Field
+from support import invariants_page
+
+import kvpolicy
+import kvpolicy.cache.decider
+import kvpolicy.cache.layer
+import kvpolicy.cache.layer_state
+from kvpolicy import CumulativeMass, FadingMass, LineMass, Need, SlotStore
+from kvpolicy.cache.layer import LayerCache
+from kvpolicy.parts import RecentTokens, least_change
+from kvpolicy.policies import H2O, RKV, SSD, Full, Linear, Linear2D, Pyramid, Random, StreamingLLM
+from kvpolicy.policies.rkv import NotRedundant
+from kvpolicy.policies.ssd import ByHead
+from kvpolicy.testing import INVARIANTS, PolicyCheckError, check_policy, find_violation
+
+SMALL_LINEAR = {"anchors": 3, "recent_lines": 1}
+SMALL_RKV = {"window": 2, "interval": 3, "kernel": 3}
+SMALL_SSD = {"window": 3}
+MUTANTS: dict[str, tuple[str, Callable[[pytest.MonkeyPatch], kvpolicy.EvictionPolicy]]] = {}
+
+
+def caught_by(invariant: str):
+    """Register a mutant: called with a monkeypatch, it gives the policy to check."""
+
+    def add(mutant):
+        MUTANTS[mutant.__name__] = (invariant, mutant)
+        return mutant
+
+    return add
+
+
+# -- 0: the contract of a decision -----------------------------------------------------------------
+
+
+@caught_by("decision")
+def names_a_slot_twice(patch):
+    class Twice(H2O):
+        def victims(self, view, count):
+            slots = super().victims(view, count)
+            slots[..., -1] = slots[..., 0]
+            return slots
+
+        def headroom(self, view):
+            return 2 if view.room == 0 else 1
+
+        def min_budget(self, layout):
+            return 4
+
+    return Twice()
+
+
+@caught_by("decision")
+def names_a_slot_that_was_never_handed_out(patch):
+    """What happens when untouched slots are shown to a policy: they look empty, and rank lowest."""
+    patch.setattr(kvpolicy.CacheView, "handed_out", property(lambda self: self._store.shape.slots))
+    return Linear(**SMALL_LINEAR)
+
+
+@caught_by("runs")
+def scores_with_nan(patch):
+    class Shares(H2O):
+        def score(self, view):
+            mass = super().score(view)
+            return mass / mass.round().clamp(min=0)  # 0 / 0 where the mass is nothing
+
+    return Shares()
+
+
+@caught_by("pins")
+def protects_a_token_too_few_for_a_decision_of_many(patch):
+    """A composition that asks for less than it protects and makes room for."""
+    patch.setattr(RecentTokens, "most", lambda self, budget, layout, column: 0)
+    return kvpolicy.compose("streaming_llm", protect="window:3", decide="every:2")
+
+
+@caught_by("runs")
+def understates_its_min_budget(patch):
+    class Modest(Linear):
+        def min_budget(self, layout):
+            return 1
+
+    return Modest(**SMALL_LINEAR)
+
+
+# -- 1: budget -------------------------------------------------------------------------------------
+
+
+class _OneMore(SlotStore):
+    """A store with a slot more than it says."""
+
+    def __init__(self, shape, key, value):
+        super().__init__(shape, key, value)
+        self.add()
+
+    def add(self):
+        self.keys, self.values = (
+            torch.nn.functional.pad(tensor, (0, 0, 0, 1)) for tensor in (self.keys, self.values)
+        )
+        self.positions = torch.nn.functional.pad(self.positions, (0, 1), value=-1)
+
+    def fill_from(self, other, kept):
+        self.keys, self.values = self.keys[:, :, :-1], self.values[:, :, :-1]
+        self.positions = self.positions[:, :, :-1]
+        super().fill_from(other, kept)
+        self.add()
+
+
+@caught_by("budget")
+def holds_more_in_mid_line_only(patch):
+    class MidLine(_OneMore):
+        """Parks the second victim of a line in a slot of its own until the line is over."""
+
+        def write(self, slots, key, value, first):
+            layout = self.shape.layout
+            if first >= layout.prefix and layout.column(first) == 1 and slots.shape[-1] == 1:
+                into = slots.unsqueeze(-1).expand_as(key)
+                self.keys[:, :, -1:] = self.keys.gather(2, into)
+                self.values[:, :, -1:] = self.values.gather(2, into)
+                self.positions[:, :, -1:] = self.positions.gather(2, slots)
+            elif layout.is_line_start(first):
+                self.positions[:, :, -1] = -1
+            super().write(slots, key, value, first)
+
+    patch.setattr(kvpolicy.cache.layer_state, "SlotStore", MidLine)
+    return Random()
+
+
+@caught_by("budget")
+def holds_more_in_mid_step_only(patch):
+    class MidStep(_OneMore):
+        """Holds the victim beside the new token until the step is over."""
+
+        def write(self, slots, key, value, first):
+            self.positions[:, :, -1:] = self.positions.gather(2, slots[..., :1])
+            super().write(slots, key, value, first)
+
+    def run(self, *args, **named):
+        output = whole(self, *args, **named)
+        self.store.positions[:, :, -1] = -1
+        return output
+
+    whole = LayerCache._run
+    patch.setattr(kvpolicy.cache.layer_state, "SlotStore", MidStep)
+    patch.setattr(LayerCache, "_run", run)
+    return Random()
+
+
+@caught_by("budget")
+def has_one_slot_too_many(patch):
+    patch.setattr(
+        LayerCache, "capacity", property(lambda self: self.layout.prefix + self.budget + 1)
+    )
+    return Random()
+
+
+# -- 2: pins ---------------------------------------------------------------------------------------
+
+
+@caught_by("pins")
+def evicts_the_prefix(patch):
+    class Unpinned(Random):
+        def victims(self, view, count):
+            return self.score(view)[..., : view.handed_out].topk(count, largest=False).indices
+
+    return Unpinned()
+
+
+@caught_by("pins")
+def evicts_the_last_anchor(patch):
+    class OneAnchorLess(Linear):
+        def protect(self, view):
+            return (view.index < self.anchors - 1) | (view.lines >= view.line - self.recent_lines)
+
+    return OneAnchorLess(**SMALL_LINEAR)
+
+
+@caught_by("pins")
+def evicts_a_sink(patch):
+    class OneSinkLess(StreamingLLM):
+        def protect(self, view):
+            return view.index < self.sinks - 1
+
+    return OneSinkLess(sinks=2)
+
+
+@caught_by("pins")
+def evicts_what_it_protects(patch):
+    class Forgetful(H2O):
+        def victims(self, view, count):
+            score = self.score(view).masked_fill(view.pinned, torch.inf)
+            return score[..., : view.handed_out].topk(count, largest=False).indices
+
+    return Forgetful()
+
+
+# -- 3: line locality ------------------------------------------------------------------------------
+
+
+@caught_by("line locality")
+def keeps_one_line_less(patch):
+    class OffByOneLine(Linear):
+        def protect(self, view):
+            return (view.index < self.anchors) | (view.lines > view.line - self.recent_lines)
+
+    return OffByOneLine(**SMALL_LINEAR)
+
+
+@caught_by("line locality")
+def loses_the_first_token_of_the_last_line(patch):
+    class OffByOneToken(Linear):
+        def protect(self, view):
+            edge = (view.lines == view.line - self.recent_lines) & (
+                view.layout.column(view.positions) == 0
+            )
+            return super().protect(view) & ~(edge & (view.index >= self.anchors))
+
+    return OffByOneToken(**SMALL_LINEAR)
+
+
+# -- 4: once gone, gone ----------------------------------------------------------------------------
+
+
+@caught_by("once gone, gone")
+def resurrects(patch):
+    class Undead(SlotStore):
+        """Every fifth token, the victim of the token before takes the place of another."""
+
+        def __init__(self, shape, key, value):
+            super().__init__(shape, key, value)
+            self.grave = None
+
+        def write(self, slots, key, value, first):
+            at = slots[..., :1]
+            into = at.unsqueeze(-1).expand(*key.shape[:2], 1, key.shape[-1])
+            buried = (self.keys.gather(2, into), self.values.gather(2, into))
+            where = self.positions.gather(2, at)
+            super().write(slots, key, value, first)
+            if self.grave is not None and first % 5 == 0:
+                self.keys[:, :, :1], self.values[:, :, :1] = self.grave[:2]
+                self.positions[:, :, :1] = self.grave[2]
+            if (where >= 0).all():
+                self.grave = (*buried, where)
+
+    patch.setattr(kvpolicy.cache.layer_state, "SlotStore", Undead)
+    return Random()
+
+
+@caught_by("once gone, gone")
+def holds_a_position_twice(patch):
+    class Double(SlotStore):
+        def write(self, slots, key, value, first):
+            super().write(slots, key, value, first)
+            if first == self.shape.slots:
+                other = (slots[..., :1] + 1) % self.shape.slots
+                super().write(other, key[:, :, :1], value[:, :, :1], first)
+
+    patch.setattr(kvpolicy.cache.layer_state, "SlotStore", Double)
+    return Random()
+
+
+# -- 5: truth --------------------------------------------------------------------------------------
+
+
+@caught_by("truth")
+def writes_the_key_of_another_token(patch):
+    class Shifted(SlotStore):
+        def write(self, slots, key, value, first):
+            super().write(slots, key.roll(1, 2), value, first)
+
+    patch.setattr(kvpolicy.cache.layer_state, "SlotStore", Shifted)
+    return H2O()
+
+
+@caught_by("truth")
+def writes_the_value_of_the_neighbour_in_the_batch(patch):
+    class Crossed(SlotStore):
+        def write(self, slots, key, value, first):
+            super().write(slots, key, value.roll(1, 0), first)
+
+    patch.setattr(kvpolicy.cache.layer_state, "SlotStore", Crossed)
+    return H2O()
+
+
+@caught_by("truth")
+def keeps_the_victims_value(patch):
+    class Stale(SlotStore):
+        def write(self, slots, key, value, first):
+            old = self.values.clone()
+            super().write(slots, key, value, first)
+            if self.fresh == 0:
+                self.values = old
+
+    patch.setattr(kvpolicy.cache.layer_state, "SlotStore", Stale)
+    return StreamingLLM(sinks=1)
+
+
+@caught_by("truth")
+def stores_in_half_precision(patch):
+    class Rounded(SlotStore):
+        def write(self, slots, key, value, first):
+            super().write(slots, key.bfloat16().to(key.dtype), value, first)
+
+    patch.setattr(kvpolicy.cache.layer_state, "SlotStore", Rounded)
+    return Random()
+
+
+@caught_by("truth")
+def moves_tensors_itself(patch):
+    class Meddler(H2O):
+        def victims(self, view, count):
+            view.keys.neg_()
+            return super().victims(view, count)
+
+    return Meddler()
+
+
+@caught_by("truth")
+def forgets_to_forget(patch):
+    class Remembers(CumulativeMass):
+        def forget(self, slots):
+            """The new token inherits what the victim had."""
+
+    class Heir(H2O):
+        def observers(self, shape):
+            return (Remembers(shape),)
+
+    return Heir()
+
+
+@caught_by("truth")
+def compresses_a_prompt_out_of_order(patch):
+    whole = SlotStore.fill_from
+
+    def fill_from(self, other, kept):
+        whole(self, other, kept)
+        self.positions.copy_(self.positions.flip(-1))
+
+    patch.setattr(SlotStore, "fill_from", fill_from)
+    return H2O()
+
+
+# -- 6: lossless when it fits ----------------------------------------------------------------------
+
+
+@caught_by("lossless")
+def has_one_slot_too_few(patch):
+    patch.setattr(
+        LayerCache,
+        "capacity",
+        property(lambda self: self.layout.prefix + max(self.budget - 1, 1)),
+    )
+    return StreamingLLM(sinks=0)
+
+
+@caught_by("lossless")
+def attends_with_another_scale(patch):
+    whole = kvpolicy.cache.layer_state.attend
+
+    def attend(query, keys, values, **named):
+        return whole(query * 0.9, keys, values, **named)
+
+    patch.setattr(kvpolicy.cache.layer_state, "attend", attend)
+    return Full()
+
+
+@caught_by("lossless")
+def mixes_up_query_groups(patch):
+    whole = kvpolicy.cache.layer_state.attend
+
+    def attend(query, keys, values, **named):
+        return whole(query.flip(1), keys, values, **named)
+
+    patch.setattr(kvpolicy.cache.layer_state, "attend", attend)
+    return Full()
+
+
+# -- 7: independence -------------------------------------------------------------------------------
+
+
+@caught_by("independence")
+def peeks_at_the_neighbour_in_the_batch(patch):
+    class Peeks(H2O):
+        def score(self, view):
+            return super().score(view).mean(0, keepdim=True).expand_as(view.positions)
+
+    return Peeks()
+
+
+@caught_by("independence")
+def treats_the_first_sample_otherwise(patch):
+    class Favours(H2O):
+        def score(self, view):
+            score = super().score(view).clone()
+            score[1:] *= -1
+            return score
+
+    return Favours()
+
+
+@caught_by("independence")
+def mixes_heads_without_saying_so(patch):
+    class Mixes(H2O):
+        def score(self, view):
+            return super().score(view).mean(1, keepdim=True).expand_as(view.positions)
+
+    return Mixes()
+
+
+@caught_by("independence")
+def copies_the_layer_below(patch):
+    class Copies(H2O):
+        below: ClassVar[dict] = {}
+
+        def victims(self, view, count):
+            key = (view.seen, count, view.positions.shape)
+            own = super().victims(view, count)
+            if view.layer == 0:
+                self.below[key] = own
+            return self.below.get(key, own)
+
+    return Copies()
+
+
+@caught_by("independence")
+def tells_heads_apart_by_what_all_do(patch):
+    whole = ByHead.is_local
+    patch.setattr(ByHead, "is_local", lambda self, view: whole(self, view).all(1, keepdim=True))
+    return SSD(**SMALL_SSD)
+
+
+@caught_by("independence")
+def compares_keys_across_heads(patch):
+    whole = NotRedundant.redundancy
+    patch.setattr(
+        NotRedundant, "redundancy", lambda self, view: whole(self, view).mean(1, keepdim=True)
+    )
+    return RKV(**SMALL_RKV)
+
+
+@caught_by("independence")
+def looks_up_in_another_head(patch):
+    """Mass that has moved down from the head beside it."""
+    whole = least_change.moved
+    patch.setattr(least_change, "moved", lambda view, lines: whole(view, lines).roll(1, 1))
+    return Linear2D(**SMALL_LINEAR)
+
+
+# -- 8: determinism --------------------------------------------------------------------------------
+
+
+@caught_by("determinism")
+def breaks_ties_by_chance(patch):
+    class Chance(H2O):
+        def score(self, view):
+            return super().score(view) + 1e-6 * torch.rand(view.positions.shape)
+
+    return Chance()
+
+
+@caught_by("determinism")
+def counts_its_decisions(patch):
+    class Counts(StreamingLLM):
+        made: ClassVar = itertools.count()
+
+        def score(self, view):
+            return view.age if next(self.made) % 7 == 0 else -view.age
+
+    return Counts(sinks=1)
+
+
+# -- 9: inter-line only ----------------------------------------------------------------------------
+
+
+@caught_by("inter-line only")
+def moves_down_what_all_lines_gave(patch):
+    class AllLines(Linear2D):
+        def observers(self, shape):
+            return (CumulativeMass(shape),)
+
+    return AllLines(**SMALL_LINEAR)
+
+
+@caught_by("inter-line only")
+def never_starts_from_zero(patch):
+    class AllLines(LineMass):
+        def observe(self, report):
+            self._add(report.mass)
+
+    class Older(Linear):
+        def observers(self, shape):
+            return (AllLines(shape),)
+
+    return Older(**SMALL_LINEAR)
+
+
+@caught_by("inter-line only")
+def fades_older_lines_instead_of_dropping_them(patch):
+    class Fading(LineMass):
+        def observe(self, report):
+            if report.layout.is_line_start(report.first):
+                self.mass *= 0.2
+            self._add(report.mass)
+
+    class Fades(Linear):
+        def observers(self, shape):
+            return (Fading(shape),)
+
+    return Fades(**SMALL_LINEAR)
+
+
+@caught_by("inter-line only")
+def decides_within_the_line(patch):
+    class Hasty(Linear):
+        def headroom(self, view):
+            return 1
+
+    return Hasty(**SMALL_LINEAR)
+
+
+# -- 10: full use ----------------------------------------------------------------------------------
+
+
+@caught_by("full use")
+def hides_victims_at_once(patch):
+    whole = kvpolicy.cache.decider.make_room
+
+    def make_room(layer):
+        before = layer.queue
+        whole(layer)
+        if layer.queue is not before:
+            layer.store.clear(layer.queue)
+
+    for module in (kvpolicy.cache.layer, kvpolicy.cache.decider):
+        patch.setattr(module, "make_room", make_room)
+    return Linear(**SMALL_LINEAR)
+
+
+@caught_by("full use")
+def leaves_a_slot_empty(patch):
+    class Wasteful(SlotStore):
+        def write(self, slots, key, value, first):
+            super().write(slots, key, value, first)
+            if self.fresh == 0:
+                self.clear((slots[..., :1] + 1) % self.shape.slots)
+
+    patch.setattr(kvpolicy.cache.layer_state, "SlotStore", Wasteful)
+    return Random()
+
+
+# -- beyond the ten --------------------------------------------------------------------------------
+
+
+@caught_by("chunks")
+def looks_for_line_starts_at_the_start_of_a_report_only(patch):
+    class Careless(LineMass):
+        def observe(self, report):
+            if report.layout.is_line_start(report.first):
+                self.mass.zero_()
+            self._add(report.mass)
+
+    class Reports(Linear):
+        def observers(self, shape):
+            return (Careless(shape),)
+
+    return Reports(**SMALL_LINEAR)
+
+
+@caught_by("chunks")
+def counts_reports_instead_of_queries(patch):
+    class PerReport(CumulativeMass):
+        needs: ClassVar[Need] = Need.MASS
+
+        def observe(self, report):
+            self._add(report.mass.mean(2, keepdim=True))
+
+    class Mean(H2O):
+        def observers(self, shape):
+            return (PerReport(shape),)
+
+    return Mean()
+
+
+@caught_by("chunks")
+def lets_a_chunk_see_its_own_future(patch):
+    whole = LayerCache._visible_to_run
+
+    def visible(self, by_position, before, slots):
+        allowed = whole(self, by_position, before, slots)
+        allowed[..., before:] = True
+        return allowed
+
+    patch.setattr(LayerCache, "_visible_to_run", visible)
+    return Pyramid(window=2, interval=3, kernel=3)
+
+
+@caught_by("chunks")
+def lets_mass_fade_by_reports_instead_of_queries(patch):
+    class PerReport(FadingMass):
+        def observe(self, report):
+            self.mass *= self.keep
+            self._add(report.mass)
+
+    class Hasty(H2O):
+        def observers(self, shape):
+            return (PerReport(shape, 3.0),)
+
+    return Hasty()
+
+
+@caught_by("reset")
+def keeps_its_observers_when_reset(patch):
+    whole = LayerCache.watch
+
+    def watch(self, shape):
+        kept = getattr(self, "kept", None)
+        whole(self, shape)
+        if kept is not None:
+            for observer, old in zip(self.observers, kept, strict=False):
+                if old.mass.shape == observer.mass.shape:
+                    observer.mass = old.mass
+        self.kept = self.observers
+
+    patch.setattr(LayerCache, "watch", watch)
+    return H2O()
+
+
+@caught_by("reorder")
+def leaves_observers_behind_when_a_batch_is_reordered(patch):
+    def select_batch(self, index):
+        self.store.select_batch(index)
+        if self.queue is not None:
+            self.queue = self.queue.index_select(0, index)
+
+    patch.setattr(LayerCache, "select_batch", select_batch)
+    return H2O()
+
+
+@caught_by("reorder")
+def forgets_its_queue_when_a_batch_is_reordered(patch):
+    def select_batch(self, index):
+        self.store.select_batch(index)
+        for observer in self.observers:
+            observer.mass = observer.mass.index_select(0, index)
+
+    patch.setattr(LayerCache, "select_batch", select_batch)
+    return Linear(**SMALL_LINEAR)
+
+
+@caught_by("stats")
+def understates_its_peak(patch):
+    patch.setattr(LayerCache, "held", lambda self: self.layout.prefix + self.budget // 2)
+    return Random()
+
+
+@caught_by("stats")
+def spends_more_than_the_budget_on_some_layers(patch):
+    class Greedy(kvpolicy.Uniform):
+        def layers(self, budget, num_layers, *, floor=0, ceiling=None):
+            whole = super().layers(budget, num_layers, floor=floor, ceiling=ceiling)
+            return (*whole[:-1], whole[-1] + 1)
+
+    class Spends(Random):
+        def schedule(self):
+            return Greedy()
+
+    return Spends()
+
+
+@caught_by("round trip")
+def loses_a_parameter_in_json(patch):
+    class Secretive(Random):
+        salt: int = Field(0, exclude=True)
+
+    return Secretive(salt=3)
+
+
+# -- the tests -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", list(MUTANTS))
+def test_is_caught(name, monkeypatch):
+    invariant, mutant = MUTANTS[name]
+    policy = mutant(monkeypatch)
+    found = find_violation(policy, [INVARIANTS[invariant]], examples=300)
+    assert found is not None, f"the mutant {name!r} survived the check of {invariant!r}"
+    assert found.invariant == invariant
+
+
+def test_every_invariant_has_a_mutant():
+    assert {invariant for invariant, _ in MUTANTS.values()} == set(INVARIANTS)
+    assert len(MUTANTS) >= 24
+
+
+def test_the_page_says_what_is_caught():
+    assert invariants_page.PAGE.read_text(encoding="utf-8") == invariants_page.page(), (
+        f"docs/invariants.md is not what the mutants say; run: {invariants_page.COMMAND}"
+    )
+
+
+def test_the_message_explains(monkeypatch):
+    _, mutant = MUTANTS["evicts_the_last_anchor"]
+    with pytest.raises(PolicyCheckError) as raised:
+        check_policy(mutant(monkeypatch), examples=100)
+    message = str(raised.value)
+    for part in (
+        "OneAnchorLess(anchors=3, recent_lines=1) breaks an invariant.",
+        "Invariant 'pins': the prefix, anchors and sinks are never evicted",
+        "pinned position",
+        "is no longer cached",
+        "the policy gave up [",
+        "layer 0, batch 0, head 0 holds ",
+        "Stream: Stream(layout=",
+    ):
+        assert part in message
+    stream = raised.value.stream
+    assert (stream.layers, stream.batch, stream.heads, stream.group) == (1, 1, 1, 1), "not shrunk"
+    assert eval(repr(stream), vars(kvpolicy) | {"Stream": type(stream)}) == stream
+
+
+def test_a_crash_is_explained():
+    class Crashes(Random):
+        def score(self, view):
+            raise RuntimeError("out of luck")
+
+    with pytest.raises(PolicyCheckError, match=r"'runs'.*(?s:.*)RuntimeError: out of luck"):
+        check_policy(Crashes(), examples=50)
+
+
+def test_wrong_arguments():
+    with pytest.raises(kvpolicy.ParameterError, match="give an instance"):
+        check_policy(Random)
+    with pytest.raises(kvpolicy.ParameterError, match="did you mean 'pins'"):
+        check_policy(Random(), invariants=["pin"])
