@@ -1,6 +1,6 @@
 """Each strategy keeps what its authors' public code keeps of the same tensors.
 
-What that code kept is recorded in ``golden/fidelity.json``, with repository, commit, function and
+What that code kept is recorded in ``fidelity.json``, with repository, commit, function and
 parameters; ``docs/fidelity.md`` says what differs by design. ``linear`` has no public code: see
 ``test_linear_reference.py``.
 """

@@ -1,4 +1,4 @@
-"""Imports run downwards only (see "floors" in the contributors' design), and the core stays light.
+"""Imports run downwards only (see ``FLOORS``), and the core stays light.
 
 The checker reads source, not behaviour: an import inside a function or under TYPE_CHECKING counts
 as much as one at the top.

@@ -1,4 +1,6 @@
-"""docs/invariants.md out of the invariants and the mutants: ``python tests/invariants_page.py``.
+"""docs/invariants.md out of the invariants and the mutants.
+
+    python tests/support/invariants_page.py
 
 The table says only what ``test_mutants.py`` has seen: each mutant is caught by the invariant beside
 it, or that test fails.
@@ -10,7 +12,7 @@ import sys
 from pathlib import Path
 
 PAGE = Path(__file__).parents[2] / "docs" / "invariants.md"
-COMMAND = "python tests/invariants_page.py"
+COMMAND = "python tests/support/invariants_page.py"
 
 OPENING = """\
 # Invariants
@@ -62,6 +64,7 @@ def page() -> str:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[1]))
+    tests = Path(__file__).parents[1]
+    sys.path[:0] = [str(tests), str(tests / "testing")]
     PAGE.write_text(page(), encoding="utf-8")
     print(f"wrote {PAGE.name}")

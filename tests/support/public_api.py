@@ -1,4 +1,7 @@
-"""Names and signatures that others build on: ``python tests/public_api.py`` writes them anew."""
+"""Names and signatures that others build on.
+
+``python tests/support/public_api.py`` writes them anew.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from enum import Enum
 from pathlib import Path
 
 SNAPSHOT = Path(__file__).with_name("public_api.txt")
-COMMAND = "python tests/public_api.py"
+COMMAND = "python tests/support/public_api.py"
 MODULES = ("kvpolicy", "kvpolicy.policies", "kvpolicy.testing", "kvpolicy_adapters")
 
 

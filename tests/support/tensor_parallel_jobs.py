@@ -1,6 +1,6 @@
 """What each process of test_tensor_parallel does; run by torchrun, one process a rank.
 
-    torchrun --nproc-per-node 2 tests/tensor_parallel_jobs.py MODELS OUT
+    torchrun --nproc-per-node 2 tests/support/tensor_parallel_jobs.py MODELS OUT
 
 MODELS is a folder of saved models; OUT gets one file a rank.
 """

@@ -1,6 +1,6 @@
 """Pack a trained fashion-ar and its classifier into the folder that ships, and measure both.
 
-    python examples/pack_fashion_ar.py runs/fashion-ar runs/fashion-classifier \\
+    python examples/training/pack_fashion_ar.py runs/fashion-ar runs/fashion-classifier \\
         adapters/kvpolicy_adapters/zoo/fashion_ar
 
 Everything that the card says about the weights is measured here, on the files as packed: bits per

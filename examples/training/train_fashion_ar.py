@@ -19,7 +19,7 @@ the same command, run again, continues where the last one stopped. With ``--minu
 steps is settled on the way, from the measured speed; the log records it, and the same number given
 as ``--steps`` repeats the run.
 
-    python examples/train_fashion_ar.py --out runs/fashion-ar --minutes 80
+    python examples/training/train_fashion_ar.py --out runs/fashion-ar --minutes 80
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 It sees what the image model makes, 16 grey levels a pixel, shifted by up to one pixel and mirrored
 at random. The last 2,000 training images are held out to watch it; the test images decide nothing.
 
-    python examples/train_fashion_classifier.py --out runs/fashion-classifier
+    python examples/training/train_fashion_classifier.py --out runs/fashion-classifier
 """
 
 from __future__ import annotations
