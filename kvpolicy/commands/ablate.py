@@ -17,7 +17,8 @@ from kvpolicy.commands.console import console
 from kvpolicy.commands.progress import progress_for, spell_seconds
 from kvpolicy.errors import ParameterError, near_matches
 from kvpolicy.lab.compare.comparison import Entry
-from kvpolicy.lab.run.executors import Executor, make_executor
+from kvpolicy.lab.run.executor import Executor
+from kvpolicy.lab.run.executors import make_executor
 from kvpolicy.lab.run.plan import Plan, PolicyPlan, read_plan
 from kvpolicy.lab.run.subject import MetricInfo
 

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+import kvpolicy
+
 ROOT = Path(__file__).parents[2]
 
 #: Low to high. A module may import from lower floors, and from its own floor what stands to its
@@ -174,3 +176,109 @@ def test_checker_catches_the_package_itself(source):
 )
 def test_checker_lets_pass(module, source):
     assert not complaints(source, module)
+
+
+# -- the house -----------------------------------------------------------------------------------
+
+ADAPTERS = dict(modules(ROOT / "adapters" / "kvpolicy_adapters"))
+
+#: Adapters may import what ``kvpolicy`` and ``kvpolicy.ops`` name in ``__all__``, and these: the
+#: protocols of the lab and of the fuzz, which a subject, a shape or a driver speaks, and errors.
+OPEN = ("kvpolicy.errors", "kvpolicy.lab", "kvpolicy.testing")
+#: What still goes past that. A line that is no longer true must go; none may be added.
+SIDE_DOORS = {
+    ("kvpolicy_adapters.attach", "kvpolicy.cache.cache.Reclaim"),
+    ("kvpolicy_adapters.bench.floor", "kvpolicy.cache.step.Step"),
+    ("kvpolicy_adapters.bench.floor", "kvpolicy.cache.terms.Terms"),
+    ("kvpolicy_adapters.bench.floor", "kvpolicy.ops.cpu.native"),
+    ("kvpolicy_adapters.evaluation.fuzz", "kvpolicy.cache.cache.Reclaim"),
+    ("kvpolicy_adapters.images.families", "kvpolicy.registry.Registry"),
+    ("kvpolicy_adapters.images.llamagen.official", "kvpolicy.cache.cache.Reclaim"),
+    ("kvpolicy_adapters.transformers.cache", "kvpolicy.cache.layer.LayerCache"),
+    ("kvpolicy_adapters.transformers.cache", "kvpolicy.cache.terms.Terms"),
+    ("kvpolicy_adapters.transformers.compiled", "kvpolicy.layout.UNBOUND"),
+    ("kvpolicy_adapters.transformers.skinny", "kvpolicy.ops.cpu.native"),
+}
+
+
+def side_doors(source: str, module: str, *, is_package: bool = False) -> set[tuple[str, str]]:
+    """The module with each thing of kvpolicy's inside that it imports."""
+    public = {f"kvpolicy.{name}" for name in kvpolicy.__all__}
+    public |= {f"kvpolicy.ops.{name}" for name in getattr(kvpolicy.ops, "__all__", ())}
+    return {
+        (module, name)
+        for _, name in imported(source, module, is_package)
+        if name.startswith("kvpolicy.") and name not in public and not name.startswith(OPEN)
+    }
+
+
+def test_adapters_use_public_names():
+    found = set()
+    for module, path in ADAPTERS.items():
+        source = path.read_text(encoding="utf-8")
+        found |= side_doors(source, module, is_package=path.name == "__init__.py")
+    new, gone = sorted(found - SIDE_DOORS), sorted(SIDE_DOORS - found)
+    assert not new, f"private imports of the core; use what kvpolicy.__all__ names: {new}"
+    assert not gone, f"no longer true; take them out of SIDE_DOORS: {gone}"
+
+
+@pytest.mark.parametrize(
+    ("source", "caught"),
+    [
+        ("from kvpolicy.cache.layer import LayerCache", True),
+        ("from kvpolicy.slots import SlotStore", True),  # public, but by another name
+        ("import kvpolicy.ops.cpu.native", True),
+        ("def f():\n    from kvpolicy.registry import _entry_points", True),
+        ("from kvpolicy import SlotStore", False),
+        ("from kvpolicy.errors import near_matches\nimport kvpolicy", False),
+        ("from kvpolicy.lab.run.subject import Metric", False),
+    ],
+)
+def test_a_side_door_is_seen(source, caught):
+    assert bool(side_doors(source, "kvpolicy_adapters.x")) is caught
+
+
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Modules that import each other, directly or by way of others, each circle once."""
+    found, done = [], set()
+    for start in graph:
+        path, ways = [start], [iter(sorted(graph[start]))]
+        while ways:
+            following = next(ways[-1], None)
+            if following is None:
+                ways.pop()
+                done.add(path.pop())
+            elif following in path:
+                found.append([*path[path.index(following) :], following])
+            elif following in graph and following not in done:
+                path.append(following)
+                ways.append(iter(sorted(graph[following])))
+    return found
+
+
+def graph_of(sources: dict[str, Path]) -> dict[str, set[str]]:
+    """Which of these modules each of them imports."""
+    graph = {}
+    for module, path in sources.items():
+        source = path.read_text(encoding="utf-8")
+        names = [name for _, name in imported(source, module, path.name == "__init__.py")]
+        # A name is that of a module, or of something in the module before the last dot.
+        there = {name if name in sources else name.rpartition(".")[0] for name in names}
+        graph[module] = (there & set(sources)) - {module}
+    return graph
+
+
+def test_nothing_imports_itself_by_way_of_others():
+    graph = graph_of(SOURCES | ADAPTERS)
+    assert sum(map(len, graph.values())) > 300  # it did read imports
+    assert circles(graph) == []
+
+
+def test_a_circle_is_seen():
+    assert circles({"a": {"b"}, "b": {"c", "d"}, "c": {"d"}, "d": set()}) == []
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == [["b", "c", "b"]]
+
+
+def test_few_modules_stand_at_the_top():
+    top = [path.stem for path in (ROOT / "kvpolicy").glob("*.py")]
+    assert len(top) <= 9, f"a folder is missing for one of {sorted(top)}"

@@ -9,7 +9,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import kvpolicy
-from kvpolicy.lab.run.executors import Executor, processors
+from kvpolicy.lab.run.executor import Executor
+from kvpolicy.lab.run.executors import processors
 from kvpolicy.lab.run.run_folder import Environment
 from kvpolicy.lab.run.subject import Subject
 from kvpolicy.ops.cpu import native

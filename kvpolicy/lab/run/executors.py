@@ -1,8 +1,4 @@
-"""Where cells are measured: in this process, in processes of this machine, or on a Ray cluster.
-
-An executor takes tasks and gives each back with its outcome, in the order in which they end. It
-writes nothing: whoever reads the outcomes does, so that a worker needs no disk in common with it.
-"""
+"""Where cells are measured: in this process, in processes of this machine, or on a Ray cluster."""
 
 from __future__ import annotations
 
@@ -10,36 +6,17 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing import connection, get_context, parent_process
-from typing import Any, Protocol, TypeAlias
+from typing import Any
 
 from kvpolicy.errors import ParameterError, near_matches
-from kvpolicy.lab.run.worker import Outcome, Raised, Task, measure_cell
+from kvpolicy.lab.run.executor import DEATHS, Executor, Outcomes
+from kvpolicy.lab.run.worker import Raised, Task, measure_cell
 
-__all__ = ["DEATHS", "Executor", "Inline", "Outcomes", "Processes", "make_executor", "processors"]
-
-#: Tasks with their outcomes; ``close()`` ends the workers.
-Outcomes: TypeAlias = Generator[tuple[Task, Outcome], None, None]
-#: How often a task may kill its worker before it counts as failed.
-DEATHS = 3
-
-
-class Executor(Protocol):
-    """What the runner asks of an executor."""
-
-    @property
-    def name(self) -> str:
-        """What a user calls it."""
-
-    @property
-    def workers(self) -> int:
-        """Cells that are measured at a time."""
-
-    def run(self, tasks: Sequence[Task]) -> Outcomes:
-        """Measure every task; closing the iterator ends the workers."""
+__all__ = ["Inline", "Processes", "make_executor", "processors"]
 
 
 @dataclass(frozen=True)
@@ -50,7 +27,7 @@ class Inline:
     workers: int = 1
 
     def run(self, tasks: Sequence[Task]) -> Outcomes:
-        """Measure every task; see :class:`Executor`."""
+        """Measure every task; see :class:`~kvpolicy.lab.run.executor.Executor`."""
         for task in tasks:
             yield task, measure_cell(task)
 
@@ -78,7 +55,7 @@ class Processes:
     _context: Any = field(default_factory=lambda: get_context("spawn"), repr=False)
 
     def run(self, tasks: Sequence[Task]) -> Outcomes:
-        """Measure every task; see :class:`Executor`."""
+        """Measure every task; see :class:`~kvpolicy.lab.run.executor.Executor`."""
         waiting = deque(tasks)
         deaths: dict[str, int] = {}
         crew = [self._start() for _ in range(min(self.workers, len(waiting)))]

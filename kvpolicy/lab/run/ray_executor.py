@@ -12,7 +12,7 @@ from typing import Any
 import ray
 
 from kvpolicy.errors import ParameterError
-from kvpolicy.lab.run.executors import DEATHS, Outcomes
+from kvpolicy.lab.run.executor import DEATHS, Outcomes
 from kvpolicy.lab.run.worker import Raised, Task, measure_cell
 
 __all__ = ["OnRay"]
@@ -33,7 +33,7 @@ class OnRay:
     name: str = "ray"
 
     def run(self, tasks: Sequence[Task]) -> Outcomes:
-        """Measure every task; see :class:`kvpolicy.lab.run.executors.Executor`."""
+        """Measure every task; see :class:`kvpolicy.lab.run.executor.Executor`."""
         ours = not ray.is_initialized()
         if ours:
             self._begin(max((task.threads for task in tasks), default=1))

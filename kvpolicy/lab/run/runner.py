@@ -14,7 +14,8 @@ from filelock import FileLock, Timeout
 from kvpolicy.cache.cache import PolicyCache
 from kvpolicy.errors import BudgetError, ParameterError, RunFolderError, near_matches
 from kvpolicy.lab.run.environment import find_environment
-from kvpolicy.lab.run.executors import Executor, Inline
+from kvpolicy.lab.run.executor import Executor
+from kvpolicy.lab.run.executors import Inline
 from kvpolicy.lab.run.named import make_policy
 from kvpolicy.lab.run.plan import Cell, Plan
 from kvpolicy.lab.run.run_folder import CellRecord, Failure, LeftOut, RunFolder, SubjectInfo

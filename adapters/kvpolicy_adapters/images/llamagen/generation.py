@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,16 +17,26 @@ from transformers import (
 
 from kvpolicy import CacheStateError, ParameterError, ShapeError
 from kvpolicy_adapters.images.guidance import guided
-
-if TYPE_CHECKING:
-    from kvpolicy_adapters.images.llamagen.modeling import LlamaGen
+from kvpolicy_adapters.images.llamagen.configuration import LlamaGenConfig
 
 __all__ = ["generate"]
 
 
+class Model(Protocol):
+    """What drawing asks of :class:`~kvpolicy_adapters.images.llamagen.LlamaGen`."""
+
+    config: LlamaGenConfig
+
+    def __call__(self, input_ids: Tensor | None, **options: Any) -> Any:
+        """Logits ``[B, tokens, codes]`` of a condition, or of the newest tokens ``[B, 1]``."""
+
+    def unconditional(self, condition: Tensor) -> Tensor:
+        """A condition of the same shape that stands for none."""
+
+
 @torch.no_grad()
 def generate(
-    self: LlamaGen,
+    self: Model,
     condition: Tensor,
     *,
     condition_mask: Tensor | None = None,
