@@ -8,21 +8,11 @@ import torch
 from torch import Tensor
 
 from kvpolicy.observers import AttentionReport, Need
-from kvpolicy.ops.cpu import native
+from kvpolicy.ops.key_lengths import UNKNOWN, find_unknown
 from kvpolicy.policy.view import CacheView
 from kvpolicy.slots import SlotShape
 
-__all__ = ["KeyLengths", "lengths"]
-
-#: A reading below any length: not known.
-_UNKNOWN = -1.0
-
-
-def lengths(keys: Tensor) -> Tensor:
-    """Lengths of keys ``[B, H, S, D]``: ``[B, H, S]``, float32."""
-    exact = torch.promote_types(keys.dtype, torch.float32)
-    found: Tensor = torch.linalg.vector_norm(keys, dim=-1, dtype=exact)
-    return found.to(torch.float32)
+__all__ = ["KeyLengths"]
 
 
 class KeyLengths:
@@ -36,7 +26,7 @@ class KeyLengths:
 
     def __init__(self, shape: SlotShape) -> None:
         size = (shape.batch, shape.heads, shape.slots)
-        self.mass = torch.full(size, _UNKNOWN, dtype=torch.float32, device=shape.device)
+        self.mass = torch.full(size, UNKNOWN, dtype=torch.float32, device=shape.device)
         # How many slots had ever held a token when lengths were last asked for, and how many have
         # been forgotten since: numbers that all heads share, unlike the slots themselves.
         self.read = self.forgotten = 0
@@ -46,7 +36,7 @@ class KeyLengths:
 
     def forget(self, slots: Tensor) -> None:
         """The lengths of keys in slots that now hold other tokens are not known."""
-        self.mass.scatter_(2, slots, _UNKNOWN)
+        self.mass.scatter_(2, slots, UNKNOWN)
         self.forgotten += slots.shape[-1]
 
     def of(self, view: CacheView) -> Tensor:
@@ -55,15 +45,6 @@ class KeyLengths:
         reading = self.mass[:, :, :held]
         # At most: a slot may have been forgotten twice.
         unknown = max(held - self.read, 0) + self.forgotten
-        kernel = native.chooser("key_lengths", keys, reading)
-        if kernel is not None:
-            kernel(keys, reading)
-        elif 4 * unknown > held:
-            reading[:] = lengths(keys)
-        elif unknown:
-            # The unknown are the lowest. Not argmin: to it, NaN is lower.
-            slots = reading.topk(unknown, dim=-1, largest=False).indices
-            index = slots.unsqueeze(-1).expand(*slots.shape, keys.shape[-1])
-            reading.scatter_(2, slots, lengths(keys.gather(2, index)))
+        find_unknown(keys, reading, unknown)
         self.read, self.forgotten = held, 0
         return reading

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
-from kvpolicy.ops.cpu import native
-from kvpolicy.ops.portions import portions
-from kvpolicy.ops.rank import lowest
+from kvpolicy.ops import change
 from kvpolicy.parts.moving import moved
 from kvpolicy.parts.named import register_part
 from kvpolicy.policy.parts import Score
@@ -48,69 +45,11 @@ class LeastChange(Score):
 
         Values of a head are in units of the largest number among them, once they are centred.
         """
-        kernel = native.chooser("change_alone", view.values, view.mass)
-        if kernel is not None:
-            in_one_pass: Tensor = kernel(view.values, moved(view, self.lines))
-            return in_one_pass
-        mass, values, read = self._foreseen(view)
-        distance = values.square().sum(-1).unsqueeze(2) + read.square().sum(-1, keepdim=True)
-        distance = distance.sub_(read @ values.transpose(2, 3), alpha=2).clamp_(min=0)
-        return distance.mul_(mass).mul_(mass).sum(2)
+        return change.alone(view.values, moved(view, self.lines))
 
     def choose(self, view: CacheView, score: Tensor, count: int) -> Tensor | None:
         """One token after the other, each the one that adds least to the change."""
         if self.how == "alone":
             return None
-        kernel = native.chooser("change_together", view.values, view.mass, score)
-        if kernel is not None:
-            mass = moved(view, self.lines)
-            found: Tensor = kernel(view.values, mass, score, view.positions, count)
-            return found
-        seen = self._foreseen(view)
-        batch, heads, slots = score.shape
-        chosen = []
-        for part in portions(batch, heads * slots**2, score.device, near=False):
-            mass, values, read = (tensor[part] for tensor in seen)
-            changes = values.new_empty(*mass.shape[:2], slots, slots)
-            for some in portions(len(mass), heads * slots**2, score.device):
-                changes[some] = _changes(mass[some], values[some], read[some])
-            chosen.append(_one_by_one(changes, score[part], view.positions[part], count))
-        return torch.cat(chosen)
-
-    def _foreseen(self, view: CacheView) -> tuple[Tensor, Tensor, Tensor]:
-        """Masses ``[B, H, W, S]``, values ``[B, H, S, D]``, and what is read, ``[B, H, W, D]``."""
         mass = moved(view, self.lines)
-        values = view.values.to(torch.float32)
-        # What all values share changes nothing, and would only cost digits.
-        values = values - values.mean(2, keepdim=True)
-        # Nor does a head's scale, and squares of large values would overflow.
-        largest = values.abs().amax((2, 3), keepdim=True)
-        values.div_(largest.clamp_(min=torch.finfo(torch.float32).tiny))
-        total = mass.sum(-1, keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny)
-        return mass, values, (mass @ values).div_(total)
-
-
-def _changes(mass: Tensor, values: Tensor, read: Tensor) -> Tensor:
-    """``sum over w of m^w_i m^w_j (o^w - v_i) . (o^w - v_j)``, ``[b, H, S, S]``.
-
-    Multiplied out: a product of two matrices, less a thin one and its transpose.
-    """
-    along = (read @ values.transpose(2, 3)).sub_(read.square().sum(-1, keepdim=True), alpha=0.5)
-    changes = (values @ values.transpose(2, 3)).mul_(mass.transpose(2, 3) @ mass)
-    cross = along.mul_(mass).transpose(2, 3) @ mass
-    return changes.sub_(cross).sub_(cross.transpose(2, 3))
-
-
-def _one_by_one(changes: Tensor, cost: Tensor, positions: Tensor, count: int) -> Tensor:
-    """The slots that go: int64 ``[b, H, count]``.
-
-    ``|sum in E + j|^2 - |sum in E|^2`` is the change of j alone, and twice that with each in E.
-    """
-    chosen: list[Tensor] = []
-    for _ in range(count):
-        slot = lowest(cost, positions, cost.amin(-1, keepdim=True))
-        chosen.append(slot)
-        row = slot.unsqueeze(-1).expand(*slot.shape, cost.shape[-1])
-        cost = cost.add(changes.gather(2, row).squeeze(2), alpha=2)
-        cost.scatter_(2, slot, torch.inf)
-    return torch.cat(chosen, dim=-1)
+        return change.together(view.values, mass, score, view.positions, count)

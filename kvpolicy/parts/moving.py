@@ -8,6 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from kvpolicy.ops import moving as ops
 from kvpolicy.parts.named import register_part
 from kvpolicy.policy.parts import Score
 from kvpolicy.policy.view import CacheView
@@ -21,17 +22,14 @@ def moved(view: CacheView, lines: int) -> Tensor:
     A token gets the mass of the token of its column that many lines above; 0 where that one is not
     cached, or lies in the prefix, which is no part of the image. Empty slots get 0.
     """
-    mass, layout = view.mass, view.layout
-    # By position: slots are in no order. Empty slots write to place 0, which nobody reads.
-    places = (view.positions + 1).long()
-    table = mass.new_zeros(*places.shape[:2], view.seen + 1)
-    table.scatter_(2, places, mass)
-    table[..., : layout.prefix + 1] = 0.0
-    down = torch.arange(1, lines + 1, device=mass.device) * layout.line_length
-    above = (places.unsqueeze(2) - down.view(-1, 1)).clamp_(min=0)
-    own = mass.masked_fill(view.empty, 0.0) if view.may_be_empty else mass
-    return torch.cat(
-        [own.unsqueeze(2), table.unsqueeze(2).expand(-1, -1, lines, -1).gather(3, above)], 2
+    layout = view.layout
+    return ops.moved(
+        view.mass,
+        view.positions,
+        lines=lines,
+        line_length=layout.line_length,
+        prefix=layout.prefix,
+        seen=view.seen,
     )
 
 

@@ -5,20 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, ClassVar, Literal
 
-import torch
 from pydantic import AfterValidator, Field
 from torch import Tensor
-from torch.nn import functional
 
 from kvpolicy.observers import AttentionObserver
-from kvpolicy.ops.cpu import native
-from kvpolicy.parts.key_lengths import KeyLengths, lengths
+from kvpolicy.ops.key_lengths import lengths
+from kvpolicy.ops.pool import pool
+from kvpolicy.parts.key_lengths import KeyLengths
 from kvpolicy.parts.named import register_part
 from kvpolicy.policy.parts import Score
 from kvpolicy.policy.view import CacheView
 from kvpolicy.slots import SlotShape
 
-__all__ = ["HeadMean", "Kernel", "Mass", "PooledMass", "Recency", "ShortKeys", "pool"]
+__all__ = ["HeadMean", "Kernel", "Mass", "PooledMass", "Recency", "ShortKeys"]
 
 Pooling = Literal["mean", "max"]
 
@@ -72,7 +71,8 @@ class PooledMass(Score):
 
     def worth(self, view: CacheView) -> Tensor:
         """Pooled in the order of positions."""
-        return pool(view, view.mass, self.kernel, self.window, self.how)
+        newest = view.seen - self.window
+        return pool(view.mass, view.positions, newest=newest, kernel=self.kernel, how=self.how)
 
 
 @register_part("recency")
@@ -100,30 +100,3 @@ class ShortKeys(Score):
         """Minus the length."""
         known = view.find_observer(KeyLengths)
         return -(lengths(view.keys) if known is None else known.of(view))
-
-
-def pool(view: CacheView, mass: Tensor, kernel: int, window: int, how: Pooling) -> Tensor:
-    """Pool each token's mass with its neighbours', in the order of positions.
-
-    The newest ``window`` tokens count as zero, and so does what is beyond either end.
-
-    Args:
-        view: says where tokens sit.
-        mass: ``[B, H, S]``, not negative.
-        kernel: neighbours, the token itself included, odd.
-        window: newest tokens that are left out.
-        how: mean or max.
-
-    Returns:
-        ``[B, H, S]``.
-    """
-    kernel_of_cpu = native.chooser("pool", mass, view.positions)
-    if kernel_of_cpu is not None and mass.dtype is torch.float32:
-        newest = view.seen - window
-        in_one_pass: Tensor = kernel_of_cpu(mass, view.positions, newest, kernel, how == "mean")
-        return in_one_pass
-    mass = mass.masked_fill((view.age <= window) | view.empty, 0.0)
-    order = view.positions.argsort(dim=-1)
-    pooling = functional.avg_pool1d if how == "mean" else functional.max_pool1d
-    pooled: Tensor = pooling(mass.gather(2, order), kernel, stride=1, padding=kernel // 2)
-    return pooled.new_empty(pooled.shape).scatter_(2, order, pooled)

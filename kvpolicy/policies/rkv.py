@@ -5,14 +5,13 @@ from __future__ import annotations
 from functools import cached_property
 from typing import ClassVar
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
-from kvpolicy.ops.cpu import native
-from kvpolicy.ops.portions import NEAR, portions
+from kvpolicy.ops.pool import pool
+from kvpolicy.ops.redundancy import redundancy
 from kvpolicy.parts import Every, RecentTokens, WatchWindow, register_part
-from kvpolicy.parts.score import Kernel, pool
+from kvpolicy.parts.score import Kernel
 from kvpolicy.policy.parts import Parts, Score
 from kvpolicy.policy.policy import ScoredPolicy
 from kvpolicy.policy.view import CacheView
@@ -34,62 +33,24 @@ class NotRedundant(Score):
 
     def worth(self, view: CacheView) -> Tensor:
         """Both sum to 1 over the cached tokens, before pooling and weighting."""
-        kernel = native.chooser("not_redundant", view.mass, view.positions, view.keys)
-        if kernel is not None:
-            out, newest = self._out(view), view.seen - self.window
-            in_one_pass: Tensor = kernel(
-                *(self._cosines(view, out), view.mass, view.positions, out),
-                *(newest, self.kernel, self.importance),
-            )
-            return in_one_pass
-        mass = view.mass.masked_fill((view.age <= self.window) | view.empty, 0.0)
-        mass = mass / mass.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-        mass = pool(view, mass, self.kernel, self.window, "max")
+        mass = pool(
+            view.mass,
+            view.positions,
+            newest=view.seen - self.window,
+            kernel=self.kernel,
+            how="max",
+            share=True,
+        )
         return self.importance * mass - (1 - self.importance) * self.redundancy(view)
 
     def redundancy(self, view: CacheView) -> Tensor:
         """Softmax over evictable tokens of each key's mean cosine with the others, ``[B, H, S]``.
 
-        Each token spares the newest of those that are like it: of many alike, the newest stays.
+        Each token spares the newest of those that are like it: of many alike, the newest stays. The
+        prefix stays whatever it is like, and the padding in it must not count.
         """
-        out = self._out(view)
-        total = self._cosines(view, out)
-        mean = total / (~out).sum(-1, keepdim=True).clamp(min=1)
-        return mean.masked_fill(out, torch.finfo(torch.float32).min).softmax(-1)
-
-    def _out(self, view: CacheView) -> Tensor:
-        """What no key is compared with, bool ``[B, H, S]``.
-
-        The prefix stays whatever it is like, and the padding in it must not count: as keys of
-        length zero, these are like none.
-        """
-        return view.empty | view.pinned if view.may_be_empty else view.pinned
-
-    def _cosines(self, view: CacheView, out: Tensor) -> Tensor:
-        """Sum of each key's cosines with the others that are not out, ``[B, H, S]``."""
-        kernel = native.chooser("cosines", view.keys, view.positions, out)
-        if kernel is not None:
-            in_one_pass: Tensor = kernel(view.keys, view.positions, out, self.similar)
-            return in_one_pass
-        keys = view.keys.to(torch.float32)
-        length = torch.linalg.vector_norm(keys, dim=-1, keepdim=True).clamp_(min=1e-8)
-        keys = keys * (~out).unsqueeze(-1).to(torch.float32).div_(length)
-        total = keys.new_zeros(keys.shape[:3])
-        newer = (view.positions + 1).unsqueeze(2)
-        heads, slots = view.positions.shape[1:]
-        rows = max(NEAR // (heads * slots), 1)
-        for part in portions(len(keys), heads * slots**2, keys.device):
-            for first in range(0, slots, rows):
-                total[part] += self._alike(keys[part], newer[part], first, rows)
-        return total
-
-    def _alike(self, keys: Tensor, newer: Tensor, first: int, rows: int) -> Tensor:
-        """What some tokens add to the cosines of all: ``[b, H, S]``."""
-        cosine = keys[:, :, first : first + rows] @ keys.transpose(2, 3)
-        cosine.diagonal(first, dim1=2, dim2=3).zero_()
-        newest, place = (newer * (cosine > self.similar)).max(-1, keepdim=True)
-        cosine.scatter_(3, place, cosine.gather(3, place).masked_fill_(newest > 0, 0.0))
-        return cosine.sum(2)
+        out = view.empty | view.pinned if view.may_be_empty else view.pinned
+        return redundancy(view.keys, view.positions, out, similar=self.similar)
 
 
 @register("rkv", paper="arXiv:2505.24133")

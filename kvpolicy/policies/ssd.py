@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from kvpolicy.ops.cpu import native
+from kvpolicy.ops.locality import is_local
 from kvpolicy.parts import RecentShare, WatchAll, register_part
 from kvpolicy.policy.parts import Parts, Score
 from kvpolicy.policy.policy import ScoredPolicy
@@ -29,29 +29,24 @@ class ByHead(Score):
     local: float = Field(0.5, ge=0, le=1, description="share of the mass that makes a head local")
 
     def worth(self, view: CacheView) -> Tensor:
-        """Minus the age, or the mass."""
-        kernel = native.chooser("by_head", view.mass, view.positions)
-        if kernel is not None:
-            pinned = view.pinned if view.may_be_empty else None
-            seen, prefix = view.seen, view.layout.prefix
-            found: Tensor = kernel(
-                view.mass, view.positions, pinned, prefix, seen, self.window, self.local
-            )
-            return found
-        return torch.where(self.is_local(view), -view.age.to(torch.float32), view.mass)
+        """The position, or the mass."""
+        return torch.where(self.is_local(view), view.positions, view.mass)
 
     def is_local(self, view: CacheView) -> Tensor:
         """Which heads are, bool ``[B, H, 1]``, by each token's mass from a query on average.
 
         The prefix does not count, since every head keeps it.
         """
-        share = view.mass / view.age
-        if view.may_be_empty:
-            share.masked_fill_(view.pinned | view.empty, 0.0)
-        else:
-            share[..., : view.layout.prefix] = 0.0
-        near = share * (view.age <= self.window)
-        return near.sum(-1, keepdim=True) >= self.local * share.sum(-1, keepdim=True)
+        return is_local(
+            view.mass,
+            view.positions,
+            seen=view.seen,
+            window=self.window,
+            share=self.local,
+            pinned=view.pinned if view.may_be_empty else None,
+            prefix=view.layout.prefix,
+            may_be_empty=view.may_be_empty,
+        )
 
 
 @register("ssd", paper="arXiv:2510.18716")

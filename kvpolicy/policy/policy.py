@@ -7,7 +7,6 @@ never moves a tensor.
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
@@ -21,7 +20,7 @@ from kvpolicy.budget.budget import Schedule, Uniform
 from kvpolicy.errors import AttentionError, ParameterError, parameter_error
 from kvpolicy.layout import TokenLayout
 from kvpolicy.observers import AttentionObserver
-from kvpolicy.ops.rank import first, in_one_pass, lift, lowest, sortable, without_nan
+from kvpolicy.ops.rank import leveled, lowest, numbers_only
 from kvpolicy.policy.parts import Parts, Score
 from kvpolicy.policy.view import CacheView
 from kvpolicy.slots import SlotShape
@@ -179,40 +178,25 @@ class ScoredPolicy(EvictionPolicy):
         # What the part says holds only where nobody overrides the score.
         part = self.parts.score if type(self).score is ScoredPolicy.score else None
         rank = None if part is None else part.rank(view)
-        if rank is not None:
-            return first(rank, protected, view, count)
-        score = self.score(view).to(torch.float32)
-        if part is None or type(part).choose is Score.choose:
-            found = in_one_pass(score, protected, view, count)
-            if found is not None:
-                slots, numbers = found
-                if not numbers:
-                    raise self._nan(view)
-                return slots
-        score = lift(score, protected)
-        if view.may_be_empty:
-            score.masked_fill_(view.pinned, torch.inf).masked_fill_(view.empty, -torch.inf)
-        elif view.layout.prefix:
-            # Where no slot was ever emptied, the prefix still lies where it was put: in the first.
-            score[..., : view.layout.prefix].fill_(torch.inf)
-        least = score.amin(-1, keepdim=True)  # NaN where any score is
-        least = self._refuse_nan(least, view)
-        chosen = None if part is None else part.choose(view, score, count)
-        if chosen is not None:
-            return chosen
-        if count == 1:
-            return lowest(score, view.positions, least)
-        order = sortable(score, view.positions)
-        return order.topk(count, dim=-1, largest=False, sorted=True).indices
-
-    def _refuse_nan(self, least: Tensor, view: CacheView) -> Tensor:
-        """Refuse to decide from NaN; ``least`` is the lowest score of each head."""
-        if least.device.type != "cpu":
-            torch._assert_async(~least.isnan().any())
-            return without_nan(least)
-        if math.isnan(least.sum().item()) and least.isnan().any():  # the sum of infinities may be
+        score = self.score(view).to(torch.float32) if rank is None else rank
+        where: dict[str, Any] = {
+            "protected": protected,
+            "pinned": view.pinned if view.may_be_empty else None,
+            # Where no slot was ever emptied, the prefix lies where it was put: in the first.
+            "prefix": view.layout.prefix,
+            "may_be_empty": view.may_be_empty,
+        }
+        if part is not None and type(part).choose is not Score.choose:
+            level = leveled(score, view.positions, **where)
+            if not numbers_only(level):
+                raise self._nan(view)
+            chosen = part.choose(view, level, count)
+            if chosen is not None:
+                return chosen
+        slots, numbers = lowest(score, view.positions, count, **where)
+        if not numbers:
             raise self._nan(view)
-        return least
+        return slots
 
     def _nan(self, view: CacheView) -> AttentionError:
         return AttentionError(

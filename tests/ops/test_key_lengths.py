@@ -6,8 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kvpolicy
-from kvpolicy.parts import ShortKeys, key_lengths
-from kvpolicy.parts.key_lengths import KeyLengths, lengths
+from kvpolicy.ops import key_lengths
+from kvpolicy.ops.key_lengths import lengths
+from kvpolicy.parts import ShortKeys
+from kvpolicy.parts.key_lengths import KeyLengths
 from kvpolicy.policies import KNorm
 from kvpolicy.policy.view import CacheView
 from kvpolicy.slots import SlotShape, SlotStore

@@ -1,5 +1,4 @@
-// Keys that say the same, on a CPU: the scores of kvpolicy.policies.rkv, which compare every key of a head
-// with every other.
+// Keys that say the same, on a CPU (kvpolicy.ops.redundancy): every key of a head against every other.
 //
 // torch's own operators do the same where these are called; there, a few thousand numbers go by a dozen
 // times, and calling costs more than counting. Built by kvpolicy/ops/cpu/native.py.
@@ -34,7 +33,7 @@ void multiply(const float* keys, int64_t dim, int64_t across, int64_t row, int64
 }
 
 // Sum of each key's cosines with the others, where each token leaves out the newest of those that are
-// like it: see kvpolicy.policies.rkv.
+// like it: see kvpolicy.ops.redundancy.
 //
 // A sum of products with all keys is a product with their sum; only whether two keys are alike takes
 // a product a pair. Tokens stand in a row, the newest first, and each pair is looked at once: the
@@ -177,38 +176,21 @@ Tensor cosines(const Tensor& keys, const Tensor& positions, const Tensor& out, d
   return total;
 }
 
-// The scores of kvpolicy.policies.rkv, from the sums of cosines: a token's share of the mass on tokens
-// before position `newest`, the largest among its neighbours', less a softmax of mean cosines.
-Tensor not_redundant(
-    const Tensor& cosine, const Tensor& mass, const Tensor& positions, const Tensor& out, int64_t newest,
-    int64_t kernel, double importance) {
-  const int64_t slots = mass.size(2);
-  Tensor worth = at::empty(mass.sizes(), mass.options());
-  float* worths = worth.mutable_data_ptr<float>();
-  const Rows<float> cosines(cosine), masses(mass);
-  const Rows<int32_t> position(positions);
+// Softmax over a head's tokens that are not out of the mean of these cosines.
+Tensor redundancy(const Tensor& keys, const Tensor& positions, const Tensor& out, double similar) {
+  Tensor found = cosines(keys, positions, out, similar);
+  const int64_t slots = found.size(2);
+  float* data = found.mutable_data_ptr<float>();
   const Rows<bool> outs(out);
-  const float part = static_cast<float>(importance), rest = static_cast<float>(1 - importance);
-  each_head(worth, 16, [&](int64_t first, int64_t last) {
-    Order order;
-    Neighbours row(slots, kernel);
-    std::vector<float> alike(slots), largest(slots);
+  each_head(found, 32, [&](int64_t first, int64_t last) {
     for (int64_t at = first; at < last; ++at) {
-      const float *given = masses[at], *sums = cosines[at];
-      const int32_t* where = position[at];
+      float* alike = data + at * slots;
       const bool* left_out = outs[at];
-      float* score = worths + at * slots;
-      const int32_t held = order.find(where, slots);
-      float total = 0, count = 0, most = -kInf, all = 0;
-      for (int64_t s = 0; s < slots; ++s) {
-        total += where[s] >= 0 && where[s] < newest ? given[s] : 0.0f;
-        count += left_out[s] ? 0.0f : 1.0f;
-      }
-      total = total < kTiny ? kTiny : total;
+      float count = 0, most = -kInf, all = 0;
+      for (int64_t s = 0; s < slots; ++s) count += left_out[s] ? 0.0f : 1.0f;
       count = count < 1 ? 1.0f : count;
       for (int64_t s = 0; s < slots; ++s) {
-        if (where[s] >= 0) row[order.place[s]] = where[s] < newest ? given[s] / total : 0.0f;
-        alike[s] = sums[s] / count;
+        alike[s] /= count;
         most = !left_out[s] && alike[s] > most ? alike[s] : most;
       }
       for (int64_t s = 0; s < slots; ++s) {
@@ -216,26 +198,20 @@ Tensor not_redundant(
         all += alike[s];
       }
       const float share = all == 0 ? 0.0f : 1 / all;
-      row.largest(held, largest.data());
-      for (int64_t s = 0; s < slots; ++s) {
-        const float most_near = where[s] >= 0 ? largest[order.place[s]] : 0.0f;
-        score[s] = part * most_near - rest * (alike[s] * share);
-      }
+      for (int64_t s = 0; s < slots; ++s) alike[s] *= share;
     }
   });
-  return worth;
+  return found;
 }
 
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(kvpolicy_cpu, library) {
   library.def("cosines(Tensor keys, Tensor positions, Tensor out, float similar) -> Tensor");
-  library.def(
-      "not_redundant(Tensor cosine, Tensor mass, Tensor positions, Tensor out, int newest, int kernel, "
-      "float importance) -> Tensor");
+  library.def("redundancy(Tensor keys, Tensor positions, Tensor out, float similar) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(kvpolicy_cpu, CPU, library) {
   library.impl("cosines", cosines);
-  library.impl("not_redundant", not_redundant);
+  library.impl("redundancy", redundancy);
 }

@@ -1,4 +1,4 @@
-// What changes least, on a CPU: the scores and the choice of kvpolicy.parts.least_change.
+// What changes least, on a CPU: kvpolicy.ops.change.
 //
 // torch's own operators do the same where these are called; there, a few thousand numbers go by a dozen
 // times, and calling costs more than counting. Built by kvpolicy/ops/cpu/native.py.
@@ -11,7 +11,7 @@
 
 namespace {
 
-// What coming lines read from one head's values: see kvpolicy.parts.least_change, whose formulas these
+// What coming lines read from one head's values: see kvpolicy.ops.change, whose formulas these
 // are. Only the rows of the matrix of changes are made that belong to a token which goes.
 struct Foreseen {
   int64_t lines, slots, dim, across, wide;

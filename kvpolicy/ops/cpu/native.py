@@ -26,24 +26,27 @@ from torch import Tensor
 from kvpolicy.errors import KernelError
 
 __all__ = [
+    "DTYPES",
     "MOST_ROWS",
+    "Kernel",
     "build",
-    "chooser",
     "decoder",
     "library",
     "linear",
     "operators",
     "serves",
+    "serving",
     "stepper",
 ]
 
 _SOURCES = tuple(sorted(Path(__file__).parent.glob("*_cpu.cpp")))
 _HEADERS = tuple(sorted(Path(__file__).parent.glob("*.h")))
 _FLAGS = ("-std=c++20", "-O3", "-march=native", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-#: What is chosen by may also be positions, and masks.
-_CHOSEN_FROM = frozenset((*_DTYPES, torch.int32, torch.bool))
+#: Of the keys and values that kernels read.
+DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 
+#: An operator of torch.
+Kernel = Callable[..., Any]
 #: ``decode`` of ``decode_cpu.cpp``: see there.
 Decoder = Callable[..., tuple[Tensor, Tensor, bool]]
 #: ``linear`` of ``products_cpu.cpp``: ``x [..., K]``, ``weight [N, K]``, ``bias [N]`` or None.
@@ -150,27 +153,24 @@ def linear() -> Linear | None:
     return None if found is None else found.linear.default
 
 
-def chooser(name: str, *tensors: Tensor) -> Callable[..., Any] | None:
-    """An operator that helps to choose, if it is built and serves tensors like these.
+def serving(name: str, tensor: Tensor) -> Kernel | None:
+    """The kernel of this name, if it is built and serves a tensor like this one, and its company.
 
-    They are in ``rank_cpu.cpp``, ``scores_cpu.cpp``, ``alike_cpu.cpp`` and ``change_cpu.cpp``.
+    All tensors of an operation lie on one device; which dtypes they have is for the caller to know.
     """
+    if not tensor.is_cpu or type(tensor) is not Tensor or tensor.requires_grad:
+        return None
     found = operators()
     if found is None or torch.compiler.is_compiling():
         return None
-    for tensor in tensors:
-        if type(tensor) is not Tensor or not tensor.is_cpu or tensor.requires_grad:
-            return None
-        if tensor.dtype not in _CHOSEN_FROM:
-            return None
-    kernel: Callable[..., Any] = getattr(found, name).default
+    kernel: Kernel = getattr(found, name).default
     return kernel
 
 
 def serves(*tensors: Tensor) -> bool:
     """Whether keys and values like these can be left to the kernel."""
     dtype = tensors[0].dtype
-    if dtype not in _DTYPES:
+    if dtype not in DTYPES:
         return False
     for tensor in tensors:  # a loop: this is asked at every token, where all() takes twice as long
         if type(tensor) is not Tensor or not tensor.is_cpu or tensor.dtype is not dtype:

@@ -14,7 +14,7 @@
 
 namespace {
 
-// An integer that orders like these numbers: see kvpolicy.ops.rank.sortable.
+// An integer that orders like these numbers: see kvpolicy.ops.rank.
 inline int64_t sortable(float worth) {
   worth += 0.0f;
   int32_t bits;
@@ -46,10 +46,16 @@ struct Scale<int32_t> {
 // Slots, worst first, and whether all that was ranked is a number.
 template <typename T>
 std::tuple<Tensor, bool> rank(
-    const Tensor& score, const std::optional<Tensor>& protect, const Tensor& positions,
-    const std::optional<Tensor>& pinned, int64_t prefix, int64_t count) {
+    const Tensor& given_score, const std::optional<Tensor>& protect, const Tensor& positions,
+    const std::optional<Tensor>& pinned, int64_t prefix, bool may_be_empty, int64_t count) {
+  const Tensor score = given_score.expand_as(positions);
   const int64_t slots = score.size(2);
-  TORCH_CHECK(count <= slots, "rank: ", count, " of ", slots, " slots");
+  TORCH_CHECK(
+      positions.dim() == 3 && positions.scalar_type() == at::kInt &&
+          (!protect || protect->scalar_type() == at::kBool) &&
+          (!pinned || pinned->scalar_type() == at::kBool),
+      "lowest: positions must be int32 [B, H, S], masks bool");
+  TORCH_CHECK(count <= slots, "lowest: ", count, " of ", slots, " slots");
   Tensor chosen = at::empty({score.size(0), score.size(1), count}, score.options().dtype(at::kLong));
   int64_t* out = chosen.mutable_data_ptr<int64_t>();
   const Rows<T> scores(score);
@@ -78,13 +84,14 @@ std::tuple<Tensor, bool> rank(
       }
       if (prefixes) {
         const bool* fixed = (*prefixes)[at];
-        for (int64_t s = 0; s < slots; ++s) {
+        for (int64_t s = 0; s < slots; ++s)
           if (fixed[s]) worth[s] = S::pinned;
-          if (where[s] < 0) worth[s] = S::empty;
-        }
       } else {
         std::fill(worth, worth + std::min(prefix, slots), S::pinned);
       }
+      if (may_be_empty)
+        for (int64_t s = 0; s < slots; ++s)
+          if (where[s] < 0) worth[s] = S::empty;
       int32_t strange = 0;
 #pragma omp simd reduction(+ : strange)
       for (int64_t s = 0; s < slots; ++s) strange += worth[s] != worth[s];
@@ -108,18 +115,18 @@ std::tuple<Tensor, bool> rank(
 
 std::tuple<Tensor, bool> lowest(
     const Tensor& score, const std::optional<Tensor>& protect, const Tensor& positions,
-    const std::optional<Tensor>& pinned, int64_t prefix, int64_t count) {
+    const std::optional<Tensor>& pinned, int64_t prefix, bool may_be_empty, int64_t count) {
   if (score.scalar_type() == at::kInt)
-    return rank<int32_t>(score, protect, positions, pinned, prefix, count);
-  return rank<float>(score, protect, positions, pinned, prefix, count);
+    return rank<int32_t>(score, protect, positions, pinned, prefix, may_be_empty, count);
+  return rank<float>(score, protect, positions, pinned, prefix, may_be_empty, count);
 }
 
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(kvpolicy_cpu, library) {
   library.def(
-      "lowest(Tensor score, Tensor? protect, Tensor positions, Tensor? pinned, int prefix, int count) "
-      "-> (Tensor, bool)");
+      "lowest(Tensor score, Tensor? protect, Tensor positions, Tensor? pinned, int prefix, "
+      "bool may_be_empty, int count) -> (Tensor, bool)");
 }
 
 TORCH_LIBRARY_IMPL(kvpolicy_cpu, CPU, library) {

@@ -1,4 +1,4 @@
-// Scores that look at each slot once, on a CPU: pooled mass, two kinds of heads, lengths of keys, lots.
+// What looks at each slot once, on a CPU: pooled mass, two kinds of heads, lengths of keys, lots.
 //
 // torch's own operators do the same where these are called; there, a few thousand numbers go by a dozen
 // times, and calling costs more than counting. Built by kvpolicy/ops/cpu/native.py.
@@ -12,9 +12,9 @@
 
 namespace {
 
-// Each token's mass pooled with its neighbours', in the order of positions; tokens from position `newest` on count
-// as zero, and empty slots get zero.
-Tensor pool(const Tensor& mass, const Tensor& positions, int64_t newest, int64_t kernel, bool mean) {
+// kvpolicy.ops.pool; empty slots get zero.
+Tensor pool(
+    const Tensor& mass, const Tensor& positions, int64_t newest, int64_t kernel, bool mean, bool share) {
   const int64_t slots = mass.size(2);
   Tensor pooled = at::empty(mass.sizes(), mass.options());
   float* out = pooled.mutable_data_ptr<float>();
@@ -28,8 +28,12 @@ Tensor pool(const Tensor& mass, const Tensor& positions, int64_t newest, int64_t
       const float* given = masses[at];
       const int32_t* where = position[at];
       const int32_t held = order.find(where, slots);
+      float total = 0;
+      for (int64_t s = 0; share && s < slots; ++s)
+        total += where[s] >= 0 && where[s] < newest ? given[s] : 0.0f;
+      total = !share ? 1.0f : total < kTiny ? kTiny : total;
       for (int64_t s = 0; s < slots; ++s)
-        if (where[s] >= 0) row[order.place[s]] = where[s] >= newest ? 0.0f : given[s];
+        if (where[s] >= 0) row[order.place[s]] = where[s] >= newest ? 0.0f : given[s] / total;
       if (mean)
         row.mean(held, result.data());
       else
@@ -41,53 +45,46 @@ Tensor pool(const Tensor& mass, const Tensor& positions, int64_t newest, int64_t
   return pooled;
 }
 
-// The scores of kvpolicy.policies.ssd: minus the age in heads whose mass from a query on average lies
-// on tokens that are at most `window` old, at least `local` of it; the mass in the others.
-Tensor by_head(
+// kvpolicy.ops.locality.
+Tensor is_local(
     const Tensor& mass, const Tensor& positions, const std::optional<Tensor>& pinned, int64_t prefix,
-    int64_t seen, int64_t window, double local) {
+    bool may_be_empty, int64_t seen, int64_t window, double share) {
   const int64_t slots = mass.size(2);
-  Tensor worth = at::empty(mass.sizes(), mass.options());
-  float* out = worth.mutable_data_ptr<float>();
+  Tensor local = at::empty({mass.size(0), mass.size(1), 1}, mass.options().dtype(at::kBool));
+  bool* out = local.mutable_data_ptr<bool>();
   const Rows<float> masses(mass);
   const Rows<int32_t> position(positions);
   std::optional<Rows<bool>> prefixes;
   if (pinned) prefixes.emplace(pinned->expand_as(mass));
-  const int32_t now = static_cast<int32_t>(seen);
-  each_head(worth, 32, [&](int64_t first, int64_t last) {
-    std::vector<float> share(slots);
+  const int32_t now = static_cast<int32_t>(seen), before = static_cast<int32_t>(seen - window);
+  each_head(mass, 32, [&](int64_t first, int64_t last) {
+    std::vector<float> by_query(slots);
     for (int64_t at = first; at < last; ++at) {
       const float* given = masses[at];
       const int32_t* where = position[at];
-      float* score = out + at * slots;
 #pragma omp simd
-      for (int64_t s = 0; s < slots; ++s) {
-        score[s] = static_cast<float>(now - where[s]);
-        share[s] = given[s] / score[s];
-      }
+      for (int64_t s = 0; s < slots; ++s) by_query[s] = given[s] / static_cast<float>(now - where[s]);
       if (prefixes) {
         const bool* fixed = (*prefixes)[at];
         for (int64_t s = 0; s < slots; ++s)
-          if (fixed[s] || where[s] < 0) share[s] = 0.0f;
+          if (fixed[s]) by_query[s] = 0.0f;
       } else {
-        std::fill(share.begin(), share.begin() + std::min(prefix, slots), 0.0f);
+        std::fill(by_query.begin(), by_query.begin() + std::min(prefix, slots), 0.0f);
       }
+      if (may_be_empty)
+        for (int64_t s = 0; s < slots; ++s)
+          if (where[s] < 0) by_query[s] = 0.0f;
       // Where all of it is near, both sums are the same to the last bit.
       float all = 0, near = 0;
 #pragma omp simd reduction(+ : all, near)
       for (int64_t s = 0; s < slots; ++s) {
-        all += share[s];
-        near += score[s] <= static_cast<float>(window) ? share[s] : 0.0f;
+        all += by_query[s];
+        near += where[s] >= before ? by_query[s] : 0.0f;
       }
-      if (near >= static_cast<float>(local) * all) {
-#pragma omp simd
-        for (int64_t s = 0; s < slots; ++s) score[s] = -score[s];
-      } else {
-        std::memcpy(score, given, slots * sizeof(float));
-      }
+      out[at] = near >= static_cast<float>(share) * all;
     }
   });
-  return worth;
+  return local;
 }
 
 // Find the lengths of keys whose reading says that it is not known, with a number below zero.
@@ -118,15 +115,15 @@ void key_lengths(const Tensor& keys, Tensor reading) {
   by_dtype(keys, [&](auto zero) { find_lengths<decltype(zero)>(keys, reading); });
 }
 
-// The priorities of kvpolicy.policies.random: `base` and a head's index are of the key that is hashed.
-Tensor lots(const Tensor& positions, int64_t base) {
+// kvpolicy.ops.priorities.
+Tensor priorities(const Tensor& positions, int64_t seed) {
   const int64_t slots = positions.size(2), heads = positions.size(1);
   Tensor drawn = at::empty(positions.sizes(), positions.options().dtype(at::kFloat));
   float* out = drawn.mutable_data_ptr<float>();
   const Rows<int32_t> position(positions);
   each_head(drawn, 32, [&](int64_t first, int64_t last) {
     for (int64_t at = first; at < last; ++at) {
-      const uint64_t start = (static_cast<uint64_t>(base) + at % heads) * 1000003u;
+      const uint64_t start = (static_cast<uint64_t>(seed) + at % heads) * 1000003u;
       const int32_t* where = position[at];
 #pragma omp simd
       for (int64_t s = 0; s < slots; ++s) {
@@ -145,17 +142,18 @@ Tensor lots(const Tensor& positions, int64_t base) {
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(kvpolicy_cpu, library) {
-  library.def("pool(Tensor mass, Tensor positions, int newest, int kernel, bool mean) -> Tensor");
   library.def(
-      "by_head(Tensor mass, Tensor positions, Tensor? pinned, int prefix, int seen, int window, "
-      "float local) -> Tensor");
+      "pool(Tensor mass, Tensor positions, int newest, int kernel, bool mean, bool share) -> Tensor");
+  library.def(
+      "is_local(Tensor mass, Tensor positions, Tensor? pinned, int prefix, bool may_be_empty, int seen, "
+      "int window, float share) -> Tensor");
   library.def("key_lengths(Tensor keys, Tensor(a!) reading) -> ()");
-  library.def("lots(Tensor positions, int base) -> Tensor");
+  library.def("priorities(Tensor positions, int seed) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(kvpolicy_cpu, CPU, library) {
   library.impl("pool", pool);
-  library.impl("by_head", by_head);
+  library.impl("is_local", is_local);
   library.impl("key_lengths", key_lengths);
-  library.impl("lots", lots);
+  library.impl("priorities", priorities);
 }
