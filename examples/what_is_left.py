@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import track
 
 import kvpolicy
-from kvpolicy.lab.compare.metrics import paired_bootstrap
+from kvpolicy.lab.compare.bootstrap import paired_bootstrap
 from kvpolicy.lab.run.subject import Setting, load_subject
 from kvpolicy.lab.search.oracle import oracle_bits
 

@@ -20,7 +20,7 @@ from rich.progress import track
 from rich.table import Table
 
 import kvpolicy
-from kvpolicy.lab.compare.metrics import paired_bootstrap
+from kvpolicy.lab.compare.bootstrap import paired_bootstrap
 from kvpolicy.lab.run.subject import Setting, load_subject
 
 #: What is changed, and how a command line would spell it.

@@ -15,6 +15,7 @@ from rich.text import Text
 from kvpolicy.commands.arguments import pair, split, value_of, whole_number
 from kvpolicy.commands.console import console
 from kvpolicy.commands.progress import progress_for, spell_seconds
+from kvpolicy.commands.sweep import note, say_failures, sweep
 from kvpolicy.errors import ParameterError, near_matches
 from kvpolicy.lab.compare.comparison import Entry
 from kvpolicy.lab.run.executor import Executor
@@ -92,7 +93,7 @@ def ablate(
     Nothing that has finished is lost, however a run ends: the same command goes on.
     """
     from kvpolicy.lab.run.outputs import write_outputs
-    from kvpolicy.lab.run.runner import prepare, run, writing
+    from kvpolicy.lab.run.runner import prepare, writing
 
     sys.path.insert(0, os.getcwd())  # modules of the user's own
     given = {
@@ -111,17 +112,9 @@ def ablate(
     if dry_run:
         _dry_run(prepared, out, runs_on, threads)
         return
-    _say_left_out(prepared.left_out)
     main = next((metric for metric in prepared.metrics if metric.better is not None), None)
-    try:
-        with progress_for(main, runs_on.workers, console) as progress:
-            folder = run(prepared, out, runs_on, threads, progress)
-    except KeyboardInterrupt:
-        _note(
-            f"stopped: {progress.count} of {progress.total} cells are finished and safe in {out}; "
-            f"the same command goes on from there"
-        )
-        raise SystemExit(130) from None
+    progress = progress_for(main, runs_on.workers, console)
+    folder = sweep(prepared, out, runs_on, threads, progress)
     if progress.count:
         chosen = {metric.name for metric in prepared.metrics}
         own = [metric for metric in prepared.subject.metrics if metric.name in chosen]
@@ -133,13 +126,8 @@ def ablate(
             console.print(_result(entries, main))
         for file in files:
             if file.suffix != ".svg":
-                _note(f"wrote {file}")
-    if progress.failures:
-        for failure in progress.failures:
-            where = out / "failures" / f"{failure.id}.json"
-            _note(f"failed: {failure.cell.label}: {failure.error} (traceback: {where})")
-        _note("the same command tries failed cells again")
-        raise SystemExit(1)
+                note(f"wrote {file}")
+    say_failures(progress, out)
 
 
 def _plan(file: Path | None, given: dict[str, Any]) -> Plan:
@@ -193,11 +181,6 @@ def _grids(texts: Sequence[str]) -> dict[str, dict[str, Any]]:
     return grids
 
 
-def _note(text: str) -> None:
-    """For people: never among the lines that programs read."""
-    typer.echo(text, err=not console.is_terminal)
-
-
 def _result(entries: Sequence[Entry], metric: MetricInfo) -> Table:
     """The main figure of every policy and budget; the rest is in the files."""
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
@@ -217,11 +200,6 @@ def _result(entries: Sequence[Entry], metric: MetricInfo) -> Table:
     return table
 
 
-def _say_left_out(left_out: Sequence[Any]) -> None:
-    for item in left_out:
-        _note(f"left out: {item.label} at {item.budget}: {item.reason}")
-
-
 def _dry_run(prepared: Any, out: Path, executor: Executor, threads: int) -> None:
     """Print every cell and an estimate of the time."""
     from kvpolicy.lab.compare.estimate import estimate_seconds
@@ -234,7 +212,8 @@ def _dry_run(prepared: Any, out: Path, executor: Executor, threads: int) -> None
         state = "finished" if seconds.get(cell.id) == 0 else ""
         table.add_row(Text(cell.label), cell.budget or "all", str(cell.seed), cell.id, state)
     console.print(table)
-    _say_left_out(prepared.left_out)
+    for item in prepared.left_out:
+        note(f"left out: {item.label} at {item.budget}: {item.reason}")
     waiting = sum(1 for cell in prepared.cells if seconds.get(cell.id) != 0)
     text = f"{len(prepared.cells)} cells, {waiting} to be measured"
     if source is None:

@@ -37,10 +37,10 @@ def calibrate(
     What it writes is a schedule: linear/schedule=calibrated:budgets.json is a policy.
     """
     from kvpolicy.lab.run.executors import processors
-    from kvpolicy.lab.run.named import make_policy
     from kvpolicy.lab.run.subject import load_subject
     from kvpolicy.lab.run.worker import threads_of_torch
     from kvpolicy.lab.search import calibrate as lab
+    from kvpolicy.named import make_policy
 
     sys.path.insert(0, os.getcwd())  # modules of the user's own
 

@@ -6,11 +6,11 @@
 Needs hypothesis (``pip install "kvpolicy[testing]"``).
 """
 
+from kvpolicy.named import policy_named
 from kvpolicy.testing.check import Outcome, check_each, check_policy, find_violation
 from kvpolicy.testing.drive import Trace, drive
 from kvpolicy.testing.failure import PolicyCheckError
 from kvpolicy.testing.invariants import INVARIANTS, Case, Invariant, applicable
-from kvpolicy.testing.named import policy_named
 from kvpolicy.testing.streams import Stream, Tokens, streams
 
 __all__ = [

@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional
 
 import kvpolicy
-from kvpolicy.lab.compare.metrics import frechet_distance
+from kvpolicy.lab.compare.frechet import frechet_distance
 from kvpolicy_adapters import zoo
 from kvpolicy_adapters.zoo.fashion import FILES, pack_pixels, read_fashion, unpack_pixels
 

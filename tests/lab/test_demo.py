@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import kvpolicy
-from kvpolicy.lab.compare.metrics import paired_bootstrap
+from kvpolicy.lab.compare.bootstrap import paired_bootstrap
 
 for package in ("transformers", "typer", "rich", "matplotlib"):
     pytest.importorskip(package, reason="the demo needs the extra 'lab'")

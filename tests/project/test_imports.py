@@ -22,7 +22,7 @@ FLOORS = (
     ("layout", "ops"),
     ("slots", "observers"),
     ("budget",),
-    ("policy", "registry", "parts", "policies"),
+    ("policy", "registry", "named", "parts", "policies"),
     ("cache",),
     ("tracing",),
     ("",),

@@ -16,7 +16,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 import kvpolicy
 from kvpolicy.errors import ParameterError, near_matches
-from kvpolicy.lab.compare.metrics import FrechetTo
+from kvpolicy.lab.compare.frechet import FrechetTo
 from kvpolicy.lab.run.subject import Advance, Generated, Measurement, Metric, Scored, Setting
 from kvpolicy_adapters import zoo
 from kvpolicy_adapters.attach import attach
@@ -38,6 +38,7 @@ class FashionAR:
         scored: real images that are scored, 2 to 1,000 (256 of ``calibration``).
         images: images that are drawn, at least 10.
         split: real images that are scored: ``test``, or ``calibration``, which are others.
+        draw_seed: added to the seed of everything drawn, and of nothing that is scored.
 
     Raises:
         ParameterError: an argument is out of range.
@@ -57,16 +58,23 @@ class FashionAR:
         "boot",
     )
 
-    def __init__(self, scored: int = 256, images: int = 200, split: str = "test") -> None:
+    def __init__(
+        self, scored: int = 256, images: int = 200, split: str = "test", draw_seed: int = 0
+    ) -> None:
         if split not in _REAL:
             raise ParameterError(f"fashion-ar: split={split!r}; {near_matches(str(split), _REAL)}")
         real = _REAL[split]
-        for name, value, low, high in (("scored", scored, 2, real), ("images", images, 10, 10**6)):
+        for name, value, low, high in (
+            ("scored", scored, 2, real),
+            ("images", images, 10, 10**6),
+            ("draw_seed", draw_seed, 0, 2**31),
+        ):
             if type(value) is not int or not low <= value <= high:
                 raise ParameterError(
                     f"fashion-ar: {name}={value!r} must be a whole number from {low} to {high}"
                 )
         self.scored, self.images, self.split = scored, images, split
+        self.draw_seed = draw_seed
         self.zoo = zoo.load("fashion-ar")
         self.layout = self.zoo.layout
         self.num_layers = self.zoo.model.config.num_hidden_layers
@@ -115,7 +123,7 @@ class FashionAR:
             arrays |= {"bits": score.bits, "real": np.arange(first, first + self.scored)}
             stats, batch = score.stats, (self.scored - 1) % _SCORE_BATCH + 1
         if drawing:
-            drawn = self.generate(setting, self.images, seed * 1000, _ignore)
+            drawn = self.generate(setting, self.images, self.draw_seed + seed * 1000, _ignore)
             arrays |= {
                 "features": drawn.features,
                 "correct": drawn.correct,
@@ -173,10 +181,6 @@ class FashionAR:
         tokens_of = {"test": self.zoo.test_tokens, "calibration": self.zoo.calibration_tokens}
         return tokens_of[self.split](first + images)[first:]
 
-    def batch_tokens(self, images: int) -> int:
-        """Tokens that ``generate`` reports: those of an image, for each batch."""
-        return math.ceil(images / _DRAW_BATCH) * self.layout.rows * self.layout.cols
-
     def generate(self, setting: Setting, images: int, seed: int, advance: Advance) -> Generated:
         """Draw images of classes 0, 1, … in turn with ``model.generate``, seeded batch by batch."""
         classes = torch.arange(images) % _CLASSES
@@ -202,24 +206,6 @@ class FashionAR:
             batch=len(wanted),
         )
 
-    def retention(
-        self, setting: Setting, moments: tuple[int, ...]
-    ) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
-        """Feed a real image and look at what is cached after ``moments`` of its tokens."""
-        tokens = self.zoo.test_tokens(1)
-        grid = (self.layout.rows, self.layout.cols)
-        shares = []
-        with self._attached(setting) as cache, torch.inference_mode():
-            seen = 0
-            for moment in moments:
-                upto = moment + self.layout.prefix
-                self.zoo.model(tokens[:, seen:upto], past_key_values=cache)
-                seen = upto
-                layers = [self._share(cache.positions(n)) for n in range(self.num_layers)]
-                shares.append(torch.stack(layers).view(self.num_layers, *grid))
-        image = np.asarray(self.zoo.images(tokens[:, 1:]))[0]
-        return image, torch.stack(shares).numpy()
-
     def reference(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Feature statistics of the 10,000 real test images."""
         mean, covariance = self.zoo.reference
@@ -244,14 +230,6 @@ class FashionAR:
         return attach(
             self.zoo.model, policy=setting.policy, budget=setting.budget, layout=self.layout
         )
-
-    def _share(self, positions: Tensor) -> Tensor:
-        """Share of heads that hold each image token, float64 ``[rows * cols]``."""
-        image = positions[0] - self.layout.prefix
-        count = torch.zeros(self.layout.rows * self.layout.cols, dtype=torch.float64)
-        held = image[image >= 0]
-        count.scatter_add_(0, held, torch.ones(len(held), dtype=torch.float64))
-        return count / positions.shape[1]
 
 
 def _ignore(count: int) -> None:

@@ -9,13 +9,14 @@ seeds.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kvpolicy.lab.compare.bootstrap import interval, replicates
 from kvpolicy.lab.run.plan import BASELINE
 from kvpolicy.lab.run.run_folder import FinishedCell
 from kvpolicy.lab.run.subject import Metric, MetricInfo
@@ -23,10 +24,6 @@ from kvpolicy.lab.run.subject import Metric, MetricInfo
 __all__ = ["Entry", "Estimate", "Finding", "compare"]
 
 Array = NDArray[np.float64]
-
-_CHUNK = 2**22  # numbers drawn at once: 32 MB
-#: Resamples of a mean, and of a statistic that has to be computed anew for each.
-_MEANS, _OTHERS = 4000, 1000
 
 
 @dataclass(frozen=True)
@@ -155,7 +152,7 @@ class _Sampler:
         seeds = np.array([cell.cell.seed for cell in cells])
         if metric.array is None:
             values = np.array([cell.record.metrics[metric.name] for cell in cells])
-            return _Sample(seeds, float(values.mean()), _replicates(values, None))
+            return _Sample(seeds, float(values.mean()), replicates(values, None))
         arrays = [self._scores[cell.record.id][metric.array] for cell in cells]
         values = np.concatenate(arrays).astype(np.float64)
         statistic = metric.statistic if isinstance(metric, Metric) else None
@@ -174,7 +171,7 @@ class _Sampler:
             np.add.at(total, inverse.ravel(), values)
             values = total / counts.reshape(-1, *(1,) * (values.ndim - 1))
         value = float(values.mean()) if statistic is None else statistic(values)
-        return _Sample(items, value, _replicates(values, statistic))
+        return _Sample(items, value, replicates(values, statistic))
 
 
 def _finding(
@@ -187,7 +184,7 @@ def _finding(
     if own is None:
         return None
     found = Finding(
-        Estimate(own.value, *_interval(own.value, own.replicates)),
+        _estimate(own.value, own.replicates),
         items=None if metric.array is None else len(own.items),
     )
     if full is None or group is full or metric.better is None:
@@ -200,46 +197,19 @@ def _finding(
     )
     if own is None or other is None or not np.array_equal(own.items, other.items):
         return found
-    replicates = own.replicates - other.replicates
+    drawn = own.replicates - other.replicates
     value = own.value - other.value
-    difference = Estimate(value, *_interval(value, replicates))
-    if metric.timing or len(replicates) < 2:
+    difference = _estimate(value, drawn)
+    if metric.timing or len(drawn) < 2:
         return replace(found, difference=difference)
-    error = float(replicates.std(ddof=1))
+    error = float(drawn.std(ddof=1))
     p = math.erfc(abs(value) / error / math.sqrt(2)) if error else float(value == 0)
     return replace(found, difference=difference, p=p)
 
 
-def _replicates(values: Array, statistic: Callable[[Array], float] | None) -> Array:
-    """The statistic on resamples of the rows; equal numbers of rows give equal resamples."""
-    count = len(values)
-    random = np.random.default_rng(0)
-    if count < 2:
-        return np.empty(0)
-    if statistic is not None:
-        picks = (random.integers(count, size=count) for _ in range(_OTHERS))
-        return np.array([statistic(values[pick]) for pick in picks])
-    values = values.reshape(count, -1).mean(1)
-    chunk = max(1, _CHUNK // count)
-    return np.concatenate(
-        [
-            values[random.integers(count, size=(min(chunk, _MEANS - at), count))].mean(1)
-            for at in range(0, _MEANS, chunk)
-        ]
-    )
-
-
-def _interval(value: float, replicates: Array) -> tuple[float | None, float | None]:
-    """Percentile interval, moved so that it is centred on the figure.
-
-    A resample holds some items twice and others not at all, which shifts a statistic such as a
-    Fréchet distance upwards, every time. The shift says nothing about the figure's uncertainty, so
-    it is taken out; for a mean it is next to nothing.
-    """
-    if len(replicates) < 2:
-        return None, None
-    low, high = np.quantile(replicates, [0.025, 0.975]) - (replicates.mean() - value)
-    return float(low), float(high)
+def _estimate(value: float, drawn: Array) -> Estimate:
+    """A figure with its interval, where there are replicates to take one from."""
+    return Estimate(value) if len(drawn) < 2 else Estimate(value, *interval(value, drawn))
 
 
 def _judged(findings: list[Finding | None]) -> list[Finding | None]:

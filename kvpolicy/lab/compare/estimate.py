@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kvpolicy.lab.run.named import make_policy
 from kvpolicy.lab.run.run_folder import open_run
 from kvpolicy.lab.run.runner import Prepared
 from kvpolicy.lab.run.subject import Setting
 from kvpolicy.lab.run.worker import threads_of_torch
+from kvpolicy.named import make_policy
 
 __all__ = ["estimate_seconds"]
 

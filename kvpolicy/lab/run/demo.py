@@ -1,4 +1,4 @@
-"""The main job: images from a sixth of the cache, and what each policy costs."""
+"""The main job as a plan: images from a sixth of the cache, and what each policy costs."""
 
 from __future__ import annotations
 
@@ -7,19 +7,14 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
-from kvpolicy.cache.cache import CacheStats, PolicyCache
-from kvpolicy.lab.compare.metrics import frechet_distance, paired_bootstrap
+from kvpolicy.lab.compare.comparison import Entry
 from kvpolicy.lab.run.files import write_whole
-from kvpolicy.lab.run.subject import Advance, Generated, ImageSubject, Setting
-from kvpolicy.registry import create
+from kvpolicy.lab.run.plan import Plan
 
-__all__ = ["POLICIES", "Result", "Row", "plan", "run", "write_rows"]
+__all__ = ["POLICIES", "Row", "plan", "rows", "write_rows"]
 
 #: What the demo compares unless told otherwise.
-POLICIES = ("full", "linear", "h2o", "streaming_llm", "pyramid", "random")
+POLICIES = ("full", "linear", "linear2d", "h2o", "streaming_llm", "pyramid", "random")
 
 
 @dataclass(frozen=True)
@@ -37,7 +32,7 @@ class Row:
         delta_high: upper end.
         frechet: Fréchet distance between features of generated and of real images.
         class_accuracy: share of generated images in which a classifier sees the class asked for.
-        images_per_second: of generation.
+        images_per_second: of generation, on one thread, beside the other workers.
     """
 
     policy: str
@@ -45,111 +40,64 @@ class Row:
     peak_tokens: float
     cache_bytes: int
     bits_per_pixel: float
-    delta_bits: float | None
-    delta_low: float | None
-    delta_high: float | None
+    delta_bits: float
+    delta_low: float
+    delta_high: float
     frechet: float
     class_accuracy: float
     images_per_second: float
 
 
-@dataclass(frozen=True)
-class Result:
-    """A row, and what the pictures need.
-
-    Attributes:
-        row: the figures.
-        bits: bits per pixel of each image.
-        generated: the images drawn.
-        retention: share of heads that hold each token, ``[moments, layers, rows, cols]``.
-        peaks: peak tokens of each layer.
-    """
-
-    row: Row
-    bits: NDArray[np.float64]
-    generated: Generated
-    retention: NDArray[np.float64]
-    peaks: tuple[int, ...]
-
-
-def plan(policies: Sequence[str], budget: str, subject: ImageSubject) -> list[Setting]:
-    """Parse and check everything before the first forward pass.
-
-    The first setting is always ``full``, with which the others are compared.
-
-    Raises:
-        UnknownNameError, ParameterError, BudgetError: a policy or the budget is wrong.
-    """
-    names = ["full", *(name for name in dict.fromkeys(policies) if name != "full")]
-    settings = [Setting(create(name), None if name == "full" else budget) for name in names]
-    for setting in settings:
-        PolicyCache(
-            setting.policy, setting.budget, layout=subject.layout, num_layers=subject.num_layers
-        )
-    return settings
-
-
-def run(
-    setting: Setting,
-    subject: ImageSubject,
-    *,
-    images: int,
-    scored: int,
-    seed: int,
-    moments: tuple[int, ...],
-    full: Result | None,
-    on_score: Advance,
-    on_generate: Advance,
-) -> Result:
-    """Try one setting: score real images, draw new ones, and look at what is kept.
+def plan(policies: Sequence[str], budget: str, *, images: int, scored: int, seed: int) -> Plan:
+    """What ``kvpolicy demo`` runs: every policy at one budget, on the same images, with traces.
 
     Args:
-        setting: policy and budget.
-        subject: what it is tried on.
-        images: images to draw.
+        policies: names; ``full`` is always there.
+        budget: in any spelling.
+        images: images to draw with each policy.
         scored: real images to score.
-        seed: seed of the drawing; the same for every policy.
-        moments: numbers of image tokens after which to look.
-        full: the full cache's result to compare with; None while it is being made.
-        on_score: progress over images.
-        on_generate: progress over tokens.
+        seed: of the drawing; the real images are the same ones for every seed.
+
+    Raises:
+        ParameterError: there is no policy, or the budget can't be parsed.
     """
-    score = subject.score(setting, scored, on_score)
-    drawn = subject.generate(setting, images, seed, on_generate)
-    _, retention = subject.retention(setting, moments)
-    low: float | None
-    high: float | None
-    delta: float | None
-    if full is None:
-        delta = low = high = 0.0
-    else:
-        delta, low, high = paired_bootstrap(score.bits - full.bits)
-    mean, covariance = subject.reference()
-    own = drawn.features
-    enough = len(own) > 1
-    row = Row(
-        policy=setting.policy.label,
-        budget=setting.budget or "1/1",
-        peak_tokens=_mean(drawn.stats),
-        cache_bytes=drawn.stats.bytes // drawn.batch,
-        bits_per_pixel=float(score.bits.mean()),
+    return Plan(
+        subject="fashion-ar",
+        options={"images": images, "scored": scored, **({"draw_seed": seed} if seed else {})},
+        policies=list(dict.fromkeys(policies)),
+        budgets=[budget],
+        trace=True,
+    )
+
+
+def rows(entries: Sequence[Entry]) -> list[Row]:
+    """The table, a row for each entry, out of a comparison of fashion-ar's cells."""
+    return [_row(entry) for entry in entries]
+
+
+def write_rows(table: Sequence[Row], path: Path) -> None:
+    """Write ``results.json``, whole or not at all."""
+    write_whole(path, json.dumps([asdict(row) for row in table], indent=2) + "\n")
+
+
+def _row(entry: Entry) -> Row:
+    figures = {name: finding.estimate.value for name, finding in entry.findings.items()}
+    difference = entry.findings["bits_per_pixel"].difference
+    low = high = delta = 0.0
+    if difference is not None:
+        assert difference.low is not None  # two images are the fewest that fashion-ar scores
+        assert difference.high is not None
+        delta, low, high = difference.value, difference.low, difference.high
+    return Row(
+        policy=entry.label,
+        budget=entry.budget or "1/1",
+        peak_tokens=figures["peak_tokens"],
+        cache_bytes=int(figures["cache_bytes"]),
+        bits_per_pixel=figures["bits_per_pixel"],
         delta_bits=delta,
         delta_low=low,
         delta_high=high,
-        frechet=frechet_distance(own.mean(0), np.cov(own, rowvar=False), mean, covariance)
-        if enough
-        else float("nan"),
-        class_accuracy=float(drawn.correct.mean()),
-        images_per_second=len(drawn.images) / drawn.seconds,
+        frechet=figures["frechet"],
+        class_accuracy=figures["class_accuracy"],
+        images_per_second=figures["images_per_second"],
     )
-    return Result(row, score.bits, drawn, retention, drawn.stats.peak_tokens)
-
-
-def write_rows(rows: Sequence[Row], path: Path) -> None:
-    """Write ``results.json``, whole or not at all."""
-    write_whole(path, json.dumps([asdict(row) for row in rows], indent=2) + "\n")
-
-
-def _mean(stats: CacheStats) -> float:
-    mean = sum(stats.peak_tokens) / len(stats.peak_tokens)
-    return int(mean) if mean == int(mean) else mean

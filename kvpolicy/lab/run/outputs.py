@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from kvpolicy.lab.compare.comparison import Entry, compare
 from kvpolicy.lab.run.files import write_whole
-from kvpolicy.lab.run.run_folder import FinishedCell, RunFolder
+from kvpolicy.lab.run.run_folder import RunFolder
 from kvpolicy.lab.run.subject import MetricInfo
 from kvpolicy.lab.show.pictures import contact_sheet, retention_sheet
 from kvpolicy.lab.show.plots import pareto, quality_against_budget, quality_against_bytes
@@ -19,7 +19,7 @@ from kvpolicy.lab.show.retention import retention
 from kvpolicy.lab.show.tables import latex_table, markdown_table, results_parquet, summary_csv
 from kvpolicy.tracing.trace import Trace, load_trace
 
-__all__ = ["write_outputs"]
+__all__ = ["image_sheets", "retention_sheets", "write_outputs"]
 
 _COLUMNS = 10  # of a contact sheet
 
@@ -48,8 +48,9 @@ def write_outputs(run: RunFolder, metrics: Sequence[MetricInfo]) -> tuple[list[E
         figures["quality-budget"] = quality_against_budget(entries, metrics)
         figures["quality-bytes"] = quality_against_bytes(entries, metrics)
         figures["pareto"] = pareto(entries, judged[0])
-    figures |= _sheets(entries, run.subject.class_names, judged[0] if judged else None)
-    figures |= _retention(cells)
+    main = judged[0] if judged else None
+    figures |= image_sheets(entries, run.subject.class_names, main)
+    figures |= retention_sheets(entries, main)
     for name, figure in figures.items():
         for kind in ("png", "svg"):
             file = io.BytesIO()
@@ -64,10 +65,19 @@ def write_outputs(run: RunFolder, metrics: Sequence[MetricInfo]) -> tuple[list[E
     return entries, [run.path / name for name in files]
 
 
-def _sheets(
+def image_sheets(
     entries: Sequence[Entry], class_names: Sequence[str], metric: MetricInfo | None
 ) -> dict[str, Figure]:
-    """For each budget, what each policy drew with the first seed, the full cache on top."""
+    """For each budget, what each policy drew, the full cache on top.
+
+    Args:
+        entries: of a comparison; none is drawn where they have several seeds, whose images differ.
+        class_names: of the subject.
+        metric: whose difference to the full cache stands beside each row; None for no remark.
+
+    Returns:
+        Figures by name; none for a subject that draws no images.
+    """
     sheets = {}
     for budget in dict.fromkeys(entry.budget for entry in entries if not entry.is_full):
         rows = []
@@ -83,7 +93,7 @@ def _sheets(
         count = min(len(images) for _, _, images in rows)
         names = _columns(entries[0], class_names, count)
         title = f"Drawn from {budget} of the cache (top row: all of it), same seed down each column"
-        sheets[f"images-{str(budget).replace('/', '_').replace(' ', '_')}"] = contact_sheet(
+        sheets[f"images-{_in_a_name(budget)}"] = contact_sheet(
             [(name, remark, np.asarray(images[:count])) for name, remark, images in rows],
             names,
             title,
@@ -100,33 +110,50 @@ def _columns(entry: Entry, class_names: Sequence[str], count: int) -> list[str]:
 
 
 def _remark(entry: Entry, metric: MetricInfo | None) -> str:
-    if entry.is_full or metric is None:
+    if entry.is_full:
         return "full cache"
-    difference = entry.findings[metric.name].difference
-    return "" if difference is None else f"{difference.value:+.3f} {metric.label}"
+    finding = None if metric is None else entry.findings.get(metric.name)
+    if metric is None or finding is None or finding.difference is None:
+        return ""
+    return f"{finding.difference.value:+.3f} {metric.label}"
 
 
-def _retention(cells: Sequence[FinishedCell]) -> dict[str, Figure]:
-    """What each policy holds of the first traced image, at each budget: over layers, over time."""
-    first = min(cell.cell.seed for cell in cells)
-    traces: dict[str, list[tuple[str, Trace]]] = {}
-    for cell in cells:
-        if cell.cell.seed == first and cell.cell.budget and cell.trace_path is not None:
+def retention_sheets(entries: Sequence[Entry], metric: MetricInfo | None) -> dict[str, Figure]:
+    """For each budget, what each policy holds of the first traced image: over layers, over time.
+
+    Args:
+        entries: of a comparison; those that were not traced are left out.
+        metric: whose difference to the full cache stands beside each row; None for no remark.
+
+    Returns:
+        Figures by name; none for a run without traces of images.
+    """
+    first = min(cell.cell.seed for entry in entries for cell in entry.cells)
+    traces: dict[str, list[tuple[str, str, Trace]]] = {}
+    for entry in entries:
+        cell = entry.cells[0]
+        if entry.budget and cell.cell.seed == first and cell.trace_path is not None:
             found = load_trace(cell.trace_path)
             if found.grid is not None and found.images is not None:
-                traces.setdefault(cell.cell.budget, []).append((cell.cell.label, found))
+                row = (entry.label, _remark(entry, metric), found)
+                traces.setdefault(entry.budget, []).append(row)
     figures = {}
-    for budget, labelled in traces.items():
-        example = labelled[0][1]
+    for budget, rows in traces.items():
+        example = rows[0][2]
         assert example.grid is not None
         assert example.images is not None
         line = example.grid["cols"] + example.grid["line_break"]
+        total = example.seen - example.grid["prefix"]
         moments = [round(example.grid["rows"] * share) * line for share in (0.5, 0.75, 1.0)]
-        moments = [min(moment, example.seen - example.grid["prefix"]) for moment in moments]
-        figures[f"retention-{budget.replace('/', '_')}"] = retention_sheet(
+        moments = [min(moment, total) for moment in moments]
+        figures[f"retention-{_in_a_name(budget)}"] = retention_sheet(
             example.images[0].numpy(),
-            [(label, "", retention(found, moments)) for label, found in labelled],
+            [(label, remark, retention(found, moments)) for label, remark, found in rows],
             moments,
-            f"Tokens still cached at a budget of {budget}",
+            f"Tokens still cached at a budget of {budget} ({total} image tokens)",
         )
     return figures
+
+
+def _in_a_name(budget: str | None) -> str:
+    return str(budget).replace("/", "_").replace(" ", "_")

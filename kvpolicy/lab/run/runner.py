@@ -16,12 +16,12 @@ from kvpolicy.errors import BudgetError, ParameterError, RunFolderError, near_ma
 from kvpolicy.lab.run.environment import find_environment
 from kvpolicy.lab.run.executor import Executor
 from kvpolicy.lab.run.executors import Inline
-from kvpolicy.lab.run.named import make_policy
 from kvpolicy.lab.run.plan import Cell, Plan
 from kvpolicy.lab.run.run_folder import CellRecord, Failure, LeftOut, RunFolder, SubjectInfo
 from kvpolicy.lab.run.subject import MetricInfo, Subject
 from kvpolicy.lab.run.worker import STANDARD, Measured, Task, subject_of
 from kvpolicy.layout import RasterLayout
+from kvpolicy.named import make_policy
 
 __all__ = ["Prepared", "Watcher", "alone", "prepare", "run", "writing"]
 

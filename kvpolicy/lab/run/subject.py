@@ -3,8 +3,8 @@
 A subject brings a model, real data and measures. Packages add theirs through the entry-point
 group ``kvpolicy.subjects``; the lab never imports an adapter by itself.
 
-An ablation needs no more than a :class:`Subject`; the demo's pictures need an
-:class:`ImageSubject`. What ships is both.
+An ablation needs no more than a :class:`Subject`; the oracles of ``lab.search`` score real images
+of an :class:`ImageSubject`. What ships is both.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from kvpolicy.cache.cache import CacheStats
 from kvpolicy.errors import ParameterError, near_matches
-from kvpolicy.lab.run.named import is_path, load_object
 from kvpolicy.layout import LateLayout, RasterLayout, TokenLayout
+from kvpolicy.named import is_path, load_object
 from kvpolicy.policy.policy import EvictionPolicy
 from kvpolicy.registry import Registry
 
@@ -197,21 +197,8 @@ class ImageSubject(Protocol):
     def generate(self, setting: Setting, images: int, seed: int, advance: Advance) -> Generated:
         """Draw images, classes in turn; ``advance`` counts tokens of a batch."""
 
-    def retention(
-        self, setting: Setting, moments: tuple[int, ...]
-    ) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
-        """What is still cached of a real image after ``moments`` of its tokens.
-
-        Returns:
-            The image, uint8 ``[rows, cols]``, and the share of heads that hold each of its
-            tokens, ``[moments, layers, rows, cols]``.
-        """
-
     def reference(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Mean ``[F]`` and covariance ``[F, F]`` of the features of real images."""
-
-    def batch_tokens(self, images: int) -> int:
-        """How many tokens ``generate`` will report for so many images."""
 
 
 SUBJECTS: Registry[Callable[..., Subject]] = Registry("subject", "kvpolicy.subjects")

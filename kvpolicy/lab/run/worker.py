@@ -17,10 +17,10 @@ import torch
 from numpy.typing import NDArray
 
 from kvpolicy.errors import ShapeError
-from kvpolicy.lab.run.named import make_policy
 from kvpolicy.lab.run.plan import Cell, Plan
 from kvpolicy.lab.run.run_folder import CellRecord, CellStats
 from kvpolicy.lab.run.subject import Measurement, MetricInfo, Setting, Subject, load_subject
+from kvpolicy.named import make_policy
 
 __all__ = [
     "STANDARD",

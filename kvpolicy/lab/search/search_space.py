@@ -11,9 +11,9 @@ from pydantic import BaseModel, ConfigDict
 from kvpolicy.budget.budget import Budget
 from kvpolicy.cache.cache import PolicyCache
 from kvpolicy.errors import BudgetError, ParameterError
-from kvpolicy.lab.run.named import make_policy
 from kvpolicy.lab.run.subject import Subject
 from kvpolicy.layout import LateLayout
+from kvpolicy.named import make_policy
 
 __all__ = ["Choice", "Range", "Space", "check_setting", "search_space"]
 

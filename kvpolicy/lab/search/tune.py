@@ -17,18 +17,18 @@ import numpy as np
 import optuna
 
 from kvpolicy.errors import BudgetError, ParameterError
+from kvpolicy.lab.compare.bootstrap import paired_bootstrap
 from kvpolicy.lab.compare.comparison import Finding, compare
-from kvpolicy.lab.compare.metrics import paired_bootstrap
 from kvpolicy.lab.run.environment import find_environment
 from kvpolicy.lab.run.executors import Inline
 from kvpolicy.lab.run.files import write_whole
-from kvpolicy.lab.run.named import make_policy
 from kvpolicy.lab.run.plan import BASELINE, Cell, Plan
 from kvpolicy.lab.run.run_folder import FinishedCell, RunFolder
 from kvpolicy.lab.run.runner import alone, prepare, writing
 from kvpolicy.lab.run.subject import Metric, Subject
 from kvpolicy.lab.run.worker import Raised, Task, measure_cell
 from kvpolicy.lab.search.search_space import Choice, Range, Space, check_setting, search_space
+from kvpolicy.named import make_policy
 
 __all__ = ["Found", "Tried", "tune"]
 
@@ -245,7 +245,7 @@ def _judge(
             for name, group in judged.items()
         }
         items = len(arrays["best"])
-        if main.statistic is None:
+        if main.statistic is None and items > 1:
             gain = paired_bootstrap(arrays["best"].astype(float) - arrays["default"].astype(float))
     return Found(best, searched, findings[labels["best"]], findings[labels["default"]], gain, items)
 

@@ -1,4 +1,4 @@
-"""Two figures that say whether a difference is real: Fréchet distance and a paired interval."""
+"""Fréchet distance: how far the features of drawn images are from those of real ones."""
 
 from __future__ import annotations
 
@@ -7,11 +7,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from kvpolicy.errors import ParameterError, ShapeError
 
-__all__ = ["FrechetTo", "frechet_distance", "paired_bootstrap"]
+__all__ = ["FrechetTo", "frechet_distance"]
 
 Array = NDArray[np.float64]
-
-_CHUNK = 2**22  # numbers drawn at once by the bootstrap: 32 MB
 
 
 def frechet_distance(
@@ -86,55 +84,6 @@ class FrechetTo:
         cross = _cross(self._root @ cov @ self._root)
         distance = ((self.mean - mean) ** 2).sum() + np.trace(self.cov) + np.trace(cov) - 2 * cross
         return max(0.0, float(distance))
-
-
-def paired_bootstrap(
-    differences: ArrayLike, *, confidence: float = 0.95, resamples: int = 2000, seed: int = 0
-) -> tuple[float, float, float]:
-    """Mean of paired differences, and the percentile interval of that mean.
-
-    Args:
-        differences: one number a pair (an image under two policies, say), ``[n]``.
-        confidence: share of resamples that the interval covers, between 0 and 1.
-        resamples: how many times ``n`` pairs are drawn with replacement.
-        seed: seed of the drawing; equal arguments give equal results.
-
-    Returns:
-        ``(mean, low, high)``, in the unit of the differences.
-
-    Raises:
-        ShapeError: ``differences`` is not one-dimensional, or empty.
-        ParameterError: it holds a number that is not finite, or another argument is out of range.
-
-    Source:
-        Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, section 13.3.
-
-    Example:
-        >>> paired_bootstrap([0.02, 0.02, 0.02])
-        (0.02, 0.02, 0.02)
-    """
-    values = np.asarray(differences, np.float64)
-    if values.ndim != 1 or not len(values):
-        raise ShapeError(f"differences must be [n] with n > 0, not {list(values.shape)}")
-    if not np.isfinite(values).all():
-        raise ParameterError("differences hold a number that is not finite")
-    if not 0 < confidence < 1:
-        raise ParameterError(f"confidence={confidence} is not between 0 and 1")
-    if resamples < 1:
-        raise ParameterError(f"resamples={resamples} is less than 1")
-    random = np.random.default_rng(seed)
-    chunk = max(1, _CHUNK // len(values))
-    means = np.concatenate(
-        [
-            values[
-                random.integers(len(values), size=(min(chunk, resamples - at), len(values)))
-            ].mean(1)
-            for at in range(0, resamples, chunk)
-        ]
-    )
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(means, [tail, 1 - tail])
-    return float(values.mean()), float(low), float(high)
 
 
 def _moments(name: str, mean: ArrayLike, cov: ArrayLike) -> tuple[Array, Array]:

@@ -1,4 +1,4 @@
-"""Fréchet distance against closed forms, the bootstrap against its definition."""
+"""Fréchet distance against closed forms."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvpolicy import ParameterError, ShapeError
-from kvpolicy.lab.compare.metrics import frechet_distance, paired_bootstrap
+from kvpolicy.lab.compare.frechet import frechet_distance
 
 
 def gaussian(seed, features=6, samples=40):
@@ -56,47 +56,3 @@ def test_distance_equals_the_textbook_form_with_a_general_matrix_root():
 def test_wrong_moments_are_named(arguments, error, words):
     with pytest.raises(error, match=words):
         frechet_distance(*arguments)
-
-
-def test_interval_covers_the_true_mean_about_as_often_as_it_says():
-    random = np.random.default_rng(0)
-    hits = 0
-    for _ in range(200):
-        _, low, high = paired_bootstrap(random.normal(0.3, 1, size=60), resamples=400)
-        hits += low <= 0.3 <= high
-    assert 0.88 <= hits / 200 <= 0.99
-
-
-def test_mean_lies_inside_and_more_confidence_is_wider():
-    values = np.random.default_rng(1).normal(size=50)
-    mean, low, high = paired_bootstrap(values)
-    _, lower, higher = paired_bootstrap(values, confidence=0.99)
-    assert mean == pytest.approx(values.mean())
-    assert lower < low < mean < high < higher
-
-
-def test_seed_decides_and_nothing_else(monkeypatch):
-    values = np.random.default_rng(2).normal(size=50)
-    first = paired_bootstrap(values, seed=3)
-    np.random.default_rng().normal()
-    assert paired_bootstrap(values, seed=3) == first
-    assert paired_bootstrap(values, seed=4) != first
-    monkeypatch.setattr(
-        "kvpolicy.lab.compare.metrics._CHUNK", 1000
-    )  # in many pieces: the same draws
-    assert paired_bootstrap(values, seed=3) == first
-
-
-@pytest.mark.parametrize(
-    ("differences", "options", "error"),
-    [
-        ([], {}, ShapeError),
-        ([[1.0]], {}, ShapeError),
-        ([1.0, np.inf], {}, ParameterError),
-        ([1.0], {"confidence": 1.0}, ParameterError),
-        ([1.0], {"resamples": 0}, ParameterError),
-    ],
-)
-def test_wrong_differences_are_refused(differences, options, error):
-    with pytest.raises(error):
-        paired_bootstrap(differences, **options)

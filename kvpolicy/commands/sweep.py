@@ -1,0 +1,55 @@
+"""Running a plan from the command line: how it goes, what ended it, and what failed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+from kvpolicy.commands.console import console
+from kvpolicy.commands.progress import SweepProgress
+from kvpolicy.lab.run.executors import Executor
+from kvpolicy.lab.run.run_folder import RunFolder
+from kvpolicy.lab.run.runner import Prepared, run
+
+__all__ = ["note", "say_failures", "sweep"]
+
+
+def sweep(
+    prepared: Prepared, out: Path, executor: Executor, threads: int, progress: SweepProgress
+) -> RunFolder:
+    """Measure what has not finished; Ctrl-C ends the command, and loses nothing that has.
+
+    Raises:
+        SystemExit: 130, after Ctrl-C.
+    """
+    for item in prepared.left_out:
+        note(f"left out: {item.label} at {item.budget}: {item.reason}")
+    try:
+        with progress:
+            return run(prepared, out, executor, threads, progress)
+    except KeyboardInterrupt:
+        note(
+            f"stopped: {progress.count} of {progress.total} cells are finished and safe in {out}; "
+            f"the same command goes on from there"
+        )
+        raise SystemExit(130) from None
+
+
+def say_failures(progress: SweepProgress, out: Path) -> None:
+    """Name what has failed, once what has not failed is shown.
+
+    Raises:
+        SystemExit: 1, where anything has.
+    """
+    for failure in progress.failures:
+        where = out / "failures" / f"{failure.id}.json"
+        note(f"failed: {failure.cell.label}: {failure.error} (traceback: {where})")
+    if progress.failures:
+        note("the same command tries failed cells again")
+        raise SystemExit(1)
+
+
+def note(text: str) -> None:
+    """For people: never among the lines that programs read."""
+    typer.echo(text, err=not console.is_terminal)
