@@ -8,7 +8,7 @@ import typer
 
 from kvpolicy.commands.console import console
 from kvpolicy.commands.progress import SweepProgress
-from kvpolicy.lab.run.executors import Executor
+from kvpolicy.lab.run.executor import Executor
 from kvpolicy.lab.run.run_folder import RunFolder
 from kvpolicy.lab.run.runner import Prepared, run
 
