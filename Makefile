@@ -1,5 +1,7 @@
 # make demo   set up, then run the main job on real images
 # make test   set up, then run the whole test suite
+# make test-transformers VERSION=5.17.0
+#             set up, then run the adapters' tests on another transformers (by default the newest)
 # make lint   ruff (format, rules) and mypy
 # make docs   build the documentation strictly, into site/
 # make clean  remove what the others made, virtual environment included
@@ -16,7 +18,7 @@ ARGS ?=
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint docs clean
+.PHONY: help demo test test-transformers lint docs clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -26,6 +28,23 @@ demo: $(VENV)/.ready-demo
 
 test: $(VENV)/.ready-dev
 	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
+
+# The packages of the other transformers lie above those of $(VENV), which they would only repeat.
+# pip is given no constraints here: what this transformers wants beside it is what is tried.
+VERSION ?=
+OTHER = $(VENV)-transformers$(VERSION:%=-%)
+test-transformers: $(VENV)/.ready-dev
+	@rm -rf $(OTHER)
+	@$(BIN)/python -m venv $(OTHER)
+	@$(BIN)/python -c "import sysconfig; print('import site; site.addsitedir(%r)' \
+		% sysconfig.get_path('purelib'))" > "$$(echo $(OTHER)/lib/python*/site-packages)/base.pth"
+	@$(OTHER)/bin/python -m pip install -qq --disable-pip-version-check --upgrade \
+		"transformers$(VERSION:%===%)"
+	@version() { "$$1/bin/python" -c "import importlib.metadata as m; print(m.version('transformers'))"; }; \
+	echo "transformers $$(version $(OTHER)), beside $$(version $(VENV)) in $(VENV)"; \
+	if [ "$$(version $(OTHER))" = "$$(version $(VENV))" ]; then \
+		echo "the same version: make test runs these tests"; \
+	else $(OTHER)/bin/python -m pytest -n auto --dist worksteal -m "not slow" $(ARGS) tests/adapters; fi
 
 lint: $(VENV)/.ready-dev
 	$(BIN)/ruff format --check .
@@ -63,5 +82,5 @@ $(BIN)/python:
 			"install the package python3-venv" >&2; exit 1; }
 
 clean:
-	rm -rf "$(VENV)" build dist site .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf "$(VENV)" "$(VENV)"-transformers* build dist site .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find adapters examples kvpolicy tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -55,7 +55,7 @@ def main() -> None:
         tokens = model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
-            past_key_values=cache,
+            **cache.as_argument,
             logits_processor=[ImageGrammar(model, sizes=False)],
             max_new_tokens=4096,
             do_sample=True,

@@ -58,7 +58,7 @@ def main() -> None:
         out = model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
-            past_key_values=cache,
+            **cache.as_argument,
             logits_processor=[Guidance(args.guidance, model, second, negative)],
             prefix_allowed_tokens_fn=GridRule(model),
             guidance_scale=None,

@@ -54,7 +54,7 @@ def main() -> None:
             generation_mode="image",
             guidance_scale=args.guidance,
             do_sample=True,
-            past_key_values=cache,
+            **cache.as_argument,
         )
         print(f"layout: {cache.policy_cache.layout!r}")
     stats = cache.stats()

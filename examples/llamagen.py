@@ -55,7 +55,7 @@ def main() -> None:
     with attach(model, policy=args.policy, budget=args.budget) as cache:
         tokens = model.generate(
             torch.tensor(args.classes, device=device),
-            past_key_values=cache,
+            **cache.as_argument,
             cfg_scale=args.guidance,
             top_k=args.top_k,
             seed=args.seed,

@@ -67,7 +67,7 @@ def main() -> None:
         tokens = model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
-            past_key_values=cache,
+            **cache.as_argument,
             logits_processor=[ImageGuidance(args.guidance, model, second), ImageGrammar(model)],
             max_new_tokens=8192,
             do_sample=True,

@@ -49,7 +49,7 @@ def main() -> None:
         tokens = model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
-            past_key_values=cache,
+            **cache.as_argument,
             max_new_tokens=args.new,
         )
         stats = cache.stats()

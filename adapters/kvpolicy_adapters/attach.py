@@ -38,6 +38,7 @@ from kvpolicy_adapters.images.token_reader import telling
 from kvpolicy_adapters.transformers.cache import TransformersCache, marked_layer, policy_attention
 from kvpolicy_adapters.transformers.layers import kept_by
 from kvpolicy_adapters.transformers.tensor_parallel import HeadSplit
+from kvpolicy_adapters.transformers.versions import say_if_newer
 
 __all__ = ["attach"]
 
@@ -57,8 +58,9 @@ def attach(
     reclaim: Reclaim = "lazy",
     schedule: Schedule | None = None,
 ) -> Iterator[TransformersCache]:
-    """Put a model under a policy; the cache it gives goes into ``past_key_values``.
+    """Put a model under a policy; the cache that it gives is passed on to the model.
 
+    Its argument is called ``cache`` since transformers 5.24, and ``past_key_values`` before.
     The model's weights and code stay as they are. Calls of the model without this cache, inside
     the block and after it, do what they always did. Blocks may be nested and may run in several
     threads: each generation belongs to the cache that it is given.
@@ -66,7 +68,7 @@ def attach(
     Example::
 
         with attach(model, policy="linear", budget="1/6", layout=layout) as cache:
-            out = model.generate(**inputs, past_key_values=cache)
+            out = model.generate(**inputs, cache=cache)
         cache.stats()
 
     Args:
@@ -97,6 +99,7 @@ def attach(
         raise ParameterError(
             f"model is a {type(model).__name__}; attach() serves transformers' PreTrainedModel"
         )
+    say_if_newer(stacklevel=3)  # this generator, contextlib, and whoever attaches
     kept = kept_by(model)
     layout = layout_of(model) if layout is None else layout
     policy_cache = PolicyCache(

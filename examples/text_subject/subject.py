@@ -97,7 +97,7 @@ class Alice:
             # A prompt of text attends in full before it is compressed. What comes after the
             # first byte is no prompt, and sees what is in the cache.
             logits = [
-                self.model(part, past_key_values=cache).logits
+                self.model(part, **cache.as_argument).logits
                 for part in (tokens[:, :1], tokens[:, 1:-1])
             ]
         nats = functional.cross_entropy(

@@ -103,7 +103,7 @@ def trace(
     Example::
 
         with attach(model, policy="linear", budget="1/6") as cache, kvpolicy.trace(cache) as trace:
-            model.generate(**inputs, past_key_values=cache)
+            model.generate(**inputs, cache=cache)
         trace.save("linear.trace.safetensors")
 
     Args:

@@ -11,6 +11,7 @@ from support import tiny_models
 
 import kvpolicy
 import kvpolicy_adapters
+from kvpolicy_adapters.transformers.cache_argument import as_argument
 
 transformers = pytest.importorskip("transformers", reason="the adapters need transformers")
 
@@ -33,7 +34,7 @@ def generate(model, cache=None, **options):
     return model.generate(
         tokens(),
         attention_mask=torch.ones(2, 3, dtype=torch.long),
-        past_key_values=cache,
+        **as_argument(cache),
         max_new_tokens=28,
         do_sample=False,
         **options,
@@ -143,18 +144,18 @@ def test_blocks_may_end_in_any_order(second, close_first, before):
     with torch.inference_mode():
         plain = model(tokens()).logits
         with block(model, "h2o") as cache:
-            logits = model(tokens().repeat(1, 5), past_key_values=cache).logits
+            logits = model(tokens().repeat(1, 5), **as_argument(cache)).logits
         stacks = [ExitStack(), ExitStack()]
         caches = [stacks[0].enter_context(block(model, "h2o"))]
         caches.append(stacks[1].enter_context(block(other, "linear")))
         assert torch.equal(model(tokens()).logits, plain)
         stacks[close_first].close()
         if close_first == 0:
-            assert other(tokens(), past_key_values=caches[1]) is not None
+            assert other(tokens(), **as_argument(caches[1])) is not None
             assert caches[1].get_seq_length() == 3
             assert torch.equal(model(tokens()).logits, plain)
         else:
-            again = model(tokens().repeat(1, 5), past_key_values=caches[0]).logits
+            again = model(tokens().repeat(1, 5), **as_argument(caches[0])).logits
             assert torch.equal(again, logits)
         assert implementations(model, other) == {"kvpolicy"}
         stacks[1 - close_first].close()

@@ -9,6 +9,7 @@ from support.image_loop import Watch, linear, sharpen
 import kvpolicy
 from kvpolicy_adapters import attach
 from kvpolicy_adapters.images.chameleon import ImageChameleon, ImageGrammar, ImageGuidance
+from kvpolicy_adapters.transformers.cache_argument import as_argument
 
 transformers = pytest.importorskip("transformers", reason="the adapters need transformers")
 
@@ -102,7 +103,7 @@ def generate(model, prompt, cache=None, guidance=None, *, sizes=True, new=IMAGE 
         "logits_processor": processors,
     } | options
     if cache is not None:
-        settings["past_key_values"] = cache
+        settings |= as_argument(cache)
     return model.generate(prompt, **settings)
 
 
@@ -237,7 +238,7 @@ def test_logits_equal_the_full_cache(model, chunks):
     tokens = generate(model, PROMPT)[:, : 7 + IMAGE]
     with torch.inference_mode(), attach(model, policy=linear(), budget="1/1") as cache:
         expected = model(tokens, use_cache=False).logits
-        logits = [model(part, past_key_values=cache).logits for part in tokens.split(chunks, dim=1)]
+        logits = [model(part, **as_argument(cache)).logits for part in tokens.split(chunks, dim=1)]
     torch.testing.assert_close(torch.cat(logits, dim=1), expected, atol=1e-5, rtol=0)
     assert cache.policy_cache.layout == LUMINA
 
@@ -360,7 +361,7 @@ def test_text_and_a_second_image_keep_the_budget(model, size_):
     with torch.inference_mode(), attach(model, policy=linear(), budget="15") as cache:
         watch = Watch(cache, 3, 1)
         for token in tokens.split(1, dim=1):
-            model(token, past_key_values=cache)
+            model(token, **as_argument(cache))
     layout = kvpolicy.SequenceLayout(prefix=6, pieces=((6, LINE), (second, cols + 1)))
     assert cache.policy_cache.layout == layout
     assert cache.stats().peak_tokens == (21, 21)
@@ -376,8 +377,7 @@ def test_text_and_two_images_are_lossless_when_they_fit(model):
         for chunks in ([1] * tokens.shape[1], [6, 5, tokens.shape[1] - 11]):
             with attach(model, policy=linear(), budget=tokens.shape[1]) as cache:
                 logits = [
-                    model(part, past_key_values=cache).logits
-                    for part in tokens.split(chunks, dim=1)
+                    model(part, **as_argument(cache)).logits for part in tokens.split(chunks, dim=1)
                 ]
             torch.testing.assert_close(torch.cat(logits, dim=1), expected, atol=1e-5, rtol=0)
             assert cache.stats().evictions == (0, 0)
@@ -409,10 +409,10 @@ def test_a_whole_sequence_at_once_is_bound_at_its_image(model):
     tokens = sequence([0, 30, 31], (6, 4))
     with torch.inference_mode():
         with attach(model, policy=linear(), budget="15") as cache:
-            at_once = model(tokens, past_key_values=cache).logits
+            at_once = model(tokens, **as_argument(cache)).logits
         assert cache.policy_cache.layout == LUMINA.model_copy(update={"prefix": 6})
         with attach(model, policy=linear(), budget="15") as cache:
-            parts = [model(t, past_key_values=cache).logits for t in tokens.split(1, dim=1)]
+            parts = [model(t, **as_argument(cache)).logits for t in tokens.split(1, dim=1)]
     torch.testing.assert_close(at_once, torch.cat(parts, dim=1), atol=1e-5, rtol=0)
 
 
@@ -451,7 +451,7 @@ def test_a_further_image_too_wide_for_the_budget(model):
         pytest.raises(kvpolicy.BudgetError, match="smallest budget that works is 25"),
     ):
         for token in tokens.split(1, dim=1):
-            model(token, past_key_values=cache)
+            model(token, **as_argument(cache))
 
 
 def test_rows_that_open_different_images_are_refused(model):
@@ -469,7 +469,7 @@ def test_sizes_that_are_no_sizes_are_refused(model):
         attach(model, policy=linear(), budget="15") as cache,
         pytest.raises(kvpolicy.LayoutError, match="followed by token 31, which says no number"),
     ):
-        model(prompt, past_key_values=cache)
+        model(prompt, **as_argument(cache))
 
 
 def test_a_model_with_sizes_needs_them(model):
@@ -483,13 +483,13 @@ def test_embeddings_without_ids_are_refused(model):
         attach(model, policy=linear(), budget="15") as cache,
         pytest.raises(kvpolicy.LayoutError, match=r"came without ids.*layout=AfterPrompt"),
     ):
-        model(inputs_embeds=embedded, past_key_values=cache)
+        model(inputs_embeds=embedded, **as_argument(cache))
     grid = kvpolicy.AfterPrompt(LUMINA.model_copy(update={"prefix": 0}))
     with (
         torch.inference_mode(),
         attach(model, policy=linear(), budget="15", layout=grid) as cache,
     ):
-        model(inputs_embeds=embedded, past_key_values=cache)
+        model(inputs_embeds=embedded, **as_argument(cache))
     assert cache.policy_cache.layout == LUMINA
 
 

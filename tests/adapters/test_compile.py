@@ -12,13 +12,20 @@ from support.kernel_library import COMPILER, needs_compiler
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 from torch._dynamo.utils import counters
 from torch._inductor.utils import run_and_get_code
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import (
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
 import kvpolicy
 from kvpolicy import CacheStateError, ParameterError, RasterLayout
 from kvpolicy.ops.cpu import native
 from kvpolicy_adapters import attach, compile_decode
 from kvpolicy_adapters.images.llamagen import LlamaGen, LlamaGenConfig
+from kvpolicy_adapters.transformers.cache_argument import as_argument
 
 LAYERS, BATCH, VOCAB = 2, 2, 50
 LAYOUT = RasterLayout(rows=6, cols=6, prefix=2)
@@ -53,11 +60,11 @@ def policy(name: str) -> kvpolicy.EvictionPolicy:
 def draw(model, cache, prompt: int, given: torch.Tensor, mask=None) -> torch.Tensor:
     """The logits behind every token, one token at a time behind a prompt."""
     first = None if mask is None else mask[:, :prompt]
-    logits = [model(given[:, :prompt], attention_mask=first, past_key_values=cache).logits[:, -1]]
+    logits = [model(given[:, :prompt], attention_mask=first, **as_argument(cache)).logits[:, -1]]
     for position in range(prompt, given.shape[1]):
         seen = None if mask is None else mask[:, : position + 1]
         one = given[:, position : position + 1]
-        logits.append(model(one, attention_mask=seen, past_key_values=cache).logits[:, -1])
+        logits.append(model(one, attention_mask=seen, **as_argument(cache)).logits[:, -1])
     return torch.stack(logits)
 
 
@@ -146,10 +153,10 @@ def test_a_number_that_changes_is_what_the_count_finds(model):
     counter = CompileCounter()
     with torch.inference_mode(), attach(model, policy="random", budget=18, layout=LAYOUT) as cache:
         given = tokens()
-        model(given[:, :2], past_key_values=cache)
+        model(given[:, :2], **as_argument(cache))
         step = torch.compile(model.forward, backend=counter)
         for position in range(2, 12):
-            step(given[:, position : position + 1], past_key_values=cache)
+            step(given[:, position : position + 1], **as_argument(cache))
     assert counter.frame_count > 1
 
 
@@ -217,7 +224,7 @@ def test_generate_runs_through_it(model):
                 model.generate(
                     prompt,
                     attention_mask=torch.ones_like(prompt),
-                    past_key_values=cache,
+                    **as_argument(cache),
                     max_new_tokens=36,
                     do_sample=False,
                 )
@@ -241,7 +248,7 @@ def test_llamagen_draws_through_it():
         ):
             drawn.append(
                 model.generate(
-                    torch.tensor([3, 4]), cfg_scale=2.0, do_sample=False, past_key_values=cache
+                    torch.tensor([3, 4]), cfg_scale=2.0, do_sample=False, **as_argument(cache)
                 )
             )
     assert torch.equal(*drawn)
@@ -260,9 +267,11 @@ def test_other_calls_run_as_ever_and_the_model_is_left_as_it_was(model):
             compile_decode(model, cache, backend=counter),
         ):
             torch.testing.assert_close(model(given).logits, plain)
-            model(given, past_key_values=cache)  # a prompt
-            model(given[:, :2], past_key_values=cache)  # two tokens at once
+            model(given, **as_argument(cache))  # a prompt
+            model(given[:, :2], **as_argument(cache))  # two tokens at once
             assert counter.frame_count == 0
+            model(given[:, :1], **as_argument(cache))
+            assert counter.frame_count == 1
     assert dict(model.__dict__) == before
 
 
@@ -274,12 +283,12 @@ def test_a_step_that_fails_takes_nothing(model):
         attach(model, policy=policy("linear"), budget=18, layout=LAYOUT) as cache,
         compile_decode(model, cache, backend="eager"),
     ):
-        model(given[:, :2], past_key_values=cache)
+        model(given[:, :2], **as_argument(cache))
         for position in range(2, 30):
             if position in (5, 27):  # while it fills, and after
                 with pytest.raises(RuntimeError):  # torch's, of a matrix of the wrong size
-                    model(inputs_embeds=torch.zeros(BATCH, 1, 7), past_key_values=cache)
-            model(given[:, position : position + 1], past_key_values=cache)
+                    model(inputs_embeds=torch.zeros(BATCH, 1, 7), **as_argument(cache))
+            model(given[:, position : position + 1], **as_argument(cache))
         stats, held = cache.stats(), cache.positions(1).sort().values
     with (
         torch.inference_mode(),
@@ -298,7 +307,40 @@ def test_wrong_uses(model):
         with pytest.raises(CacheStateError, match="has not seen a token"):
             layer.begin_step()
         with torch.inference_mode(), compile_decode(model, cache, backend="eager"):
-            model(tokens()[:, :2], past_key_values=cache)
+            model(tokens()[:, :2], **as_argument(cache))
             layer.begin_step()
             with pytest.raises(CacheStateError, match="has begun"):
-                model(tokens()[:, 2:3], past_key_values=cache)
+                model(tokens()[:, 2:3], **as_argument(cache))
+
+
+def decode_past_the_compiled_call(model):
+    with (
+        torch.inference_mode(),
+        attach(model, policy=policy("linear"), budget=18, layout=LAYOUT) as cache,
+        compile_decode(model, cache, backend="eager"),
+    ):
+        for token in tokens(6).split(1, dim=1):
+            model.model(token, **as_argument(cache))
+
+
+def decode_with_another_cache(model):
+    with (
+        torch.inference_mode(),
+        attach(model, policy=policy("linear"), budget=18, layout=LAYOUT) as cache,
+        compile_decode(model, cache, backend="eager"),
+    ):
+        other = DynamicCache()
+        for token in tokens(6).split(1, dim=1):
+            model(token, **as_argument(other))
+
+
+@pytest.mark.parametrize(
+    ("decode", "said"),
+    [
+        (decode_past_the_compiled_call, "compiled no step: of 0 calls"),
+        (decode_with_another_cache, "compiled no step: of 6 calls .*, 0 brought the cache"),
+    ],
+)
+def test_a_block_that_compiles_nothing_says_so(model, decode, said):
+    with pytest.warns(RuntimeWarning, match=said):
+        decode(model)

@@ -10,6 +10,7 @@ import kvpolicy
 from kvpolicy_adapters import attach
 from kvpolicy_adapters.images.emu3 import GridRule
 from kvpolicy_adapters.images.guidance import Guidance
+from kvpolicy_adapters.transformers.cache_argument import as_argument
 
 transformers = pytest.importorskip("transformers", reason="the adapters need transformers")
 
@@ -96,7 +97,7 @@ def generate(model, cache=None, second=None, prompts=PROMPTS, **options):
         "prefix_allowed_tokens_fn": GridRule(model),
     } | options
     if cache is not None:
-        settings["past_key_values"] = cache
+        settings |= as_argument(cache)
     if second is not None:
         settings["logits_processor"] = [Guidance(3.0, model, second, NEGATIVE)]
     return model.generate(prompts, **settings)
@@ -195,7 +196,7 @@ def test_logits_equal_the_full_cache(model):
                 for part in tokens.split(chunks, dim=1):
                     seen += part.shape[1]
                     logits.append(
-                        model(part, attention_mask=mask[:, :seen], past_key_values=cache).logits
+                        model(part, attention_mask=mask[:, :seen], **as_argument(cache)).logits
                     )
             shown = mask.bool()  # rows of padding say nothing
             torch.testing.assert_close(
@@ -256,7 +257,7 @@ def test_text_and_a_second_image_keep_the_budget(model):
     with torch.inference_mode(), attach(model, policy=linear(), budget="15") as cache:
         watch = Watch(cache, 3, 1)
         for token in torch.tensor([tokens]).split(1, dim=1):
-            model(token, past_key_values=cache)
+            model(token, **as_argument(cache))
     prefix = 2 + len(header(4, 4))
     layout = kvpolicy.SequenceLayout(prefix=prefix, pieces=((prefix, 5), (second, 3)))
     assert cache.policy_cache.layout == layout
@@ -295,7 +296,7 @@ def test_sizes_that_are_no_sizes_are_refused(model, size):
         attach(model, policy=linear(), budget="15") as cache,
         pytest.raises(kvpolicy.LayoutError, match=words),
     ):
-        model(prompt, past_key_values=cache)
+        model(prompt, **as_argument(cache))
     with pytest.raises(kvpolicy.LayoutError, match=words):
         GridRule(model)(0, prompt[0])
 
@@ -303,8 +304,8 @@ def test_sizes_that_are_no_sizes_are_refused(model, size):
 def test_a_size_of_merged_tokens_is_read(model):
     prompt = torch.tensor([[BOS, 22, BOI, 15, 14, 4 + 3, WRAPPER]])
     with torch.inference_mode(), attach(model, policy=linear(), budget="15") as cache:
-        model(prompt, past_key_values=cache)
-        model(prompt[:, :1], past_key_values=cache)
+        model(prompt, **as_argument(cache))
+        model(prompt[:, :1], **as_argument(cache))
     layout = cache.policy_cache.layout
     assert (layout.rows, layout.cols) == (12, 3)
 

@@ -16,6 +16,7 @@ from kvpolicy_adapters import attach
 from kvpolicy_adapters.images import families
 from kvpolicy_adapters.images.families import FAMILIES, layout_of
 from kvpolicy_adapters.images.token_reader import TokenReader
+from kvpolicy_adapters.transformers.cache_argument import as_argument
 
 transformers = pytest.importorskip("transformers", reason="the adapters need transformers")
 
@@ -134,7 +135,7 @@ def test_another_package_joins_through_its_entry_point(others):
     model = llama()
     with torch.inference_mode(), attach(model, policy="h2o", budget=4) as cache:
         for token in tokens.split(1, dim=1):
-            model(token, past_key_values=cache)
+            model(token, **as_argument(cache))
     assert cache.policy_cache.layout == GRID.model_copy(update={"prefix": 3})
     assert cache.stats().peak_tokens == (7, 7)
 
@@ -157,7 +158,7 @@ def test_shipped_families_are_asked_first(others):
 
 def drive(model, cache, tokens, sizes=None):
     parts = tokens.split(sizes or 1, dim=1)
-    return torch.cat([model(part, past_key_values=cache).logits for part in parts], dim=1)
+    return torch.cat([model(part, **as_argument(cache)).logits for part in parts], dim=1)
 
 
 IMAGE = [11, 12, 13, 14, 15, 16, 17, 18]
@@ -280,14 +281,14 @@ def test_nothing_is_left_on_the_model(strips):
 def test_the_model_inside_may_be_called_by_itself(strips):
     with torch.inference_mode(), attach(strips, policy="h2o", budget=4) as cache:
         for token in ONE.split(1, dim=1):
-            strips.model(token, past_key_values=cache)
+            strips.model(token, **as_argument(cache))
     assert cache.policy_cache.layout == GRID.model_copy(update={"prefix": 4})
 
 
 def test_ids_may_come_by_name_or_by_place(strips):
     with torch.inference_mode(), attach(strips, policy="h2o", budget=4) as cache:
-        strips(input_ids=ONE[:, :5], past_key_values=cache)
-        strips(ONE[:, 5:], past_key_values=cache)
+        strips(input_ids=ONE[:, :5], **as_argument(cache))
+        strips(ONE[:, 5:], **as_argument(cache))
     assert cache.policy_cache.layout == GRID.model_copy(update={"prefix": 4})
 
 
@@ -295,7 +296,7 @@ def test_calls_without_the_cache_tell_it_nothing(strips):
     with torch.inference_mode(), attach(strips, policy="h2o", budget=4) as cache:
         drive(strips, cache, ONE[:, :4])
         strips(TWO)
-        strips(TWO[:, :3], past_key_values=transformers.DynamicCache())
+        strips(TWO[:, :3], **as_argument(transformers.DynamicCache()))
         drive(strips, cache, ONE[:, 4:])
     assert cache.policy_cache.layout == GRID.model_copy(update={"prefix": 4})
 

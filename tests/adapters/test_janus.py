@@ -9,6 +9,7 @@ from support.image_loop import Watch, linear, sharpen
 import kvpolicy
 from kvpolicy_adapters import attach
 from kvpolicy_adapters.images.janus import GRID
+from kvpolicy_adapters.transformers.cache_argument import as_argument
 
 transformers = pytest.importorskip("transformers", reason="the adapters need transformers")
 
@@ -88,7 +89,7 @@ PROMPTS = torch.tensor([[PAD, PAD, BOS, 7, 9, BOI], [BOS, 5, 8, 6, 11, BOI]])
 def draw(model, prompts=PROMPTS, cache=None, **options):
     settings = {"do_sample": False, "guidance_scale": 5.0, "generation_mode": "image"} | options
     if cache is not None:
-        settings["past_key_values"] = cache
+        settings |= as_argument(cache)
     mask = (prompts != PAD).long()
     return model.generate(prompts, attention_mask=mask, **settings)
 
@@ -143,7 +144,7 @@ def step_logits(model, cache, tokens):
             embedded = model.prepare_embeddings_for_image_generation(torch.cat([token, token]))
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
         hidden = model.model.language_model(
-            inputs_embeds=embedded, attention_mask=mask, past_key_values=cache, use_cache=True
+            inputs_embeds=embedded, attention_mask=mask, **as_argument(cache), use_cache=True
         ).last_hidden_state[:, -1]
         logits.append(model.model.generation_head(hidden))
     return torch.stack(logits)
@@ -263,7 +264,7 @@ def drive(llama, cache, tokens: int, scale: float = 5.0):
     embedded = llama.get_input_embeddings()(prompts)
     drawn = []
     for _ in range(tokens):
-        output = llama.model(inputs_embeds=embedded, use_cache=True, past_key_values=cache)
+        output = llama.model(inputs_embeds=embedded, use_cache=True, **as_argument(cache))
         logits = output.last_hidden_state[:, -1] @ head
         guided = logits[1::2] + scale * (logits[0::2] - logits[1::2])
         token = guided.argmax(-1)

@@ -12,6 +12,7 @@ from support.image_loop import Watch, linear
 
 import kvpolicy
 from kvpolicy_adapters import attach
+from kvpolicy_adapters.transformers.cache_argument import CACHE_ARGUMENT, as_argument
 
 transformers = pytest.importorskip("transformers", reason="the adapters need transformers")
 
@@ -81,7 +82,7 @@ def draw(model, cache=None, **options) -> torch.Tensor:
     """Ours, ``[B, tokens]``."""
     given, mask = condition(model.config.condition)
     settings = {"cfg_scale": 4.0, "do_sample": False} | options
-    return model.generate(given, condition_mask=mask, past_key_values=cache, **settings).flatten(1)
+    return model.generate(given, condition_mask=mask, **as_argument(cache), **settings).flatten(1)
 
 
 def draw_theirs(model, seed: int = 0, **options) -> torch.Tensor:
@@ -109,7 +110,7 @@ def forward(model, tokens, cache, chunks: list[int]) -> torch.Tensor:
             part,
             condition=given if part is None else None,
             attention_mask=shown,
-            past_key_values=cache,
+            **as_argument(cache),
         )
         logits.append(output.logits)
     return torch.cat(logits, dim=1)
@@ -338,8 +339,8 @@ def test_the_newest_logits_alone(ours):
     output = ours(draw(ours)[:, :5], condition=given, use_cache=True)
     last = ours(draw(ours)[:, :5], condition=given, logits_to_keep=1)
     torch.testing.assert_close(last.logits, output.logits[:, -1:])
-    assert output.past_key_values.get_seq_length() == ours.config.prefix + 5
-    assert last.past_key_values is None
+    assert output[CACHE_ARGUMENT].get_seq_length() == ours.config.prefix + 5
+    assert last.get(CACHE_ARGUMENT) is None
 
 
 def test_a_seed_repeats_and_leaves_torch_alone(ours):
@@ -460,7 +461,7 @@ def test_masked_caption_tokens_are_never_attended_to(which, name):
 
         def run(given, cache=None):
             if which == "ours":
-                options = {"condition_mask": mask, "past_key_values": cache, "cfg_scale": 4.0}
+                options = {"condition_mask": mask, "cfg_scale": 4.0} | as_argument(cache)
                 return ours.generate(given, do_sample=False, **options).flatten(1)
             return official.generate(theirs, given, IMAGE, mask, 4.0, sample_logits=False)
 
@@ -660,7 +661,7 @@ def test_wrong_sequences(ours):
     with attach(ours, policy="h2o", budget=8) as cache:
         draw(ours, cache)
         with pytest.raises(kvpolicy.LayoutError, match="has no other"):
-            ours(condition=given, past_key_values=cache)
+            ours(condition=given, **as_argument(cache))
         with pytest.raises(kvpolicy.CacheStateError, match=r"reset\(\) it"):
             draw(ours, cache)
     with pytest.raises(kvpolicy.CacheStateError, match="block has ended"):

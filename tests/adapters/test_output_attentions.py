@@ -8,6 +8,7 @@ from support import tiny_models
 
 import kvpolicy
 import kvpolicy_adapters
+from kvpolicy_adapters.transformers.cache_argument import as_argument
 
 transformers = pytest.importorskip("transformers", reason="the adapters need transformers")
 
@@ -31,7 +32,7 @@ def attentions(model, cache, parts, **options) -> list[list[torch.Tensor]]:
     """Of each call, one tensor a layer."""
     with torch.inference_mode():
         return [
-            model(part, past_key_values=cache, output_attentions=True, **options).attentions
+            model(part, **as_argument(cache), output_attentions=True, **options).attentions
             for part in parts
         ]
 
@@ -108,10 +109,10 @@ def test_generate_reports_weights_too():
     options |= {"attention_mask": torch.ones(2, 6, dtype=torch.long)}
     expected = model.generate(tokens(6), output_attentions=True, **options).attentions
     with attach(model, IMAGE, budget="1/1") as cache:
-        given = model.generate(tokens(6), output_attentions=True, past_key_values=cache, **options)
+        given = model.generate(tokens(6), output_attentions=True, **as_argument(cache), **options)
     model.config.output_attentions = True
     with torch.inference_mode(), attach(model, IMAGE, budget="1/1") as cache:
-        first = model(tokens(6), past_key_values=cache).attentions
+        first = model(tokens(6), **as_argument(cache)).attentions
     assert len(given.attentions) == len(expected) == 8
     for mine, eager in zip([*given.attentions, first], [*expected, expected[0]], strict=True):
         for layer in range(3):
@@ -121,11 +122,11 @@ def test_generate_reports_weights_too():
 def test_nothing_is_kept_where_nobody_asks():
     model = tiny_models.llama()
     with torch.inference_mode(), attach(model, IMAGE) as cache:
-        model(tokens(), past_key_values=cache)
+        model(tokens(), **as_argument(cache))
         layers = cache.policy_cache.layers
         assert not any(layer.newest.passes for layer in layers)
         cache.reset()
         attentions(model, cache, [tokens(20)])
         assert all(layer.newest.passes for layer in layers)
-        model(tokens(1), past_key_values=cache)
+        model(tokens(1), **as_argument(cache))
         assert not any(layer.newest.passes for layer in layers)

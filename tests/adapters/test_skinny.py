@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from kvpolicy import KernelError, ParameterError, RasterLayout
 from kvpolicy.ops.cpu import native
 from kvpolicy_adapters import attach, compile_decode, skinny_gemm
+from kvpolicy_adapters.transformers.cache_argument import as_argument
 
 LAYOUT = RasterLayout(rows=6, cols=6, prefix=2)
 
@@ -178,7 +179,7 @@ def test_with_a_policy(model, kernel, compiled):
             compile_decode(model, cache, backend="eager") if compiled and skinny else nullcontext(),
         ):
             steps = [
-                model(tokens[:, at : at + 1], past_key_values=cache).logits
+                model(tokens[:, at : at + 1], **as_argument(cache)).logits
                 for at in range(LAYOUT.length)
             ]
         logits.append(torch.cat(steps, 1))

@@ -8,6 +8,7 @@ import torch
 import kvpolicy
 import kvpolicy_adapters
 from kvpolicy import ModelError
+from kvpolicy_adapters.transformers.cache_argument import CACHE_ARGUMENT, as_argument
 
 transformers = pytest.importorskip("transformers", reason="the adapters need transformers")
 
@@ -135,7 +136,7 @@ def prompt(padding: int = 5):
 
 def generate(model, cache=None, new: int = NEW):
     tokens, mask = prompt()
-    settings = {} if cache is None else {"past_key_values": cache}
+    settings = {} if cache is None else as_argument(cache)
     return model.generate(
         tokens, attention_mask=mask, max_new_tokens=new, do_sample=False, **settings
     )
@@ -191,7 +192,7 @@ def test_chunks_equal_one_by_one_under_eviction(case):
         ):
             for size in sizes:
                 part = tokens[:, seen : seen + size]
-                logits.append(model(part, past_key_values=cache).logits)
+                logits.append(model(part, **as_argument(cache)).logits)
                 seen += size
         return torch.cat(logits, dim=1)
 
@@ -269,7 +270,7 @@ def test_a_padded_sequence_decides_as_it_does_alone(llama, name, padding):
                     tokens[:, part],
                     attention_mask=mask[:, :upto],
                     position_ids=places[:, part],
-                    past_key_values=cache,
+                    **as_argument(cache),
                 )
                 logits.append(out.logits[:, -1])
             held = [cache.positions(layer) for layer in range(4)]
@@ -301,7 +302,7 @@ def test_padding_is_found_in_a_prompt_that_comes_in_chunks(llama, size):
                 tokens[:, seen:upto],
                 attention_mask=mask[:, :upto],
                 position_ids=places,
-                past_key_values=cache,
+                **as_argument(cache),
             )
         start = cache.policy_cache.layers[0].start
         assert start.tolist() == [5, 0]
@@ -371,13 +372,15 @@ def test_attention_that_never_comes_is_found_in_the_first_pass(llama, monkeypatc
     attention = type(llama.model.layers[0].self_attn)
     forward = attention.forward
 
-    def copies(self, *args, past_key_values=None, **kwargs):
+    def copies(self, *args, **kwargs):
+        cache = kwargs[CACHE_ARGUMENT]
+
         class Copy:
-            def update(self, keys, values, *rest):
-                keys, values = past_key_values.update(keys, values, *rest)
+            def update(self, keys, values, *rest, **more):
+                keys, values = cache.update(keys, values, *rest, **more)
                 return keys * 1.0, values
 
-        return forward(self, *args, past_key_values=Copy(), **kwargs)
+        return forward(self, *args, **kwargs | {CACHE_ARGUMENT: Copy()})
 
     monkeypatch.setattr(attention, "forward", copies)
     layout = kvpolicy.TextLayout()
@@ -385,4 +388,4 @@ def test_attention_that_never_comes_is_found_in_the_first_pass(llama, monkeypatc
         kvpolicy_adapters.attach(llama, policy="h2o", budget=8, layout=layout) as cache,
         pytest.raises(ModelError, match="keys of layer 0 never came to the policy's attention"),
     ):
-        llama(prompt()[0], past_key_values=cache)
+        llama(prompt()[0], **as_argument(cache))

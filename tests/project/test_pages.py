@@ -44,6 +44,7 @@ def test_block_runs_and_says_what_its_comments_say(page, number, tmp_path):
     block = blocks(page)[number]
     done = run(block, tmp_path)
     assert done.returncode == 0, done.stderr
+    assert "deprecated" not in done.stderr, "a line that users are told to write draws a warning"
     # `print(...)  # (131, 131): why` promises what is printed.
     promised = re.findall(r"^print\(.*\)  # (\(.*?\)|\S+)", block, re.MULTILINE)
     assert done.stdout.split("\n")[: len(promised)] == promised

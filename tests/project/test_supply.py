@@ -116,7 +116,7 @@ import torch, kvpolicy_adapters
 from kvpolicy_adapters import zoo
 box = zoo.load("fashion-ar")
 with kvpolicy_adapters.attach(box.model, policy="linear", budget="1/6", layout=box.layout) as cache:
-    out = box.model.generate(torch.tensor([[16]]), past_key_values=cache, max_new_tokens=160,
+    out = box.model.generate(torch.tensor([[16]]), cache=cache, max_new_tokens=160,
                              do_sample=False)
 assert out.shape == (1, 161), out.shape
 assert min(cache.stats().evictions) > 0

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import kvpolicy
 import kvpolicy_adapters
+from kvpolicy_adapters.transformers.cache_argument import as_argument
 from support import tiny_models
 
 IMAGE = kvpolicy.RasterLayout(rows=6, cols=5, prefix=6)
@@ -43,7 +44,7 @@ def generate(model, setting: str, cache=None):
     return model.generate(
         tokens,
         attention_mask=torch.ones_like(tokens),
-        past_key_values=cache,
+        **as_argument(cache),
         max_new_tokens=NEW,
         do_sample=False,
         **options,

@@ -30,6 +30,7 @@ from kvpolicy import Budget, ParameterError, RasterLayout, create
 from kvpolicy.lab.bench.contender import Contender, Decoder, Dimensions, Workload
 from kvpolicy_adapters.attach import attach
 from kvpolicy_adapters.bench.floor import FloorCache, floor_attention, skip_attention
+from kvpolicy_adapters.transformers.cache_argument import as_argument
 from kvpolicy_adapters.transformers.compiled import compile_decode
 from kvpolicy_adapters.transformers.skinny import skinny_gemm
 
@@ -150,7 +151,7 @@ class LlamaDecoder:
     def _decode(self, token: Tensor, **options: Any) -> Tensor:
         """A forward pass."""
         output: Tensor = self.forward(
-            token, past_key_values=self.cache, use_cache=True, logits_to_keep=1, **options
+            token, use_cache=True, logits_to_keep=1, **as_argument(self.cache), **options
         ).logits
         self.seen += token.shape[1]
         return output

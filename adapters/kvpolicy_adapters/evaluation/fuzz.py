@@ -187,7 +187,7 @@ def _feed(
     logits, first = [], cache.get_seq_length()
     for size in calls:
         part = tokens[:, first : first + size]
-        logits.append(model(part, past_key_values=cache, use_cache=True).logits)
+        logits.append(model(part, use_cache=True, **cache.as_argument).logits)
         first += size
         _look(cache, first, prefix, what)
     return torch.cat(logits, dim=1)

@@ -142,7 +142,7 @@ class FashionAR:
             kvpolicy.trace(cache) as recording,
             torch.inference_mode(),
         ):
-            self.zoo.model(tokens, past_key_values=cache)
+            self.zoo.model(tokens, **cache.as_argument)
         pictures = torch.as_tensor(np.array(self.zoo.images(tokens[:, 1:])))
         return recording.finish(pictures).dump()
 
@@ -168,7 +168,7 @@ class FashionAR:
         bits = []
         for tokens in self._real(first, images).split(_SCORE_BATCH):
             with self._attached(setting) as cache, torch.inference_mode():
-                logits = self.zoo.model(tokens[:, :-1], past_key_values=cache).logits
+                logits = self.zoo.model(tokens[:, :-1], **cache.as_argument).logits
             nats = functional.cross_entropy(
                 logits.float().transpose(1, 2), tokens[:, 1:], reduction="none"
             )
@@ -217,7 +217,7 @@ class FashionAR:
         drawn: Tensor = model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
-            past_key_values=cache,
+            **cache.as_argument,
             max_new_tokens=tokens,
             do_sample=True,
             top_k=0,

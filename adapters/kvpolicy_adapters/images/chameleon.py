@@ -12,7 +12,7 @@ logits of image tokens. :class:`ImageChameleon` is the same model without that::
     with attach(model, ...) as cache, attach(model, ...) as second:
         model.generate(
             prompt,
-            past_key_values=cache,
+            cache=cache,
             logits_processor=[ImageGuidance(4.0, model, second), ImageGrammar(model)],
         )
 """
@@ -26,7 +26,6 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 from transformers import (
-    Cache,
     ChameleonForConditionalGeneration,
     LogitsProcessor,
     PreTrainedModel,
@@ -37,6 +36,7 @@ from kvpolicy import LayoutError, RasterLayout
 from kvpolicy_adapters.images.guidance import SecondHalf, guided
 from kvpolicy_adapters.images.token_reader import TokenReader
 from kvpolicy_adapters.transformers.cache import TransformersCache
+from kvpolicy_adapters.transformers.cache_argument import CACHE_ARGUMENT, as_argument
 
 __all__ = ["Chameleon", "ImageChameleon", "ImageGrammar", "ImageGuidance"]
 
@@ -155,29 +155,28 @@ class ImageChameleon(ChameleonForConditionalGeneration):
         pixel_values: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits ``[B, T, vocabulary]`` of the last ``logits_to_keep`` tokens (0 for all)."""
+        # The cache is among the other arguments, under the name that this version gives it.
         kwargs["return_dict"] = True
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
         )
         return CausalLMOutputWithPast(
             logits=self.lm_head(outputs.last_hidden_state[:, -logits_to_keep:]),
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **as_argument(outputs.get(CACHE_ARGUMENT)),
         )
 
 

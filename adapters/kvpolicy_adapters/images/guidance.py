@@ -5,7 +5,7 @@ it to a budget. Here it is a cache like the other, made by a second ``attach`` o
 
     with attach(model, ...) as cache, attach(model, ...) as second:
         guide = Guidance(3.0, model, second, negative_prompt)
-        model.generate(prompt, past_key_values=cache, logits_processor=[guide])
+        model.generate(prompt, cache=cache, logits_processor=[guide])
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedModel
 
 from kvpolicy_adapters.transformers.cache import TransformersCache
+from kvpolicy_adapters.transformers.cache_argument import as_argument
 
 __all__ = ["Guidance", "SecondHalf", "guided"]
 
@@ -49,7 +50,7 @@ class SecondHalf:
 
     def _logits(self, tokens: Tensor) -> Tensor:
         output = self.model(
-            tokens, attention_mask=self.mask, past_key_values=self.cache, use_cache=True
+            tokens, attention_mask=self.mask, use_cache=True, **as_argument(self.cache)
         )
         return output.logits[:, -1]
 

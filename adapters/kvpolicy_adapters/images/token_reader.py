@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from kvpolicy import LayoutError, RasterLayout, SequenceLayout, TokenLayout
 from kvpolicy_adapters.transformers.cache import TransformersCache
+from kvpolicy_adapters.transformers.cache_argument import brings
 
 __all__ = ["Header", "ReadsTokens", "TokenReader", "telling"]
 
@@ -194,8 +195,12 @@ def telling(model: PreTrainedModel, cache: TransformersCache, layout: object) ->
         yield
         return
 
-    def tell(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if kwargs.get("past_key_values") is cache:
+    def tell(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
+    ) -> None:
+        # torch registers a hook before it notes that the hook wants keywords: a call of another
+        # thread may come in between, and is none of this block's.
+        if kwargs is not None and brings(cache, args, kwargs):
             ids = args[0] if args else kwargs.get("input_ids")
             if isinstance(ids, Tensor) and ids.ndim == 2 and not ids.is_floating_point():
                 layout.told(cache.get_seq_length(), ids)

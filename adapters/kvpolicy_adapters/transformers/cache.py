@@ -22,6 +22,7 @@ from transformers.utils import output_capturing
 from kvpolicy import CacheStateError, CacheStats, ModelError, PolicyCache
 from kvpolicy.cache.layer import LayerCache
 from kvpolicy.cache.terms import Terms
+from kvpolicy_adapters.transformers.cache_argument import as_argument
 
 __all__ = ["TransformersCache", "policy_attention"]
 
@@ -122,7 +123,7 @@ class PolicyLayer(CacheLayerMixin):
 
 
 class TransformersCache(Cache):
-    """The cache that ``attach`` gives: pass it as ``past_key_values``.
+    """The cache that ``attach`` gives: pass it as ``cache``, or by ``**cache.as_argument``.
 
     Args:
         policy_cache: the cache of the layers that the policy manages.
@@ -150,6 +151,15 @@ class TransformersCache(Cache):
                 for index, layer in enumerate(policy_cache.layers)
             ]
         )
+
+    @property
+    def as_argument(self) -> dict[str, Any]:
+        """This cache under the name that the installed transformers gives the argument.
+
+        For code that runs on several versions: ``model.generate(ids, **cache.as_argument)`` is
+        ``cache=cache`` since 5.24, and ``past_key_values=cache`` before.
+        """
+        return as_argument(self)
 
     def expect(self, layer: PolicyLayer) -> None:
         """Note that a layer's keys are on their way to its attention.

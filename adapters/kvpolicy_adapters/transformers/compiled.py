@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel
 from kvpolicy import CacheStateError, ParameterError, SlotStore
 from kvpolicy.layout import UNBOUND
 from kvpolicy_adapters.transformers.cache import PolicyLayer, TransformersCache
+from kvpolicy_adapters.transformers.cache_argument import brings
 
 __all__ = ["compile_decode"]
 
@@ -32,13 +34,16 @@ def compile_decode(
     Example::
 
         with attach(model, policy="linear", budget="1/6") as cache, compile_decode(model, cache):
-            out = model.generate(**inputs, past_key_values=cache)
+            out = model.generate(**inputs, cache=cache)
 
     Args:
         model: a model that is attached.
         cache: what ``attach`` gave.
         options: of ``torch.compile``, such as ``mode="reduce-overhead"`` (CUDA graphs) or
             ``backend="eager"``.
+
+    Warns:
+        RuntimeWarning: the block ends, and no step was compiled.
 
     Raises:
         ParameterError: this is no attached model of transformers, or (at the first step) its layers
@@ -61,8 +66,13 @@ def compile_decode(
     # One sequence's masks are all alike, and are made by slot: this one is never looked at.
     unread = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=model.device)
 
+    calls = brought = compiled = 0
+
     @functools.wraps(eager)
     def forward(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls, brought, compiled
+        calls += 1
+        brought += brings(cache, args, kwargs)
         if not _decodes(layers, cache, args, kwargs):
             return eager(*args, **kwargs)
         if cache.closed:
@@ -76,6 +86,7 @@ def compile_decode(
                 layer.layer.begin_step(hide)
             output = step(*args, **{**kwargs, "attention_mask": unread})
             done = True
+            compiled += 1
         finally:
             for each in begun:
                 each.end_step(done)
@@ -88,13 +99,22 @@ def compile_decode(
         del model.forward
         if before is not None:
             model.forward = before
+    if not compiled:
+        warnings.warn(
+            f"compile_decode compiled no step: of {calls} calls of this {type(model).__name__}, "
+            f"{brought} brought the cache that it was given, and none of them one token a sequence "
+            f"behind a prompt; call the model that compile_decode was given, pass it this cache, "
+            f"and decode token by token",
+            RuntimeWarning,
+            stacklevel=3,
+        )
 
 
 def _decodes(
     layers: list[PolicyLayer], cache: TransformersCache, args: tuple[Any, ...], kwargs: Any
 ) -> bool:
     """Whether a call brings one token a sequence behind what this cache holds."""
-    if kwargs.get("past_key_values") is not cache:
+    if not brings(cache, args, kwargs):
         return False
     tokens = kwargs.get("input_ids", args[0] if args else None)
     if tokens is None:

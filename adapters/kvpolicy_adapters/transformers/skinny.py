@@ -28,7 +28,7 @@ def skinny_gemm(model: nn.Module) -> Iterator[None]:
     Example::
 
         with attach(model, policy="linear", budget="1/6") as cache, skinny_gemm(model):
-            out = model.generate(**inputs, past_key_values=cache)
+            out = model.generate(**inputs, cache=cache)
 
     Args:
         model: any model; its ``torch.nn.Linear`` layers are served, subclasses are not.

@@ -210,7 +210,7 @@ def _generate(
         pad_token_id=0,
         return_dict_in_generate=True,
         output_logits=True,
-        **({} if cache is None else {"past_key_values": cache}),
+        **({} if cache is None else cache.as_argument),
     )
     return out.sequences, torch.stack(out.logits, dim=1).float()
 

@@ -18,6 +18,7 @@ from transformers import (
 from kvpolicy import CacheStateError, ParameterError, ShapeError
 from kvpolicy_adapters.images.guidance import guided
 from kvpolicy_adapters.images.llamagen.configuration import LlamaGenConfig
+from kvpolicy_adapters.transformers.cache_argument import either
 
 __all__ = ["generate"]
 
@@ -40,6 +41,7 @@ def generate(
     condition: Tensor,
     *,
     condition_mask: Tensor | None = None,
+    cache: Cache | None = None,
     past_key_values: Cache | None = None,
     cfg_scale: float = 1.0,
     cfg_interval: int = -1,
@@ -59,7 +61,8 @@ def generate(
         condition: classes ``[B]``, or embeddings of captions ``[B, length, caption_size]``, padded
             on the left.
         condition_mask: ``[B, length]``, 0 where a caption is padding; of captions only.
-        past_key_values: an empty cache, e.g. that of ``attach``; one of transformers' by default.
+        cache: an empty cache, e.g. that of ``attach``; one of transformers' by default.
+        past_key_values: the former name of ``cache``.
         cfg_scale: guidance; 1 is none.
         cfg_interval: the last image token but one that is guided, counted from 0; -1 guides all.
         do_sample: draw at random; else take the likeliest token each time.
@@ -85,7 +88,8 @@ def generate(
     ):
         if not works:
             raise ParameterError(f"{name}={value!r} must be {allowed}")
-    cache = DynamicCache() if past_key_values is None else past_key_values
+    given = either(cache, past_key_values)
+    cache = DynamicCache() if given is None else given
     if (held := cache.get_seq_length()) != 0:
         raise CacheStateError(
             f"this cache holds {held} tokens already; reset() it, or take another"
@@ -130,7 +134,7 @@ def generate(
             newest.repeat(2 if guidance else 1, 1) if index else None,
             condition=None if index else condition,
             attention_mask=None if mask is None else mask[:, : config.prefix + index],
-            past_key_values=cache,
+            cache=cache,
             logits_to_keep=1,
         )
         logits = output.logits[:, -1]

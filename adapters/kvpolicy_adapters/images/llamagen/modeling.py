@@ -19,6 +19,7 @@ from kvpolicy import LayoutError, ParameterError, ShapeError
 from kvpolicy_adapters.images.llamagen.configuration import LlamaGenConfig
 from kvpolicy_adapters.images.llamagen.generation import generate
 from kvpolicy_adapters.images.llamagen.rotary import rotate, rotation_table
+from kvpolicy_adapters.transformers.cache_argument import as_argument, either
 
 __all__ = ["LlamaGen"]
 
@@ -180,7 +181,7 @@ class LlamaGen(PreTrainedModel):
 
         model = read_official("c2i_L_384.pt", grid_size=24)
         with attach(model, policy="linear", budget="1/6") as cache:
-            grids = model.generate(torch.tensor([207, 360]), cfg_scale=4.0, past_key_values=cache)
+            grids = model.generate(torch.tensor([207, 360]), cfg_scale=4.0, cache=cache)
 
     A sequence is the condition (positions 0 to ``config.prefix - 1``) and ``n * n`` image tokens,
     row by row.
@@ -236,9 +237,10 @@ class LlamaGen(PreTrainedModel):
         input_ids: Tensor | None = None,
         condition: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         use_cache: bool = False,
         logits_to_keep: int = 0,
+        past_key_values: Cache | None = None,
     ) -> CausalLMOutputWithPast:
         """The logits behind each new token.
 
@@ -248,9 +250,10 @@ class LlamaGen(PreTrainedModel):
                 ``[B, config.caption_length, config.caption_size]``.
             attention_mask: by position, ``[B, tokens so far, new ones included]``: 0 hides a token
                 of a caption from all others (it still attends to itself). None hides nothing.
-            past_key_values: a cache, e.g. that of ``attach``.
+            cache: a cache, e.g. that of ``attach``.
             use_cache: make a ``DynamicCache`` where no cache is given.
             logits_to_keep: number of newest tokens whose logits are wanted; 0 for all.
+            past_key_values: the former name of ``cache``.
 
         Returns:
             ``logits``, float32 ``[B, T (condition included), vocab_size]``, and the cache.
@@ -260,9 +263,10 @@ class LlamaGen(PreTrainedModel):
             LayoutError: a sequence begins without a condition, or is longer than the image.
             ShapeError: the condition or the mask has the wrong shape.
         """
-        if past_key_values is None and use_cache:
-            past_key_values = DynamicCache()
-        seen: Any = 0 if past_key_values is None else past_key_values.get_seq_length()
+        cache = either(cache, past_key_values)
+        if cache is None and use_cache:
+            cache = DynamicCache()
+        seen: Any = 0 if cache is None else cache.get_seq_length()
         parts = [] if condition is None else [self.cls_embedding(condition)]
         if input_ids is not None:
             parts.append(self.tok_embeddings(input_ids))
@@ -271,7 +275,7 @@ class LlamaGen(PreTrainedModel):
         x = torch.cat(parts, dim=1)
         if isinstance(seen, Tensor):
             # In the middle of a compiled step: what is checked below was checked before it.
-            return self._logits(x, self._rotation(x.device)[seen], attention_mask, past_key_values)
+            return self._logits(x, self._rotation(x.device)[seen], attention_mask, cache)
         if (condition is None) == (seen == 0):
             raise LayoutError(
                 "a sequence begins with its condition (a class or a caption), and has no other: "
@@ -284,9 +288,9 @@ class LlamaGen(PreTrainedModel):
                 f"condition and {self.config.grid_size} x {self.config.grid_size} image tokens "
                 f"make {self.config.length}"
             )
-        mask = self._mask(x, attention_mask, past_key_values, after)
+        mask = self._mask(x, attention_mask, cache, after)
         rotation = self._rotation(x.device)[seen:after]
-        return self._logits(x, rotation, mask, past_key_values, logits_to_keep)
+        return self._logits(x, rotation, mask, cache, logits_to_keep)
 
     def _logits(
         self,
@@ -300,7 +304,7 @@ class LlamaGen(PreTrainedModel):
         for layer in self.layers:
             x = layer(x, rotation, mask, cache)
         x = self.norm(x[:, -logits_to_keep:])
-        return CausalLMOutputWithPast(logits=self.output(x).float(), past_key_values=cache)
+        return CausalLMOutputWithPast(logits=self.output(x).float(), **as_argument(cache))
 
     def _mask(self, x: Tensor, by_position: Tensor | None, cache: Cache | None, after: int) -> Any:
         """What each new token may see, ``[B|1, 1, T, positions]``; None for all before it."""
