@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kvpolicy.errors import ParameterError
 from kvpolicy.layout import TokenLayout
+from kvpolicy.ops.sums import sum_over
 from kvpolicy.slots import SlotShape
 
 __all__ = [
@@ -98,7 +99,7 @@ class _SlotMass:
         """Add the mass of T queries, ``[B, H, T, S']``."""
         count, slots = mass.shape[2:]
         into = self.mass if slots == self.mass.shape[2] else self.mass[..., :slots]
-        into += mass.squeeze(2) if count == 1 else mass.sum(2)
+        into += mass.squeeze(2) if count == 1 else sum_over(mass, 2)
 
 
 class CumulativeMass(_SlotMass):

@@ -11,6 +11,7 @@ from torch import Tensor
 from kvpolicy.observers import AttentionObserver
 from kvpolicy.ops.key_lengths import lengths
 from kvpolicy.ops.pool import pool
+from kvpolicy.ops.sums import mean_over
 from kvpolicy.parts.key_lengths import KeyLengths
 from kvpolicy.parts.named import register_part
 from kvpolicy.policy.parts import Score
@@ -56,7 +57,7 @@ class HeadMean(Score):
 
     def worth(self, view: CacheView) -> Tensor:
         """The same for every head."""
-        return view.mass.mean(1, keepdim=True).expand_as(view.mass)
+        return mean_over(view.mass, 1).unsqueeze(1).expand_as(view.mass)
 
 
 @register_part("pooled")

@@ -41,7 +41,7 @@ __all__ = [
 
 _SOURCES = tuple(sorted(Path(__file__).parent.glob("*_cpu.cpp")))
 _HEADERS = tuple(sorted(Path(__file__).parent.glob("*.h")))
-_FLAGS = ("-std=c++20", "-O3", "-march=native", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
+_FLAGS = ("-std=c++20", "-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
 #: Of the keys and values that kernels read.
 DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 
@@ -57,10 +57,15 @@ def library() -> Path:
     """Where the library for this machine lies, or would lie."""
     what = hashlib.sha256()
     sources = [source.read_text() for source in (*_SOURCES, *_HEADERS)]
-    for part in (*sources, *_FLAGS, torch.__version__, platform.machine(), _features()):
+    for part in (*sources, *_flags(), torch.__version__, platform.machine(), _features()):
         what.update(part.encode())
     folder = Path(os.environ.get("KVPOLICY_KERNELS", "~/.cache/kvpolicy/kernels")).expanduser()
     return folder / f"cpu-{what.hexdigest()[:16]}.so"
+
+
+def _flags() -> tuple[str, ...]:
+    """For this processor, or the one that ``$KVPOLICY_MARCH`` names, as compilers name them."""
+    return (*_FLAGS, f"-march={os.environ.get('KVPOLICY_MARCH') or 'native'}")
 
 
 def build(compiler: str | None = None) -> Path:
@@ -95,7 +100,7 @@ def build(compiler: str | None = None) -> Path:
         linked = Path(folder, "linked.so")
         include = [f"-I{path}" for path in headers]
         compiled = [Path(folder, f"{source.stem}.o") for source in _SOURCES]
-        flags = (*_FLAGS, "-fopenmp", abi, *include)
+        flags = (*_flags(), "-fopenmp", abi, *include)
 
         def compile_one(source: Path, object_file: Path) -> None:
             _call(found, *flags, "-c", source, "-o", object_file)

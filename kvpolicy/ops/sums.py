@@ -1,0 +1,39 @@
+"""Sums over heads, queries or lines that are the same to the last bit whatever the slot.
+
+torch may add in another order at the end of a row than inside it. Then tokens that got the same
+from every head would differ in the last bit of the sum, and which of them goes would hang on where
+they lie instead of on their age.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+__all__ = ["mean_over", "sum_over"]
+
+
+def sum_over(tensor: Tensor, dim: int) -> Tensor:
+    """The sum over one dimension, halves added element by element until one is left.
+
+    Args:
+        tensor: floating point, with at least one entry along ``dim``.
+        dim: the dimension that goes.
+
+    Returns:
+        The tensor without that dimension; a view of it where there was only one entry.
+    """
+    left = tensor.shape[dim]
+    while left > 1:
+        half = left // 2
+        added = tensor.narrow(dim, 0, half) + tensor.narrow(dim, half, half)
+        if left % 2:
+            added.narrow(dim, 0, 1).add_(tensor.narrow(dim, left - 1, 1))
+        tensor, left = added, half
+    return tensor.select(dim, 0)
+
+
+def mean_over(tensor: Tensor, dim: int) -> Tensor:
+    """The mean over one dimension: :func:`sum_over`, divided."""
+    count = tensor.shape[dim]
+    total = sum_over(tensor, dim)
+    return total if count == 1 else total / count

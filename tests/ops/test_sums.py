@@ -1,0 +1,112 @@
+"""Equal tokens score equal to the last bit, wherever they lie, by every operation and backend."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import kvpolicy
+from kvpolicy.ops.cpu import native
+from kvpolicy.ops.key_lengths import lengths
+from kvpolicy.ops.sums import mean_over, sum_over
+from kvpolicy.parts import HeadMean
+
+#: Around the ends of vectors and of unrolled loops.
+HELD = [1, 7, 15, 17, 31, 33, 63, 97, 131, 259]
+
+
+def drawn(*shape, seed=0):
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("held", HELD)
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 8, 9, 16, 31, 64])
+def test_sums_do_not_depend_on_the_place(count, held):
+    """What each head gives the first token it gives to all of them."""
+    mass = drawn(2, count, 1, seed=count).expand(2, count, held).contiguous()
+    for found in (sum_over(mass, 1), mean_over(mass, 1)):
+        assert found.shape == (2, held)
+        assert (found == found[:, :1]).all()
+
+
+@given(st.integers(1, 70), st.integers(0, 3), st.integers(0, 10**6))
+def test_they_are_sums_and_means(count, dim, seed):
+    shape = [3, 2, 4, 5]
+    shape[dim] = count
+    tensor = drawn(*shape, seed=seed)
+    before = tensor.clone()
+    exact = tensor.double()
+    torch.testing.assert_close(sum_over(tensor, dim).double(), exact.sum(dim), rtol=1e-6, atol=0)
+    torch.testing.assert_close(mean_over(tensor, dim).double(), exact.mean(dim), rtol=1e-6, atol=0)
+    assert torch.equal(tensor, before)
+
+
+def test_gradients_flow_through_them():
+    tensor = drawn(7, 3).requires_grad_()
+    mean_over(tensor, 0).sum().backward()
+    torch.testing.assert_close(tensor.grad, torch.full((7, 3), 1 / 7))
+
+
+@pytest.mark.parametrize("heads", [1, 8, 12, 32])
+@pytest.mark.parametrize("held", HELD)
+def test_a_mean_over_heads_ties_equal_tokens(heads, held):
+    """The score of ``tova``: of tokens that each head gives the same, the oldest must go."""
+    mass = drawn(1, heads, 1, seed=heads).expand(1, heads, held).contiguous()
+
+    class View:
+        pass
+
+    view = View()
+    view.mass = mass
+    found = HeadMean().worth(view)
+    assert found.shape == mass.shape
+    assert (found == found[:, :, :1]).all()
+
+
+@pytest.fixture(params=["torch", "kernel"])
+def backend(request, monkeypatch):
+    """Each backend that serves on a CPU."""
+    operators = request.getfixturevalue("operators") if request.param == "kernel" else None
+    monkeypatch.setattr(native, "operators", lambda: operators)
+
+
+def equal_tokens(held, dim, pairs=2):
+    """Tokens of a few kinds, which of them lies where is drawn; and the kind of each slot."""
+    kind = torch.randint(0, pairs, (held,), generator=torch.Generator().manual_seed(held))
+    tokens = torch.randn(1, 2, pairs, dim, generator=torch.Generator().manual_seed(dim))
+    return tokens[:, :, kind].contiguous(), kind
+
+
+def assert_kinds_tie(found, kind):
+    for each in kind.unique():
+        same = found[..., kind == each]
+        assert (same == same[..., :1]).all()
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("dim", [1, 8, 20, 64, 80, 128])
+@pytest.mark.parametrize("held", HELD)
+def test_equal_tokens_tie(held, dim):
+    tokens, kind = equal_tokens(held, dim)
+    assert_kinds_tie(lengths(tokens), kind)
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("policy", ["tova", "knorm", "h2o"])
+def test_equal_tokens_go_in_the_order_of_their_age(policy):
+    """A whole stream of one token again and again: what is left are the prefix and the newest."""
+    layout = kvpolicy.TextLayout(sinks=1)
+    cache = kvpolicy.PolicyCache(policy, 20, layout=layout, num_layers=1)
+    key = torch.randn(1, 12, 1, 16, generator=torch.Generator().manual_seed(3))
+    value = torch.randn(1, 12, 1, 16, generator=torch.Generator().manual_seed(4))
+    query = torch.randn(1, 24, 1, 16, generator=torch.Generator().manual_seed(5))
+    for _ in range(60):
+        cache.attend(0, query, key, value)
+    kept = cache.positions(0).sort(-1).values
+    if policy == "h2o":  # mass adds up, so the newest has least; what is protected is a window
+        kept = kept[..., -10:]
+        assert (kept == torch.arange(50, 60)).all()
+    else:
+        assert (kept == torch.tensor([0, *range(40, 60)])).all()
