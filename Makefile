@@ -1,10 +1,14 @@
-# make demo   set up, then run the main job on real images
-# make test   set up, then run the whole test suite
+# make demo    set up, then run the main job on real images
+# make fast    at every save: ruff, and the quick tests
+# make test    set up, then run the whole test suite
 # make test-transformers VERSION=5.17.0
-#             set up, then run the adapters' tests on another transformers (by default the newest)
-# make lint   ruff (format, rules) and mypy
-# make docs   build the documentation strictly, into site/
-# make clean  remove what the others made, virtual environment included
+#              the adapters' tests on another transformers (by default the newest)
+# make lint    ruff (format, rules) and mypy
+# make format  let ruff mend what it can
+# make hooks   run ruff and mypy before each commit from now on
+# make docs    build the documentation strictly, into site/
+# make bench   time a small fixed workload, and add its figures to docs/bench.json
+# make clean   remove what the others made, virtual environment included
 #
 # VENV=DIR puts the virtual environment elsewhere, PYTHON=... picks the interpreter for it.
 
@@ -18,13 +22,18 @@ ARGS ?=
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-transformers lint docs clean
+.PHONY: help demo fast test test-transformers lint format hooks docs bench clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
 
 demo: $(VENV)/.ready-demo
 	$(BIN)/kvpolicy demo $(ARGS)
+
+fast: $(VENV)/.ready-dev
+	$(BIN)/ruff format --check --quiet .
+	$(BIN)/ruff check --quiet .
+	$(BIN)/python -m pytest -q -n auto --dist worksteal -m "not slow" $(ARGS)
 
 test: $(VENV)/.ready-dev
 	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
@@ -51,8 +60,18 @@ lint: $(VENV)/.ready-dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+format: $(VENV)/.ready-dev
+	$(BIN)/ruff check --fix --quiet . || true
+	$(BIN)/ruff format .
+
+hooks: $(VENV)/.ready-dev
+	$(BIN)/pre-commit install
+
 docs: $(VENV)/.ready-dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+bench: $(VENV)/.ready-dev
+	$(BIN)/python .ci/bench.py $(ARGS)
 
 # Installations, that of the build backend included, take the pinned versions and no others.
 $(VENV)/.ready-%: export PIP_CONSTRAINT = constraints.txt

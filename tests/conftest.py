@@ -1,5 +1,11 @@
 import os
 
+# Tensors here are tiny: a second thread would only wait at barriers, in this process and in those
+# that it starts. Libraries read this when they are loaded.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["MKL_NUM_THREADS"] = "1"
+os.environ["OPENBLAS_NUM_THREADS"] = "1"
+
 import torch
 from hypothesis import settings
 from support.kernel_library import folder, kernel, operators  # noqa: F401 (fixtures)
@@ -13,5 +19,4 @@ settings.load_profile("ci" if os.environ.get("CI") else "default")
 # Tests of the CPU kernel build their own; others must not depend on what this user has built.
 os.environ["KVPOLICY_NATIVE"] = "0"
 
-# Tensors here are tiny: a second thread would only wait at barriers.
 torch.set_num_threads(1)

@@ -169,8 +169,8 @@ def test_the_page_says_what_shipped_policies_are_made_of():
 
 def test_a_plan_takes_a_composition_by_its_spelling_or_by_its_parts():
     pytest.importorskip("yaml", reason="plans need the lab's extra")
-    from kvpolicy.named import make_policy
     from kvpolicy.lab.run.plan import Plan
+    from kvpolicy.named import make_policy
 
     chosen = {"protect": "anchors:2+share:0.5", "observe": "cumulative_mass", "score": "mass"}
     word = "h2o/protect=anchors:2+share:0.5"

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 
 import pytest
+from filelock import FileLock
 
 from kvpolicy.ops.cpu import native
 
@@ -16,17 +16,21 @@ needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler is
 
 
 @pytest.fixture(scope="session")
-def folder(tmp_path_factory):
-    """A folder with the library in it, built once for all processes that run tests together."""
-    built = tmp_path_factory.getbasetemp().parent / "kernels"
-    before = os.environ.get("KVPOLICY_KERNELS")
-    os.environ["KVPOLICY_KERNELS"] = str(built)
-    try:
+def folder(request, tmp_path_factory):
+    """A folder with the library in it, built once for all processes that run tests together.
+
+    It outlives the run where pytest keeps a cache: a library is called after what it was made of.
+    """
+    cache = getattr(request.config, "cache", None)
+    shared = tmp_path_factory.getbasetemp().parent / "kernels"
+    built = shared if cache is None else cache.mkdir("kernels")
+    built.mkdir(exist_ok=True)
+    with pytest.MonkeyPatch.context() as patch, FileLock(built / "lock"):
+        patch.setenv("KVPOLICY_KERNELS", str(built))
         path = native.build()
-    finally:
-        os.environ.pop("KVPOLICY_KERNELS")
-        if before is not None:
-            os.environ["KVPOLICY_KERNELS"] = before
+    if cache is not None:  # this checkout's own
+        for other in set(built.glob("*.so")) - {path}:
+            other.unlink(missing_ok=True)
     assert path.parent == built
     return built
 
