@@ -61,7 +61,7 @@ lint: $(VENV)/.ready-dev
 	$(BIN)/mypy
 
 format: $(VENV)/.ready-dev
-	$(BIN)/ruff check --fix --quiet . || true
+	$(BIN)/ruff check --fix --exit-zero .
 	$(BIN)/ruff format .
 
 hooks: $(VENV)/.ready-dev
