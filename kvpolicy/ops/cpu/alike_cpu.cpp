@@ -12,8 +12,8 @@
 
 namespace {
 
-constexpr int64_t kTileRows = 6;
-constexpr Ints kCount = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+// Rows and vectors of a tile of cosines: their sums fill the registers.
+constexpr int64_t kTileRows = 6, kTileVectors = kWide ? 4 : 2;
 
 // tile[r][j] = key (row + r) . key (column + j), for kVectors * kLanes columns.
 template <int64_t kVectors>
@@ -25,7 +25,7 @@ void multiply(const float* keys, int64_t dim, int64_t across, int64_t row, int64
     for (int64_t v = 0; v < kVectors; ++v)
       right[v] = lanes<Lanes>(here + column + v * kLanes);
     for (int64_t r = 0; r < kTileRows; ++r)
-      for (int64_t v = 0; v < kVectors; ++v) sums[r][v] += here[row + r] * right[v];
+      for (int64_t v = 0; v < kVectors; ++v) sums[r][v] = fused(here[row + r], right[v], sums[r][v]);
   }
   for (int64_t r = 0; r < kTileRows; ++r)
     for (int64_t v = 0; v < kVectors; ++v)
@@ -48,9 +48,9 @@ void add_cosines(const Tensor& key, const Tensor& positions, const Tensor& out, 
   float* totals = total.mutable_data_ptr<float>();
   const int64_t all = total.size(0) * total.size(1);
   each_head(total, 1, [&](int64_t first, int64_t last) {
-    std::vector<float> room((2 * wide + 4) * across + wide + kLanes);
+    std::vector<float> room((2 * wide + 4) * across + wide + kTileRows);
     float* turned = room.data();  // [dim, across]; a tile's last rows may lie behind the last
-    float* copied = turned + wide * across + kLanes;
+    float* copied = turned + wide * across + kTileRows;
     float* own = copied + wide * across;
     float* sum = own + across;
     float* found = sum + across;  // cosine with the newest that is like a token
@@ -58,6 +58,8 @@ void add_cosines(const Tensor& key, const Tensor& positions, const Tensor& out, 
     float* together = unit + across;
     std::vector<int32_t> like(across);  // which that is; -1 for none
     Order order;
+    Ints one_by_one;
+    for (int64_t lane = 0; lane < kLanes; ++lane) one_by_one[lane] = static_cast<int32_t>(lane);
     alignas(64) float tile[kTileRows * kTileVectors * kLanes];
     alignas(64) int32_t some[kTileVectors * kLanes];  // of a row's, which are like it
     for (int64_t at = first; at < last; ++at) {
@@ -81,7 +83,7 @@ void add_cosines(const Tensor& key, const Tensor& positions, const Tensor& out, 
         Lanes square{};
         for (int64_t d = 0; d < dim; ++d) {
           const Lanes row = lanes<Lanes>(turned + d * width + j);
-          square += row * row;
+          square = fused(row, row, square);
         }
         lanes<Lanes>(own + j) = square;
       }
@@ -95,7 +97,7 @@ void add_cosines(const Tensor& key, const Tensor& positions, const Tensor& out, 
         for (int64_t j = 0; j < width; j += kLanes) {
           Lanes& row = lanes<Lanes>(turned + d * width + j);
           row *= lanes<Lanes>(unit + j);
-          lanes<Lanes>(own + j) += row * row;
+          lanes<Lanes>(own + j) = fused(row, row, lanes<Lanes>(own + j));
           sums += row;
         }
         together[d] = 0;
@@ -113,12 +115,9 @@ void add_cosines(const Tensor& key, const Tensor& positions, const Tensor& out, 
           const int64_t left = (width - column) / kLanes;
           const int64_t tiles = (left + kTileVectors - 1) / kTileVectors;
           const int64_t vectors = (left + tiles - 1) / tiles, columns = vectors * kLanes;
-          switch (vectors) {
-            case 4: multiply<4>(turned, dim, width, row, column, tile); break;
-            case 3: multiply<3>(turned, dim, width, row, column, tile); break;
-            case 2: multiply<2>(turned, dim, width, row, column, tile); break;
-            default: multiply<1>(turned, dim, width, row, column, tile);
-          }
+          with_count<kTileVectors>(vectors, [&](auto known) {
+            multiply<known>(turned, dim, width, row, column, tile);
+          });
           // Most tiles hold no two that are alike.
           for (int64_t r = 0; r < rows; ++r)
             if (row + r >= column && row + r < column + columns)
@@ -138,7 +137,7 @@ void add_cosines(const Tensor& key, const Tensor& positions, const Tensor& out, 
             bool search = like[newer] < 0 && similar >= 0;
             int32_t any = 0;
             for (int64_t j = 0; j < columns; j += kLanes) {
-              const Ints place = kCount + static_cast<int32_t>(column + j);
+              const Ints place = one_by_one + static_cast<int32_t>(column + j);
               const Ints alike = (lanes<Lanes>(cosine + j) > similar) & (place > newer);
               const Ints takes = alike & (lanes<Ints>(like.data() + column + j) < 0);
               lanes<Lanes>(found + column + j) =

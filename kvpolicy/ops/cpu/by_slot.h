@@ -1,5 +1,5 @@
-// What kernels share that go by a head's slots, side by side: rows of strided tensors, vectors of slots,
-// tokens turned so that a dimension is a row, their products, and the order of positions.
+// What kernels share that go by a head's slots, side by side: rows of strided tensors, tokens turned so
+// that a dimension is a row, their products, and the order of positions.
 //
 // Slots that hold equal tokens must score equal to the last bit, wherever they lie, for the older is
 // to go: so sums run over a head's dimensions in one order for all slots, side by side, and slots
@@ -10,6 +10,8 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+
+#include "lanes.h"
 
 #include <algorithm>
 #include <bit>
@@ -59,44 +61,6 @@ void by_dtype(const Tensor& tensor, const Go& go) {
   }
 }
 
-// Slots side by side: sixteen, on processors with narrower vectors as several of them.
-constexpr int64_t kLanes = 16;
-using Lanes = float __attribute__((vector_size(kLanes * sizeof(float)), aligned(4), may_alias));
-using Ints = int32_t __attribute__((vector_size(kLanes * sizeof(int32_t)), aligned(4), may_alias));
-
-template <typename Vector, typename T>
-inline Vector& lanes(T* at) {
-  return *reinterpret_cast<Vector*>(at);
-}
-template <typename Vector, typename T>
-inline const Vector& lanes(const T* at) {
-  return *reinterpret_cast<const Vector*>(at);
-}
-
-inline int64_t padded(int64_t slots) { return (slots + kLanes - 1) / kLanes * kLanes; }
-
-// Sixteen rows of sixteen numbers, turned: each round interleaves the upper half with the lower.
-inline void turn_block(const float* rows, int64_t stride, float* out, int64_t out_stride) {
-#if defined(__has_builtin) && __has_builtin(__builtin_shufflevector)
-  Lanes a[kLanes], b[kLanes];
-  for (int64_t i = 0; i < kLanes; ++i) a[i] = lanes<Lanes>(rows + i * stride);
-  for (int64_t round = 0; round < 4; ++round) {
-    for (int64_t i = 0; i < kLanes / 2; ++i) {
-      const Lanes x = a[i], y = a[i + kLanes / 2];
-      b[2 * i] = __builtin_shufflevector(
-          x, y, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-      b[2 * i + 1] = __builtin_shufflevector(
-          x, y, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
-    }
-    for (int64_t i = 0; i < kLanes; ++i) a[i] = b[i];
-  }
-  for (int64_t i = 0; i < kLanes; ++i) lanes<Lanes>(out + i * out_stride) = a[i];
-#else
-  for (int64_t d = 0; d < kLanes; ++d)
-    for (int64_t i = 0; i < kLanes; ++i) out[d * out_stride + i] = rows[i * stride + d];
-#endif
-}
-
 // A token in float32, padded with zeros.
 template <typename T>
 inline void copy(const T* token, int64_t dim, float* out) {
@@ -112,30 +76,28 @@ void turn(const float* tokens, int64_t slots, int64_t dim, float* out) {
       turn_block(tokens + s * wide + d, wide, out + d * across + s, across);
 }
 
-constexpr int64_t kTileVectors = 4;
-
-template <int64_t kVectors>
-inline void product_of(
-    const float* other, int64_t stride, const float* rows, int64_t count, int64_t width, float* out) {
-  Lanes sums[kVectors] = {};
-  for (int64_t i = 0; i < count; ++i)
-    for (int64_t v = 0; v < kVectors; ++v)
-      sums[v] += other[i * stride] * lanes<Lanes>(rows + i * width + v * kLanes);
-  for (int64_t v = 0; v < kVectors; ++v) lanes<Lanes>(out + v * kLanes) = sums[v];
+// Calls go(how many) for a number from 1 to kMost that is known when it is compiled.
+template <int64_t kMost, typename Go>
+inline void with_count(int64_t count, const Go& go) {
+  if constexpr (kMost > 1) {
+    if (count < kMost) return with_count<kMost - 1>(count, go);
+  }
+  go(std::integral_constant<int64_t, kMost>{});
 }
 
 // out = sum over i < count of other[i * stride] * rows[i], rows of `width` numbers, whole vectors.
+// So many vectors at once that each sum need not wait for the one before.
 void product(
     const float* other, int64_t stride, const float* rows, int64_t count, int64_t width, float* out) {
-  int64_t j = 0;
-  for (; j + kTileVectors * kLanes <= width; j += kTileVectors * kLanes)
-    product_of<kTileVectors>(other, stride, rows + j, count, width, out + j);
-  switch ((width - j) / kLanes) {
-    case 3: product_of<3>(other, stride, rows + j, count, width, out + j); break;
-    case 2: product_of<2>(other, stride, rows + j, count, width, out + j); break;
-    case 1: product_of<1>(other, stride, rows + j, count, width, out + j); break;
-    default: break;
-  }
+  constexpr int64_t kAtOnce = 8;
+  for (int64_t j = 0; j < width; j += kAtOnce * kLanes)
+    with_count<kAtOnce>((width - j) / kLanes, [&](auto vectors) {
+      Lanes sums[vectors] = {};
+      for (int64_t i = 0; i < count; ++i)
+        for (int64_t v = 0; v < vectors; ++v)
+          sums[v] = fused(other[i * stride], lanes<Lanes>(rows + i * width + j + v * kLanes), sums[v]);
+      for (int64_t v = 0; v < vectors; ++v) lanes<Lanes>(out + j + v * kLanes) = sums[v];
+    });
 }
 
 // Ask for a part of a head's tokens ahead of time: part `at` of `parts`.

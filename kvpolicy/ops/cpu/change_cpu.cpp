@@ -76,7 +76,7 @@ struct Foreseen {
 #pragma omp simd reduction(+ : square)
       for (int64_t d = 0; d < wide; ++d) {
         reads[d] *= share;
-        square += reads[d] * reads[d];
+        square = fused(reads[d], reads[d], square);
       }
       own[w] = square;
       product(reads, 1, values, dim, across, along + w * across);
@@ -89,7 +89,8 @@ struct Foreseen {
     std::fill(square, square + across, 0.0f);
     for (int64_t d = 0; d < dim; ++d)
 #pragma omp simd
-      for (int64_t s = 0; s < across; ++s) square[s] += values[d * across + s] * values[d * across + s];
+      for (int64_t s = 0; s < across; ++s)
+        square[s] = fused(values[d * across + s], values[d * across + s], square[s]);
     std::fill(cost, cost + across, 0.0f);
     for (int64_t w = 0; w < lines; ++w) {
       const float *row = mass + w * across, *reads = along + w * across;
@@ -122,9 +123,9 @@ struct Foreseen {
         Lanes masses{}, cross{};
         for (int64_t w = 0; w < lines; ++w) {
           const Lanes row = lanes<Lanes>(mass + w * across + j);
-          masses += mass[w * across + slot] * row;
-          cross += along[w * across + slot] * row;
-          cross += mass[w * across + slot] * lanes<Lanes>(along + w * across + j);
+          masses = fused(mass[w * across + slot], row, masses);
+          cross = fused(along[w * across + slot], row, cross);
+          cross = fused(mass[w * across + slot], lanes<Lanes>(along + w * across + j), cross);
         }
         lanes<Lanes>(cost + j) += 2 * (lanes<Lanes>(added + j) * masses - cross);
       }

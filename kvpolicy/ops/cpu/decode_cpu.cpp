@@ -11,6 +11,8 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include "lanes.h"
+
 #include <atomic>
 #include <cmath>
 #include <cstring>
@@ -26,15 +28,15 @@ using at::Tensor;
 inline float exponential(float x) {
   const float clipped = x < -87.0f ? -87.0f : x;
   const float whole = std::nearbyint(clipped * 1.44269504f);
-  const float r = (clipped - whole * 0.693145752f) - whole * 1.42860677e-6f;
+  const float r = fused(whole, -1.42860677e-6f, fused(whole, -0.693145752f, clipped));
   float sum = 1.0f / 5040;
-  sum = sum * r + 1.0f / 720;
-  sum = sum * r + 1.0f / 120;
-  sum = sum * r + 1.0f / 24;
-  sum = sum * r + 1.0f / 6;
-  sum = sum * r + 0.5f;
-  sum = sum * r + 1.0f;
-  sum = sum * r + 1.0f;
+  sum = fused(sum, r, 1.0f / 720);
+  sum = fused(sum, r, 1.0f / 120);
+  sum = fused(sum, r, 1.0f / 24);
+  sum = fused(sum, r, 1.0f / 6);
+  sum = fused(sum, r, 0.5f);
+  sum = fused(sum, r, 1.0f);
+  sum = fused(sum, r, 1.0f);
   const int32_t bits = (static_cast<int32_t>(whole) + 127) << 23;
   float power;
   std::memcpy(&power, &bits, sizeof power);
@@ -51,30 +53,45 @@ inline void ask_ahead(const T* row, int64_t dim) {
     __builtin_prefetch(reinterpret_cast<const char*>(row + kAhead * dim) + byte);
 }
 
+// scores[i] = query . keys[i] for kCount of them, each in the same order whatever their count.
+template <int64_t kCount, typename T>
+inline void dots(const float* query, const T* keys, int64_t dim, float* scores) {
+  const int64_t whole = dim / kLanes * kLanes;
+  Lanes sums[kCount] = {};
+  for (int64_t d = 0; d < whole; d += kLanes) {
+    const Lanes asked = lanes<Lanes>(query + d);
+    for (int64_t i = 0; i < kCount; ++i) sums[i] = fused(asked, load(keys + i * dim + d), sums[i]);
+  }
+  sums_of<kCount>(sums, scores);
+  for (int64_t i = 0; i < kCount; ++i)
+    for (int64_t d = whole; d < dim; ++d)
+      scores[i] = fused(query[d], static_cast<float>(keys[i * dim + d]), scores[i]);
+}
+
 // scores[s] = query . keys[s]; kDim is the head dim where it is known when this is compiled, or 0.
 template <int kDim, typename T>
 inline void score(const float* query, const T* keys, int64_t held, int64_t any_dim, float* scores) {
   const int64_t dim = kDim ? kDim : any_dim;
   int64_t s = 0;
   for (; s + kAbreast <= held; s += kAbreast) {
-    const T* row = keys + s * dim;
-    float a = 0, b = 0, c = 0, e = 0;
-    for (int64_t i = 0; i < kAbreast; ++i) ask_ahead(row + i * dim, dim);
-#pragma omp simd reduction(+ : a, b, c, e)
-    for (int64_t d = 0; d < dim; ++d) {
-      a += query[d] * static_cast<float>(row[d]);
-      b += query[d] * static_cast<float>(row[dim + d]);
-      c += query[d] * static_cast<float>(row[2 * dim + d]);
-      e += query[d] * static_cast<float>(row[3 * dim + d]);
-    }
-    scores[s] = a, scores[s + 1] = b, scores[s + 2] = c, scores[s + 3] = e;
+    for (int64_t i = 0; i < kAbreast; ++i) ask_ahead(keys + (s + i) * dim, dim);
+    dots<kAbreast>(query, keys + s * dim, dim, scores + s);
   }
-  for (; s < held; ++s) {
-    float a = 0;
-#pragma omp simd reduction(+ : a)
-    for (int64_t d = 0; d < dim; ++d) a += query[d] * static_cast<float>(keys[s * dim + d]);
-    scores[s] = a;
+  for (; s < held; ++s) dots<1>(query, keys + s * dim, dim, scores + s);
+}
+
+// output += sum over i < kCount of weights[i] * values[i].
+template <int64_t kCount, typename T>
+inline void add_weighted(const float* weights, const T* values, int64_t dim, float* output) {
+  const int64_t whole = dim / kLanes * kLanes;
+  for (int64_t d = 0; d < whole; d += kLanes) {
+    Lanes sum = lanes<Lanes>(output + d);
+    for (int64_t i = 0; i < kCount; ++i) sum = fused(weights[i], load(values + i * dim + d), sum);
+    lanes<Lanes>(output + d) = sum;
   }
+  for (int64_t d = whole; d < dim; ++d)
+    for (int64_t i = 0; i < kCount; ++i)
+      output[d] = fused(weights[i], static_cast<float>(values[i * dim + d]), output[d]);
 }
 
 // output = sum over s of weights[s] * values[s].
@@ -85,19 +102,10 @@ inline void combine(
   std::memset(output, 0, dim * sizeof(float));
   int64_t s = 0;
   for (; s + kAbreast <= held; s += kAbreast) {
-    const T* row = values + s * dim;
-    const float a = weights[s], b = weights[s + 1], c = weights[s + 2], e = weights[s + 3];
-    for (int64_t i = 0; i < kAbreast; ++i) ask_ahead(row + i * dim, dim);
-#pragma omp simd
-    for (int64_t d = 0; d < dim; ++d)
-      output[d] += a * static_cast<float>(row[d]) + b * static_cast<float>(row[dim + d]) +
-                   c * static_cast<float>(row[2 * dim + d]) +
-                   e * static_cast<float>(row[3 * dim + d]);
+    for (int64_t i = 0; i < kAbreast; ++i) ask_ahead(values + (s + i) * dim, dim);
+    add_weighted<kAbreast>(weights + s, values + s * dim, dim, output);
   }
-  for (; s < held; ++s) {
-#pragma omp simd
-    for (int64_t d = 0; d < dim; ++d) output[d] += weights[s] * static_cast<float>(values[s * dim + d]);
-  }
+  for (; s < held; ++s) add_weighted<1>(weights + s, values + s * dim, dim, output);
 }
 
 template <typename T>

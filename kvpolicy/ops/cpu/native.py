@@ -16,7 +16,6 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +40,11 @@ __all__ = [
 
 _SOURCES = tuple(sorted(Path(__file__).parent.glob("*_cpu.cpp")))
 _HEADERS = tuple(sorted(Path(__file__).parent.glob("*.h")))
-_FLAGS = ("-std=c++20", "-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
+#: No contraction: which products and sums are fused is written in the sources (see lanes.h).
+_FLAGS = (
+    *("-std=c++20", "-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math"),
+    "-ffp-contract=off",
+)
 #: Of the keys and values that kernels read.
 DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 
@@ -97,19 +100,12 @@ def build(compiler: str | None = None) -> Path:
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"
     into.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=into.parent) as folder:
-        linked = Path(folder, "linked.so")
+        linked, unit = Path(folder, "linked.so"), Path(folder, "kernels.cpp")
+        # One unit: most of the time goes into torch's headers, once for each.
+        unit.write_text("".join(f'#include "{source}"\n' for source in _SOURCES))
         include = [f"-I{path}" for path in headers]
-        compiled = [Path(folder, f"{source.stem}.o") for source in _SOURCES]
-        flags = (*_flags(), "-fopenmp", abi, *include)
-
-        def compile_one(source: Path, object_file: Path) -> None:
-            _call(found, *flags, "-c", source, "-o", object_file)
-
-        # Most of the time goes into torch's headers, once a file.
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(compile_one, _SOURCES, compiled))
         link: list[str | Path] = [f"-L{libraries}", "-ltorch_cpu", "-lc10", *openmp]
-        _call(found, "-shared", *compiled, *link, "-o", linked)
+        _call(found, *_flags(), "-fopenmp", abi, *include, "-shared", unit, *link, "-o", linked)
         os.replace(linked, into)  # whole or not at all: another process may be looking
     operators.cache_clear()
     return into

@@ -11,6 +11,8 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include "lanes.h"
+
 #include <algorithm>
 #include <cstring>
 
@@ -18,54 +20,9 @@ namespace {
 
 using at::Tensor;
 
-#if defined(__AVX512F__)
-constexpr int64_t kLanes = 16;
-#elif defined(__AVX__)
-constexpr int64_t kLanes = 8;
-#else
-constexpr int64_t kLanes = 4;
-#endif
-typedef float Lanes __attribute__((vector_size(kLanes * sizeof(float))));
-
-inline Lanes load(const float* from) {
-  Lanes lanes;
-  std::memcpy(&lanes, from, sizeof lanes);
-  return lanes;
-}
-
-// Sums of neighbours: those of a, then those of b.
-inline Lanes halved(Lanes a, Lanes b) {
-#if !defined(__has_builtin) || !__has_builtin(__builtin_shufflevector)
-  Lanes sums;
-  for (int64_t i = 0; i < kLanes / 2; ++i) {
-    sums[i] = a[2 * i] + a[2 * i + 1];
-    sums[kLanes / 2 + i] = b[2 * i] + b[2 * i + 1];
-  }
-  return sums;
-#elif defined(__AVX512F__)
-  return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
-         __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
-#elif defined(__AVX__)
-  return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14) +
-         __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15);
-#else
-  return __builtin_shufflevector(a, b, 0, 2, 4, 6) + __builtin_shufflevector(a, b, 1, 3, 5, 7);
-#endif
-}
-
-// The sums of some lanes each: what two vectors leave of theirs goes into one, again and again.
-template <int64_t kCount>
-inline void sums_of(Lanes* lanes, float* sums) {
-  static_assert(kCount <= kLanes && (kCount & (kCount - 1)) == 0);
-  for (int64_t left = kCount; left > 1; left /= 2)
-    for (int64_t i = 0; i < left / 2; ++i) lanes[i] = halved(lanes[2 * i], lanes[2 * i + 1]);
-  for (int64_t left = kLanes / kCount; left > 1; left /= 2) lanes[0] = halved(lanes[0], lanes[0]);
-  for (int64_t i = 0; i < kCount; ++i) sums[i] = lanes[0][i];
-}
-
 // Rows of W abreast and rows of x at once: their sums fill the registers. A stretch of columns is so
 // long that the rows of x stay in the first cache.
-constexpr int64_t kWeights = kLanes == 16 ? 3 : 2, kRows = kLanes == 16 ? 8 : 4;
+constexpr int64_t kWeights = 3, kRows = kWide ? 8 : 4;
 constexpr int64_t kStretch = 1024, kStripe = 4 * kWeights;
 
 struct Product {
@@ -105,18 +62,18 @@ inline void tile(const Product& p, int64_t output, int64_t row, int64_t first, i
     }
     for (int64_t m = 0; m < kM; ++m) {
       const Lanes values = load(packed + m * kLanes);
-      for (int64_t n = 0; n < kN; ++n) sums[n][m] += weights[n] * values;
+      for (int64_t n = 0; n < kN; ++n) sums[n][m] = fused(weights[n], values, sums[n][m]);
     }
   }
   constexpr int64_t kPower = kM > 4 ? 8 : kM > 2 ? 4 : kM;
   for (int64_t n = 0; n < kN; ++n) {
-    Lanes lanes[kPower] = {};
+    Lanes apart[kPower] = {};
     float added[kPower];
-    for (int64_t m = 0; m < kM; ++m) lanes[m] = sums[n][m];
-    sums_of<kPower>(lanes, added);
+    for (int64_t m = 0; m < kM; ++m) apart[m] = sums[n][m];
+    sums_of<kPower>(apart, added);
     for (int64_t m = 0; m < kM; ++m) {
       for (int64_t rest = k; rest < last; ++rest)
-        added[m] += w[n * p.columns + rest] * x[m * p.columns + rest];
+        added[m] = fused(w[n * p.columns + rest], x[m * p.columns + rest], added[m]);
       p.y[(row + m) * p.outputs + output + n] += added[m];
     }
   }

@@ -103,7 +103,7 @@ void find_lengths(const Tensor& key, const Tensor& reading) {
         float square = 0;
 #pragma omp simd reduction(+ : square)
         for (int64_t d = 0; d < dim; ++d)
-          square += static_cast<float>(row[d]) * static_cast<float>(row[d]);
+          square = fused(static_cast<float>(row[d]), static_cast<float>(row[d]), square);
         known[s] = std::sqrt(square);
       }
     }
