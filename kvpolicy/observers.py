@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import Annotated, ClassVar, Protocol, runtime_checkable
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from kvpolicy.errors import ParameterError
 from kvpolicy.layout import TokenLayout
 from kvpolicy.ops.sums import sum_over
 from kvpolicy.slots import SlotShape
+from kvpolicy.span import HalfLife, tokens_of
 
 __all__ = [
     "AttentionObserver",
@@ -29,14 +31,15 @@ __all__ = [
     "WindowMass",
 ]
 
+#: A number of queries.
+Window = Annotated[int, Field(ge=1, description="last queries before a decision")]
+
 
 class Need(IntEnum):
-    """How much of the attention an observer must see."""
+    """Whether an observer must see attention: where none must, the fused kernel serves."""
 
     NONE = 0
-    LAST_QUERY = 1
-    WINDOW = 2
-    MASS = 3
+    MASS = 1
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ class AttentionObserver(Protocol):
     """Watches one layer of one generation.
 
     Attributes:
-        needs: how much attention it must see.
+        needs: whether it must see attention.
         mass: its reading, one float32 number a slot, ``[B, H, S]``. This is all the state that
             an observer keeps per slot: the cache re-indexes it when slots or batches are
             re-ordered.
@@ -117,15 +120,18 @@ class FadingMass(_SlotMass):
 
     Args:
         shape: the store's shape.
-        half_life: queries ``h`` until a mass counts half.
+        half_life: queries ``h`` until a mass counts half, or lines of queries; a line by default,
+            which was 28 queries where it was tried.
 
     Raises:
-        ParameterError: the half-life is not positive.
+        ParameterError: the half-life is not positive, or no number.
     """
 
     needs: ClassVar[Need] = Need.MASS
 
-    def __init__(self, shape: SlotShape, half_life: float) -> None:
+    def __init__(self, shape: SlotShape, half_life: HalfLife = "1 line") -> None:
+        if isinstance(half_life, str):
+            half_life = tokens_of(half_life, shape.layout)
         if not half_life > 0:
             raise ParameterError(f"FadingMass: half_life={half_life} must be positive")
         super().__init__(shape)
@@ -163,7 +169,7 @@ class LineMass(_SlotMass):
 class LastQuery(_SlotMass):
     """Mass from the newest query alone: ``A[q, j]`` (TOVA, arXiv:2401.06104)."""
 
-    needs: ClassVar[Need] = Need.LAST_QUERY
+    needs: ClassVar[Need] = Need.MASS
 
     def observe(self, report: AttentionReport) -> None:
         """Replace the reading by the newest query's."""
@@ -178,15 +184,15 @@ class WindowMass(_SlotMass):
 
     Args:
         shape: the store's shape.
-        window: number of queries.
+        window: number of queries; at most as many as there are tokens between two decisions.
 
     Raises:
         ParameterError: the window is smaller than one query.
     """
 
-    needs: ClassVar[Need] = Need.WINDOW
+    needs: ClassVar[Need] = Need.MASS
 
-    def __init__(self, shape: SlotShape, window: int) -> None:
+    def __init__(self, shape: SlotShape, window: Window = 8) -> None:
         if window < 1:
             raise ParameterError(f"WindowMass: window={window} must be at least 1 query")
         super().__init__(shape)

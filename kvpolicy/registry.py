@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -139,28 +140,46 @@ def available() -> tuple[str, ...]:
 
 
 def create(name: str, **parameters: Any) -> EvictionPolicy:
-    """Make a policy by name, or change parts of it: ``linear/observe=cumulative_mass``.
+    """Make a policy by name, or change some of it: ``linear/anchors=14/observe=cumulative_mass``.
 
     Args:
-        name: a name in the registry; behind it, each after a ``/``, what :func:`kvpolicy.compose`
-            is to change.
+        name: a name in the registry; behind it, each after a ``/``, parameters, and choices that
+            parts are to make (see :func:`kvpolicy.compose`).
         **parameters: of the policy.
 
     Raises:
         UnknownNameError: no policy has this name; near matches are listed.
-        ParameterError: a parameter or a part is unknown or out of range.
+        ParameterError: a parameter or a part is unknown or out of range, or comes twice.
     """
     if not isinstance(name, str) or "=" not in name:
         return POLICIES.get(name)(**parameters)
     base, *changes = re.split(r"/(?=[^/=]+=)", name)  # a value may have a slash, like a file's
-    POLICIES.get(base)
+    compose = POLICIES.get("compose")
+    fields, kinds = POLICIES.get(base).model_fields, compose.choices_of_parts
     chosen: dict[str, str] = {}
     for change in changes:
-        kind, _, part = change.partition("=")
-        if kind in chosen:
-            raise ParameterError(f"policy {name!r} says {kind}= twice")
-        chosen[kind] = part
-    return POLICIES.get("compose")(base=create(base, **parameters), **chosen)
+        field, _, value = change.partition("=")
+        if field in chosen or field in parameters:
+            raise ParameterError(f"policy {name!r} says {field}= twice")
+        if field in kinds:
+            chosen[field] = value
+        elif field in fields:
+            parameters[field] = _value(value, fields[field].annotation)
+        else:
+            known = near_matches(field, [*kinds, *fields])
+            raise ParameterError(f"policy {name!r}: no choice is called {field!r}; {known}")
+    policy = create(base, **parameters)
+    return compose(base=policy, **chosen) if chosen else policy
+
+
+def _value(text: str, kind: Any) -> Any:
+    """What JSON makes of a text; the text itself where that is meant, or where it is no JSON."""
+    if kind is str:
+        return text
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
 
 
 def spec(name: str) -> PolicySpec:

@@ -1,129 +1,271 @@
-"""compose: a policy out of named parts, from nothing or from another policy."""
+"""compose: a policy with some of its choices made by named parts."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from functools import cached_property
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property, reduce
+from typing import Annotated, Any, Self, cast
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+import torch
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
+from torch import Tensor
 
 from kvpolicy.budget.budget import Schedule
 from kvpolicy.errors import KVPolicyError, ParameterError, near_matches
-from kvpolicy.parts.named import KINDS, read_part, spell_part
-from kvpolicy.policy.parts import Part, Parts
-from kvpolicy.policy.policy import EvictionPolicy, ScoredPolicy
+from kvpolicy.layout import TextLayout, TokenLayout
+from kvpolicy.observers import AttentionObserver, Need
+from kvpolicy.parts.named import KINDS, PARTS, Bound, read_part, spell_value
+from kvpolicy.policy.policy import CacheView, EvictionPolicy, ScoredPolicy
+from kvpolicy.policy.probe import Unread, probe_view, refuse_long_window, smallest_budget
 from kvpolicy.registry import create, register
+from kvpolicy.slots import SlotShape
 
 __all__ = ["Choices", "Compose", "compose"]
 
-#: What a policy made of parts alone leaves to ScoredPolicy.
-_SAID_BY_PARTS = ("observers", "schedule", "min_budget", "headroom", "protect", "score", "victims")
+#: The plainest policy there is keeps the most recent tokens: what compositions start from.
+_PLAINEST: Any = {"name": "streaming_llm", "parameters": {"sinks": 0}}
+#: Where it is tried whether parts fit together.
+_ANY_TEXT = TextLayout()
 
-AnyPart = Part | Schedule | str
+AnyPart = Bound | Schedule | str
 
 
 class Choices(BaseModel):
-    """The five choices, each a part as it is spelled: ``name:value:value``."""
+    """The choices that parts make, each as it is spelled (``name:value:value``); None: the base's.
+    """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
-    protect: str = Field("none", description="what may not go: parts joined by '+', or 'none'")
-    observe: str = Field("none", description="what is watched of the attention, or 'none'")
-    score: str = Field("recency", description="what a token is worth")
-    decide: str = Field("token", description="when it is decided")
-    schedule: str = Field("uniform", description="how layers share the budget")
+    protect: str | None = Field(None, description="what may not go: parts joined by '+', or 'none'")
+    observe: str | None = Field(None, description="what is watched of the attention, or 'none'")
+    score: str | None = Field(None, description="what a token is worth")
+    decide: str | None = Field(None, description="when it is decided")
+    schedule: str | None = Field(None, description="how layers share the budget")
 
     @field_validator("*", mode="before")
     @classmethod
-    def _spelled(cls, value: Any, info: Any) -> str:
+    def _spelled(cls, value: Any, info: Any) -> str | None:
         """One spelling for each choice, whether it came as text, as a part or as several."""
-        kind = info.field_name
+        if value is None:
+            return None
         try:
-            return "+".join(spell_part(kind, part) for part in _read(kind, value)) or "none"
+            return "+".join(map(str, _read(info.field_name, value))) or "none"
         except KVPolicyError as error:
             raise ValueError(str(error)) from None
 
-    def parts(self) -> Parts:
-        """The parts that are spelled here."""
-        observe = _read("observe", self.observe)
-        return Parts(
-            protect=tuple(_read("protect", self.protect)),
-            observe=observe[0] if observe else None,
-            score=_read("score", self.score)[0],
-            decide=_read("decide", self.decide)[0],
-            schedule=_read("schedule", self.schedule)[0],
-        )
 
-
-def _read(kind: str, value: Any) -> list[Any]:
+def _read(kind: str, value: Any) -> list[Bound]:
     """The parts that a choice names: any number to protect, at most one to observe, else one."""
-    if value is None or value == "none":
-        parts = []
+    if value == "none":
+        given: list[Any] = []
     elif isinstance(value, str):
-        parts = [read_part(kind, text) for text in value.split("+")]
+        given = value.split("+")
     else:
-        several = not isinstance(value, Part | Schedule) and isinstance(value, Iterable)
-        parts = [
-            read_part(kind, part) if isinstance(part, str) else part
-            for part in (value if several else [value])
-        ]
+        given = [value] if isinstance(value, Bound | Schedule) else list(value)
+    parts = [read_part(kind, part) if isinstance(part, str) else _named(kind, part) for part in given]
     if kind != "protect" and (len(parts) > 1 or (not parts and kind != "observe")):
         raise ParameterError(f"{kind}={value!r} names {len(parts)} parts; one is needed")
     return parts
 
 
+def _named(kind: str, part: Any) -> Bound:
+    """The part of this kind that a schedule is; parts of the other kinds are read from text."""
+    if isinstance(part, Bound) and part.part.kind == kind:
+        return part
+    if kind == "schedule":
+        for name in PARTS[kind].names():
+            if PARTS[kind].get(name).make is type(part):
+                return Bound(PARTS[kind].get(name), part)
+    raise ParameterError(
+        f"{kind}={part!r} is no {kind} part that has a name; known: "
+        f"{', '.join(PARTS[kind].names())}"
+    )
+
+
+def _read_base(value: Any) -> Any:
+    """A policy as it is, by its spelling, or as JSON has it."""
+    try:
+        if isinstance(value, str):
+            value = create(value)
+        elif isinstance(value, Mapping):
+            value = create(value["name"], **value.get("parameters", {}))
+        if not isinstance(value, ScoredPolicy):
+            raise ParameterError(f"base={value!r} ranks no tokens: no part can stand in for its own")
+        if not value.key:
+            raise ParameterError(
+                f"base={value!r} has no name: decorate its class with @kvpolicy.register(name)"
+            )
+    except KVPolicyError as error:
+        raise ValueError(str(error)) from None
+    return value
+
+
+def _told_base(policy: EvictionPolicy) -> dict[str, Any]:
+    """As JSON has it."""
+    return {"name": policy.key, "parameters": policy.model_dump(mode="json")}
+
+
+Base = Annotated[
+    ScoredPolicy,
+    PlainValidator(_read_base),
+    PlainSerializer(_told_base),
+    WithJsonSchema({"type": "object"}),
+]
+
+
 @register("compose")
 class Compose(ScoredPolicy):
-    """Put together from parts: what to protect, observe and score, when to decide, how to share.
+    """Any policy that ranks tokens, with some of its choices made by parts instead.
 
     Made by :func:`kvpolicy.compose`.
     """
 
-    choices: Choices = Field(Choices(), description="the five choices, each a part by name")
+    base: Base = Field(
+        _PLAINEST,
+        validate_default=True,
+        description="the policy that makes the other choices; by default the newest tokens stay",
+    )
+    choices: Choices = Field(Choices(), description="the choices that parts make, by name")
 
     @model_validator(mode="before")
     @classmethod
     def _gathered(cls, given: Any) -> Any:
-        """Take the choices one by one too, and those that are left out from ``base``."""
-        if not isinstance(given, Mapping) or not ({"base", *KINDS} & set(given)):
+        """Take the choices one by one too, and those that are left out from a composed base."""
+        if not isinstance(given, Mapping):
             return given
         for name in given:
-            if name not in ("base", *KINDS):
+            if name not in ("base", "choices", *KINDS):
                 raise ValueError(f"no choice is called {name!r}; {near_matches(name, KINDS)}")
-        changed = {kind: given[kind] for kind in KINDS if kind in given}
+        base = _read_base(given.get("base", _PLAINEST))
+        choices = given.get("choices", {})
+        chosen = dict(choices if isinstance(choices, Choices) else Choices.model_validate(choices))
+        chosen |= {kind: given[kind] for kind in KINDS if kind in given}
+        if isinstance(base, Compose):
+            chosen = dict(base.choices) | {k: v for k, v in chosen.items() if v is not None}
+            base = base.base
+        return {"base": base, "choices": chosen}
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> Self:
+        chosen, base = self._chosen, self.base
+        if type(base).victims is not ScoredPolicy.victims and chosen.keys() & {"protect", "score"}:
+            raise ValueError(f"{base!r} names its victims itself: no part can protect or score there")
+        watchers = self.observers(SlotShape(1, 1, 1, torch.device("cpu"), _ANY_TEXT))
+        if all(watcher.needs is Need.NONE for watcher in watchers) and self._reads_mass():
+            raise ValueError(
+                f"score={self.choices.score or base.label!r} reads mass, but observe says to "
+                f"watch none"
+            )
+        return self
+
+    def _reads_mass(self) -> bool:
         try:
-            taken = _taken_from(given.get("base", "compose"))
-        except KVPolicyError as error:
-            raise ValueError(str(error)) from None
-        return {"choices": taken | changed}
+            self.score(probe_view(_ANY_TEXT, 4, 4, tensors=True))
+        except Unread:
+            return True
+        except Exception:  # whatever it says of such a view, a cache will say it again
+            return False
+        return False
 
     @cached_property
-    def parts(self) -> Parts:
-        """Those that were chosen."""
-        return self.choices.parts()
+    def _chosen(self) -> dict[str, list[Bound]]:
+        """The parts of each choice that parts make."""
+        return {kind: _read(kind, value) for kind, value in self.choices if value is not None}
+
+    @property
+    def mixes_heads(self) -> bool:
+        """Whether the score does."""
+        if "score" in self._chosen:
+            return self._chosen["score"][0].part.mixes_heads
+        return self.base.mixes_heads
+
+    def observers(self, shape: SlotShape) -> Sequence[AttentionObserver]:
+        """What ``observe`` makes, and what scores watch besides attention."""
+        made = list(self.base.observers(shape))
+        if "observe" in self._chosen:
+            others = [watcher for watcher in made if watcher.needs is Need.NONE]
+            made = [*(part(shape) for part in self._chosen["observe"]), *others]
+        for part in self._chosen.get("score", ()):
+            if part.part.observes is not None:
+                made.append(part.part.observes(shape))
+        return made
+
+    def schedule(self) -> Schedule:
+        """How layers share the budget."""
+        if "schedule" in self._chosen:
+            return cast(Schedule, self._chosen["schedule"][0].parameters)
+        return self.base.schedule()
+
+    def min_budget(self, layout: TokenLayout) -> int:
+        """What is protected at most, and wanted beside it; what the base says, if that is its own.
+
+        Raises:
+            ParameterError: it can't be told, or a window is longer than the time between decisions.
+            BudgetError: everything is protected.
+        """
+        own = type(self.base).min_budget is not ScoredPolicy.min_budget
+        if own and not self._chosen.keys() & {"protect", "decide"}:
+            refuse_long_window(self, layout)
+            return self.base.min_budget(layout)
+        return smallest_budget(self, layout)
+
+    def headroom(self, view: CacheView) -> int:
+        """When it is decided."""
+        if "decide" in self._chosen:
+            return int(self._chosen["decide"][0](view))
+        return self.base.headroom(view)
+
+    def protect(self, view: CacheView) -> Tensor | None:
+        """All that one of the parts protects."""
+        if "protect" not in self._chosen:
+            return self.base.protect(view)
+        masks: list[Tensor] = [part(view) for part in self._chosen["protect"]]
+        return reduce(torch.bitwise_or, masks) if masks else None
+
+    def score(self, view: CacheView) -> Tensor:
+        """What a token is worth."""
+        if "score" in self._chosen:
+            return cast(Tensor, self._chosen["score"][0](view))
+        return self.base.score(view)
+
+    def victims(self, view: CacheView, count: int) -> Tensor:
+        """The base's own victims, or those that :meth:`choose` chooses among the unprotected."""
+        if type(self.base).victims is not ScoredPolicy.victims:
+            return self.base.victims(view, count)
+        return super().victims(view, count)
+
+    def choose(self, view: CacheView, count: int, protected: Tensor | None) -> Tensor:
+        """As the base does; by the score, or as the score's part does, where that is a part's."""
+        if "score" not in self._chosen:
+            return self.base.choose(view, count, protected)
+        part = self._chosen["score"][0]
+        if part.part.choose is None:
+            return super().choose(view, count, protected)
+        return cast(Tensor, part.choose(view, count, protected))
 
     def spelled(self) -> str:
         """This policy in one word, for a command line: :func:`kvpolicy.create` reads it back."""
-        plain = dict(Choices())
-        chosen = (f"{kind}={value}" for kind, value in self.choices if value != plain[kind])
-        return "/".join(["compose", *chosen])
+        base, words = self.base, ["compose"]
+        if base != _read_base(_PLAINEST):
+            usual = {name: field.default for name, field in type(base).model_fields.items()}
+            told = base.model_dump(mode="json").items()
+            words = [base.key, *(f"{n}={spell_value(v)}" for n, v in told if v != usual[n])]
+        chosen = (f"{kind}={value}" for kind, value in self.choices if value is not None)
+        return "/".join([*words, *chosen])
 
     @property
     def label(self) -> str:
         """How it is spelled."""
         return self.spelled()
-
-
-def _taken_from(base: EvictionPolicy | str) -> dict[str, Any]:
-    """The choices of another policy."""
-    policy = create(base) if isinstance(base, str) else base
-    if not isinstance(policy, ScoredPolicy):
-        raise ParameterError(f"{policy!r} is not made of parts: it ranks nothing")
-    for name in _SAID_BY_PARTS:
-        if getattr(type(policy), name) is not getattr(ScoredPolicy, name):
-            raise ParameterError(f"{policy!r} is not made of parts alone: it has its own {name}()")
-    return {kind: getattr(policy.parts, kind) for kind in KINDS}
 
 
 def compose(
@@ -134,24 +276,24 @@ def compose(
     score: AnyPart | None = None,
     decide: AnyPart | None = None,
     schedule: AnyPart | None = None,
-) -> Compose:
-    """Make a policy out of parts: start from one that there is, and change what you name.
+) -> ScoredPolicy:
+    """Take a policy that ranks tokens, and let parts make some of its choices.
 
     A part is spelled ``name``, or ``name:value:value`` with its parameters in order; several to
-    protect are joined by ``+``; ``none`` protects or observes nothing. Parts as objects will do
-    too. ``kvpolicy.available_parts(kind)`` lists the names.
+    protect are joined by ``+``; ``none`` protects or observes nothing. A schedule as an object will
+    do too. ``kvpolicy.available_parts(kind)`` lists the names.
 
     Example:
         >>> import kvpolicy
         >>> h2o_by_line = kvpolicy.compose("h2o", decide="line")
-        >>> h2o_by_line.spelled()
-        'compose/protect=share:0.5/observe=cumulative_mass/score=mass/decide=line'
+        >>> h2o_by_line.label
+        'h2o/decide=line'
         >>> kvpolicy.create("h2o/decide=line") == h2o_by_line
         True
 
     Args:
-        base: a policy made of parts, or its name; by default the plainest there is, which keeps
-            the most recent tokens.
+        base: a policy that ranks tokens and has a name in the registry, or that name; by default
+            the plainest there is, which keeps the most recent tokens.
         protect: what may not go, besides the prefix.
         observe: what is watched of the attention.
         score: what a token is worth.
@@ -168,6 +310,11 @@ def compose(
         "decide": decide,
         "schedule": schedule,
     }
-    changed = {kind: part for kind, part in named.items() if part is not None}
-    chosen: dict[str, Any] = {"base": base, **changed}
-    return Compose(**chosen)
+    chosen: dict[str, Any] = {kind: part for kind, part in named.items() if part is not None}
+    try:
+        policy = _read_base(base)
+    except ValueError as error:
+        raise ParameterError(str(error)) from None
+    if not chosen:
+        return cast(ScoredPolicy, policy)
+    return Compose(base=policy, **chosen)

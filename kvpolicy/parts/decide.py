@@ -1,52 +1,32 @@
-"""When it is decided."""
+"""When it is decided, and for how many tokens: how many slots must be free before the next one."""
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from pydantic import Field
 
-from kvpolicy.layout import TokenLayout
 from kvpolicy.parts.named import register_part
-from kvpolicy.policy.parts import Decide, EachToken
 from kvpolicy.policy.view import CacheView
 
-__all__ = ["EachLine", "EachToken", "Every"]
-
-register_part("token")(EachToken)
+__all__ = ["each_line", "each_token", "every"]
 
 
-@register_part("line")
-class EachLine(Decide):
-    """Decide where a line begins, for the whole line."""
-
-    @property
-    def interval(self) -> int:
-        """The layout says."""
-        return 0
-
-    def wanted(self, layout: TokenLayout, column: int) -> int:
-        """A line where one begins."""
-        return layout.line_length if column == 0 else 1
-
-    def headroom(self, view: CacheView) -> int:
-        """A line where one begins."""
-        return view.layout.line_length if view.layout.is_line_start(view.seen) else 1
+@register_part("decide", "token")
+def each_token(view: CacheView) -> int:
+    """Decide before every token, for one token: 1."""
+    return 1
 
 
-@register_part("every")
-class Every(Decide):
-    """Decide when there is no room left, for some tokens at once."""
+@register_part("decide", "line")
+def each_line(view: CacheView) -> int:
+    """Decide where a line begins, for the whole line: its length there, 1 within it."""
+    return view.layout.line_length if view.layout.is_line_start(view.seen) else 1
 
-    tokens: int = Field(8, ge=1, description="tokens between decisions")
 
-    @property
-    def interval(self) -> int:
-        """Those tokens."""
-        return self.tokens
-
-    def wanted(self, layout: TokenLayout, column: int) -> int:
-        """Those tokens."""
-        return self.tokens
-
-    def headroom(self, view: CacheView) -> int:
-        """Room for them, once there is none left."""
-        return self.tokens if view.room == 0 else 1
+@register_part("decide", "every")
+def every(
+    view: CacheView, tokens: Annotated[int, Field(ge=1, description="between decisions")] = 8
+) -> int:
+    """Decide when there is no room left, for some tokens at once: as many, or 1 while there is."""
+    return tokens if view.room == 0 else 1

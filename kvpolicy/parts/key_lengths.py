@@ -8,11 +8,19 @@ import torch
 from torch import Tensor
 
 from kvpolicy.observers import AttentionReport, Need
+<<<<<<< HEAD
 from kvpolicy.ops.key_lengths import UNKNOWN, find_unknown
 from kvpolicy.policy.view import CacheView
 from kvpolicy.slots import SlotShape
 
 __all__ = ["KeyLengths"]
+=======
+from kvpolicy.ops.key_lengths import UNKNOWN, find_unknown, lengths
+from kvpolicy.policy.view import CacheView
+from kvpolicy.slots import SlotShape
+
+__all__ = ["KeyLengths", "key_lengths"]
+>>>>>>> fae01c8 (wip: one dialect)
 
 
 class KeyLengths:
@@ -48,3 +56,12 @@ class KeyLengths:
         find_unknown(keys, reading, unknown)
         self.read, self.forgotten = held, 0
         return reading
+
+
+def key_lengths(view: CacheView) -> Tensor:
+    """Lengths of the cached keys, ``[B, H, S]``, float32.
+
+    Known from before where the policy made a :class:`KeyLengths` for this layer.
+    """
+    known = view.find_observer(KeyLengths)
+    return lengths(view.keys) if known is None else known.of(view)

@@ -1,4 +1,4 @@
-"""Parts by name: the registries, and how a part is spelled.
+"""Parts by name: what can stand in for one of a policy's five choices, and how it is spelled.
 
 A part is spelled ``name``, or ``name:value:value`` with its parameters in order: ``lines:1``. None
 of it means anything to a shell or in a list separated by commas.
@@ -6,53 +6,162 @@ of it means anything to a shell or in a list separated by commas.
 
 from __future__ import annotations
 
+import inspect
+import json
 from collections.abc import Callable
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, TypeVar, cast
+
+from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
 from kvpolicy.budget.budget import Arithmetic, PerLayer, Schedule, Uniform
 from kvpolicy.budget.calibrated import Calibrated
-from kvpolicy.errors import ParameterError, near_matches
-from kvpolicy.policy.parts import Decide, Observe, Part, Protect, Score
+from kvpolicy.errors import KVPolicyError, ParameterError, near_matches, parameter_error
+from kvpolicy.observers import AttentionObserver
 from kvpolicy.registry import Registry
+from kvpolicy.slots import SlotShape
+from kvpolicy.span import is_lines
 
-__all__ = ["KINDS", "PARTS", "available_parts", "read_part", "register_part", "spell_part"]
+__all__ = ["KINDS", "PARTS", "Bound", "Part", "available_parts", "read_part", "register_part"]
 
-AnyPart = Part | Schedule
-Class = TypeVar("Class", bound=type[AnyPart])
+Made = TypeVar("Made", bound=Callable[..., Any])
 
-#: What a part of each kind is.
-KINDS: dict[str, type[AnyPart]] = {
-    "protect": Protect,
-    "observe": Observe,
-    "score": Score,
-    "decide": Decide,
-    "schedule": Schedule,
+#: What each choice says, and what a part of it is called with besides its parameters.
+KINDS: dict[str, str] = {
+    "protect": "what may not go besides the prefix: view -> bool [B, H, S]",
+    "observe": "what is watched of the attention: shape -> an observer",
+    "score": "what a token is worth: view -> [B, H, S], higher = keep",
+    "decide": "how many slots must be free before the next token: view -> int",
+    "schedule": "how layers share the budget: a Schedule",
 }
-PARTS: dict[str, Registry[type[AnyPart]]] = {
+
+
+class _Parameters(BaseModel):
+    """Parameters of a part: strict, like a policy's."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A named part: a function (or class) and what the suite must know of it.
+
+    Attributes:
+        kind: the choice that it makes, one of ``KINDS``.
+        name: among the parts of its kind.
+        make: called with a view (or a shape, to observe) and the parameters.
+        choose: of a score, where what goes is chosen as a set: called with a view, a count, what
+            is protected, and the parameters; see ``ScoredPolicy.choose``.
+        observes: of a score, what it watches itself besides what ``observe`` does.
+        mixes_heads: of a score, whether a head's scores depend on other heads.
+    """
+
+    kind: str
+    name: str
+    make: Callable[..., Any]
+    choose: Callable[..., Any] | None = None
+    observes: Callable[[SlotShape], AttentionObserver] | None = None
+    mixes_heads: bool = False
+
+    @cached_property
+    def parameters(self) -> type[BaseModel]:
+        """A model of its parameters: what stands behind the view in its signature."""
+        if self.kind == "schedule":
+            return cast(type[Schedule], self.make)
+        own = list(inspect.signature(self.make, eval_str=True).parameters.values())[1:]
+        fields: dict[str, Any] = {
+            each.name: (each.annotation, ... if each.default is each.empty else each.default)
+            for each in own
+        }
+        return create_model(self.name, __base__=_Parameters, **fields)
+
+    def bind(self, **values: Any) -> Bound:
+        """This part with its parameters.
+
+        Raises:
+            ParameterError: a parameter is unknown, of the wrong type or out of range.
+        """
+        try:
+            return Bound(self, self.parameters(**values))
+        except ValidationError as error:
+            name = f"{self.kind} part {self.name!r}"
+            raise parameter_error(name, self.parameters, error) from None
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A part with its parameters."""
+
+    part: Part
+    parameters: BaseModel
+
+    def __call__(self, *given: Any) -> Any:
+        """What it says of a view; what it makes for a shape."""
+        return self.part.make(*given, **dict(self.parameters))
+
+    def choose(self, *given: Any) -> Any:
+        """The set that it chooses, where it chooses one."""
+        assert self.part.choose is not None
+        return self.part.choose(*given, **dict(self.parameters))
+
+    def __str__(self) -> str:
+        """How it is spelled."""
+        values = dict(self.parameters).values()
+        if isinstance(self.parameters, PerLayer):
+            values = self.parameters.shares
+        return ":".join([self.part.name, *map(spell_value, values)])
+
+
+PARTS: dict[str, Registry[Part]] = {
     kind: Registry(f"{kind} part", f"kvpolicy.{kind}") for kind in KINDS
 }
 
 
-def register_part(name: str) -> Callable[[Class], Class]:
-    """Class decorator: add a part under ``name``, among those of its kind.
+def register_part(
+    kind: str,
+    name: str,
+    *,
+    choose: Callable[..., Any] | None = None,
+    observes: Callable[[SlotShape], AttentionObserver] | None = None,
+    mixes_heads: bool = False,
+) -> Callable[[Made], Made]:
+    """Decorator: what a function says of a view can stand in for one of a policy's choices.
 
-    The kind is that of its base class: ``Protect``, ``Observe``, ``Score``, ``Decide`` or
-    ``Schedule``.
+    Its first argument is the view (for ``observe`` the :class:`kvpolicy.SlotShape` of a layer, for
+    ``schedule`` the class itself is a :class:`kvpolicy.Schedule`); the others, with types and
+    defaults, are its parameters.
+
+    Example:
+        >>> import kvpolicy
+        >>> @kvpolicy.register_part("score", "halves")
+        ... def halves(view, every: int = 2):
+        ...     return (view.positions % every == 0).float()
+        >>> kvpolicy.create("linear/observe=none/score=halves:3").label
+        'linear/observe=none/score=halves:3'
+
+    Args:
+        kind: ``protect``, ``observe``, ``score``, ``decide`` or ``schedule``.
+        name: lower-case words joined by ``_``.
+        choose: of a score, a function that chooses what goes as a set, with the same parameters.
+        observes: of a score, an observer that it reads besides what is observed.
+        mixes_heads: of a score, whether a head's scores depend on other heads.
 
     Raises:
-        ParameterError: the name is taken or malformed, or the class is no part.
+        ParameterError: there is no such kind, or the name is taken or malformed.
     """
+    _check_kind(kind)
 
-    def add(part: Class) -> Class:
-        for kind, base in KINDS.items():
-            if isinstance(part, type) and issubclass(part, base):
-                PARTS[kind].add(name, part)
-                part.key = name
-                return part
-        bases = ", ".join(base.__name__ for base in KINDS.values())
-        raise ParameterError(f"{part!r} is no part: derive it from one of {bases}")
+    def add(made: Made) -> Made:
+        PARTS[kind].add(name, Part(kind, name, made, choose, observes, mixes_heads))
+        return made
 
     return add
+
+
+def _check_kind(kind: str) -> None:
+    if kind not in PARTS:
+        raise ParameterError(f"no kind of part is called {kind!r}; {near_matches(kind, PARTS)}")
 
 
 def available_parts(kind: str) -> tuple[str, ...]:
@@ -64,12 +173,11 @@ def available_parts(kind: str) -> tuple[str, ...]:
     Raises:
         ParameterError: there is no such kind.
     """
-    if kind not in PARTS:
-        raise ParameterError(f"no kind of part is called {kind!r}; {near_matches(kind, PARTS)}")
+    _check_kind(kind)
     return PARTS[kind].names()
 
 
-def read_part(kind: str, text: str) -> Any:
+def read_part(kind: str, text: str) -> Bound:
     """The part of this kind that is spelled so.
 
     Raises:
@@ -78,20 +186,25 @@ def read_part(kind: str, text: str) -> Any:
     """
     name, *values = text.strip().split(":")
     part = PARTS[kind].get(name)
-    fields = list(part.model_fields)
+    if not isinstance(part, Part):  # what an entry point names, under another name than its own
+        raise ParameterError(f"{kind}={text!r}: {part!r} is not registered as {name!r}")
+    fields = part.parameters.model_fields
     given: dict[str, Any] = {
-        field: value if part.model_fields[field].annotation is str else _number(value)
+        field: value if fields[field].annotation is str else read_value(value)
         for field, value in zip(fields, values, strict=False)
     }
-    if issubclass(part, PerLayer):
-        given = {fields[0]: [_number(value) for value in values]}
+    if part.make is PerLayer:
+        given = {"shares": [read_value(value) for value in values]}
     elif len(values) > len(fields):
         takes = ":".join([name, *fields])
         raise ParameterError(f"{kind}={text!r} has {len(values)} values; {name!r} is {takes!r}")
-    return part(**given)
+    try:
+        return part.bind(**given)
+    except KVPolicyError as error:
+        raise ParameterError(f"{kind}={text!r}: {error}") from None
 
 
-def _number(text: str) -> int | float | str:
+def read_value(text: str) -> int | float | str:
     """The number that a text spells; the text, where it spells none."""
     for kind in (int, float):
         try:
@@ -101,26 +214,11 @@ def _number(text: str) -> int | float | str:
     return text
 
 
-def spell_part(kind: str, part: AnyPart) -> str:
-    """How a part is spelled.
-
-    Raises:
-        ParameterError: it is not a registered part of this kind.
-    """
-    if not isinstance(part, KINDS[kind]) or not part.key:
-        raise ParameterError(
-            f"{kind}={part!r} is no {kind} part that has a name; known: "
-            f"{', '.join(PARTS[kind].names())}"
-        )
-    values = list(dict(part).values())
-    if isinstance(part, PerLayer):
-        values = list(part.shares)
-    return ":".join([part.key, *(_spell_value(value) for value in values)])
-
-
-def _spell_value(value: Any) -> str:
-    """As short as it can be read back."""
-    return str(value).removesuffix(".0") if isinstance(value, float) else str(value)
+def spell_value(value: Any) -> str:
+    """As short as it can be read back: 2 for 2.0, ``2lines`` for two lines."""
+    if isinstance(value, str):
+        return value.replace(" ", "") if is_lines(value) else value
+    return json.dumps(value, separators=(",", ":")).removesuffix(".0")
 
 
 for _name, _schedule in (
@@ -129,4 +227,4 @@ for _name, _schedule in (
     ("per_layer", PerLayer),
     ("calibrated", Calibrated),
 ):
-    register_part(_name)(_schedule)
+    register_part("schedule", _name)(_schedule)

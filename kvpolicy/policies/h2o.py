@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from functools import cached_property
-
 from pydantic import Field
+from torch import Tensor
 
-from kvpolicy.parts import Mass, RecentShare, WatchAll
-from kvpolicy.policy.parts import Parts
-from kvpolicy.policy.policy import ScoredPolicy
+from kvpolicy.observers import CumulativeMass
+from kvpolicy.parts import recent_share
+from kvpolicy.policy.policy import CacheView, ScoredPolicy
 from kvpolicy.registry import register
+from kvpolicy.slots import SlotShape
 
 __all__ = ["H2O"]
 
@@ -27,11 +27,14 @@ class H2O(ScoredPolicy):
         0.5, ge=0, le=1, description="share of the budget that is a recent window"
     )
 
-    @cached_property
-    def parts(self) -> Parts:
-        """A share of the budget; cumulative mass; every token."""
-        return Parts(
-            protect=(RecentShare(share=self.recent),),
-            observe=WatchAll(),
-            score=Mass(),
-        )
+    def observers(self, shape: SlotShape) -> tuple[CumulativeMass, ...]:
+        """Mass from every query so far."""
+        return (CumulativeMass(shape),)
+
+    def protect(self, view: CacheView) -> Tensor:
+        """A recent window."""
+        return recent_share(view, self.recent)
+
+    def score(self, view: CacheView) -> Tensor:
+        """That mass."""
+        return view.mass

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from functools import cached_property
-
 from pydantic import Field
+from torch import Tensor
 
-from kvpolicy.parts import Anchors, EachLine, Mass, RecentLines, WatchLine
-from kvpolicy.policy.parts import Parts
-from kvpolicy.policy.policy import ScoredPolicy
+from kvpolicy.observers import LineMass
+from kvpolicy.parts import anchors, each_line, recent_lines
+from kvpolicy.policy.policy import CacheView, ScoredPolicy
 from kvpolicy.registry import register
+from kvpolicy.slots import SlotShape
+from kvpolicy.span import Span
 
 __all__ = ["Linear"]
 
@@ -24,20 +25,28 @@ class Linear(ScoredPolicy):
 
     The defaults are the best found on fashion-ar (28 x 28, budget 1/6, 256 test images), where they
     cost 0.0125 bits per pixel: 0, 14 and 56 anchors cost 0.0239, 0.0154 and 0.0148, and 0 and 2
-    recent lines 0.1223 and 0.0135.
+    recent lines 0.1223 and 0.0135. On another grid they are as many lines, not as many tokens.
     """
 
-    anchors: int = Field(28, ge=0, description="first image tokens that are never evicted")
+    anchors: Span = Field(
+        "1 line", description="first image tokens that are never evicted, or lines of them"
+    )
     recent_lines: int = Field(
         1, ge=0, description="finished lines that are kept whole, beside the current one"
     )
 
-    @cached_property
-    def parts(self) -> Parts:
-        """Anchors and lines; mass of the last line; once a line."""
-        return Parts(
-            protect=(Anchors(count=self.anchors), RecentLines(count=self.recent_lines)),
-            observe=WatchLine(),
-            score=Mass(),
-            decide=EachLine(),
-        )
+    def observers(self, shape: SlotShape) -> tuple[LineMass, ...]:
+        """Mass from the last finished line."""
+        return (LineMass(shape),)
+
+    def protect(self, view: CacheView) -> Tensor:
+        """Anchors and lines."""
+        return anchors(view, self.anchors) | recent_lines(view, self.recent_lines)
+
+    def score(self, view: CacheView) -> Tensor:
+        """What that line looked at."""
+        return view.mass
+
+    def headroom(self, view: CacheView) -> int:
+        """Once a line, for a line."""
+        return each_line(view)

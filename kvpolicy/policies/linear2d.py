@@ -2,40 +2,79 @@
 
 from __future__ import annotations
 
-from functools import cached_property
+from typing import Annotated, Literal
 
 from pydantic import Field
+from torch import Tensor
 
-from kvpolicy.parts import Anchors, EachLine, LeastChange, RecentLines, WatchLine
-from kvpolicy.policy.parts import Parts
-from kvpolicy.policy.policy import ScoredPolicy
+from kvpolicy.ops import change
+from kvpolicy.parts import moved_mass, register_part
+from kvpolicy.policies.linear import Linear
+from kvpolicy.policy.policy import CacheView
+from kvpolicy.policy.ranking import leveled, lowest
 from kvpolicy.registry import register
 
-__all__ = ["Linear2D"]
+__all__ = ["Linear2D", "change_alone", "least_change"]
+
+Lines = Annotated[int, Field(ge=0, le=1000, description="coming lines that are thought of")]
+How = Annotated[
+    Literal["together", "alone"],
+    Field(description="whether what else goes counts, or each token alone"),
+]
 
 
 @register("linear2d")
-class Linear2D(ScoredPolicy):
+class Linear2D(Linear):
     """``linear``, but of the tokens that may go, those whose loss together changes least.
 
-    What a line looks at moves with it: a head that looks two rows up will, one line later, look at
-    the row below that one. So each of the coming lines is taken to look as the last one did, moved
-    down with it; and what goes is chosen so that what these lines read, values weighted by mass,
-    stays as it was (:class:`kvpolicy.parts.LeastChange`). Decided once a line, for one line.
+    A line whose queries gave the masses ``m`` read ``o = sum_j m_j v_j / sum_j m_j`` on average.
+    Without the tokens E it would have read something else, and the change is
+    ``sum_{j in E} m_j (o - v_j)`` but for a factor: many tokens of little mass that say the same
+    are together worth a lot, and a token whose value is the average is worth nothing. What coming
+    lines will look at is not known, but a head that looks two rows up will, one line later, look at
+    the row below that one: line w from here is taken to look as the last one did, but w lines
+    further down, ``m^w(j) = m(w lines above j)``. So of all sets E of the size that is wanted, one
+    is sought for which
+
+    ``sum over w = 0 ... lines of |sum_{j in E} m^w_j (o^w - v_j)|^2``
+
+    is small, by adding the token that increases it least, again and again. The part
+    ``least_change:lines:how`` ranks tokens by the change that each makes alone where ``how`` is
+    ``alone``.
     """
 
-    anchors: int = Field(28, ge=0, description="first image tokens that are never evicted")
-    recent_lines: int = Field(
-        1, ge=0, description="finished lines that are kept whole, beside the current one"
-    )
-    lines: int = Field(5, ge=0, le=1000, description="coming lines that are thought of")
+    lines: Lines = 5
 
-    @cached_property
-    def parts(self) -> Parts:
-        """Those of ``linear``, but for the score."""
-        return Parts(
-            protect=(Anchors(count=self.anchors), RecentLines(count=self.recent_lines)),
-            observe=WatchLine(),
-            score=LeastChange(lines=self.lines),
-            decide=EachLine(),
-        )
+    def score(self, view: CacheView) -> Tensor:
+        """What changes if a token goes alone."""
+        return change_alone(view, self.lines)
+
+    def choose(self, view: CacheView, count: int, protected: Tensor | None) -> Tensor:
+        """What changes least together."""
+        return least_change(view, count, protected, self.lines)
+
+
+def change_alone(view: CacheView, lines: Lines = 5, how: How = "together") -> Tensor:
+    """What changes if a token goes alone: ``sum over w of (m^w_j)^2 |o^w - v_j|^2``, ``[B, H, S]``.
+
+    Values of a head are in units of the largest number among them, once they are centred.
+    """
+    return change.alone(view.values, moved_mass(view, lines))
+
+
+def least_change(
+    view: CacheView, count: int, protected: Tensor | None, lines: int, how: str = "together"
+) -> Tensor:
+    """One token after the other, each the one that adds least to the change of what is read.
+
+    Returns:
+        Slots, int64 ``[B, H, count]``, in the order in which they go.
+    """
+    alone = change_alone(view, lines)
+    if how == "alone":
+        return lowest(view, count, alone, protected)
+    cost = leveled(view, alone, protected)
+    return change.together(view.values, moved_mass(view, lines), cost, view.positions, count)
+
+
+register_part("score", "least_change", choose=least_change)(change_alone)

@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-from functools import cached_property
+from typing import Annotated
 
 from pydantic import Field
 from torch import Tensor
 
 from kvpolicy.ops.priorities import priorities
 from kvpolicy.parts import register_part
-from kvpolicy.policy.parts import Parts, Score
-from kvpolicy.policy.policy import ScoredPolicy
-from kvpolicy.policy.view import CacheView
+from kvpolicy.policy.policy import CacheView, ScoredPolicy
 from kvpolicy.registry import register
 
-__all__ = ["Lots", "Random"]
+__all__ = ["Random", "lots"]
+
+Seed = Annotated[int, Field(ge=0, lt=2**31, description="seed of the priorities")]
 
 
-@register_part("lots")
-class Lots(Score):
-    """Lots drawn by hashing: the same on every device, and independent of the batch."""
+@register_part("score", "lots")
+def lots(view: CacheView, seed: Seed = 0) -> Tensor:
+    """A hash of seed, layer, head and position: the same on every device, and in any batch.
 
-    seed: int = Field(0, ge=0, lt=2**31, description="seed of the priorities")
-
-    def worth(self, view: CacheView) -> Tensor:
-        """A hash of seed, layer, head and position in [0, 2**24), exact in float32."""
-        seed = (self.seed * 1009 + view.layer) * 1009 + view.first_head
-        return priorities(view.positions, seed)
+    Returns:
+        ``[B, H, S]``, whole numbers in [0, 2**24).
+    """
+    return priorities(view.positions, (seed * 1009 + view.layer) * 1009 + view.first_head)
 
 
 @register("random")
@@ -37,9 +35,8 @@ class Random(ScoredPolicy):
     which is a uniform sample without replacement at every moment.
     """
 
-    seed: int = Field(0, ge=0, lt=2**31, description="seed of the priorities")
+    seed: Seed = 0
 
-    @cached_property
-    def parts(self) -> Parts:
-        """Lots; every token."""
-        return Parts(score=Lots(seed=self.seed))
+    def score(self, view: CacheView) -> Tensor:
+        """The priorities."""
+        return lots(view, self.seed)

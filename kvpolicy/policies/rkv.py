@@ -2,55 +2,55 @@
 
 from __future__ import annotations
 
-from functools import cached_property
-from typing import ClassVar
+from typing import Annotated
 
 from pydantic import Field
 from torch import Tensor
 
+from kvpolicy.observers import WindowMass
 from kvpolicy.ops.pool import pool
 from kvpolicy.ops.redundancy import redundancy
-from kvpolicy.parts import Every, RecentTokens, WatchWindow, register_part
-from kvpolicy.parts.score import Kernel
-from kvpolicy.policy.parts import Parts, Score
-from kvpolicy.policy.policy import ScoredPolicy
-from kvpolicy.policy.view import CacheView
+from kvpolicy.parts import every, recent_tokens, register_part
+from kvpolicy.parts.score import Kernel, Window
+from kvpolicy.policy.policy import CacheView, ScoredPolicy
 from kvpolicy.registry import register
+from kvpolicy.slots import SlotShape
 
-__all__ = ["RKV", "NotRedundant"]
+__all__ = ["RKV", "not_redundant"]
+
+Importance = Annotated[
+    float, Field(ge=0, le=1, description="weight of mass against redundancy")
+]
+Similar = Annotated[
+    float, Field(ge=-1, le=1, description="cosine above which keys are alike")
+]
 
 
-@register_part("not_redundant")
-class NotRedundant(Score):
-    """Pooled mass, less how much a key resembles the others."""
+@register_part("score", "not_redundant")
+def not_redundant(
+    view: CacheView,
+    kernel: Kernel = 7,
+    window: Window = 8,
+    importance: Importance = 0.1,
+    similar: Similar = 0.5,
+) -> Tensor:
+    """Pooled mass, less how much a key resembles the others, ``[B, H, S]``.
 
-    needs_mass: ClassVar[bool] = True
+    Both sum to 1 over the cached tokens, before pooling and weighting.
+    """
+    newest = view.seen - window
+    mass = pool(view.mass, view.positions, newest=newest, kernel=kernel, how="max", share=True)
+    return importance * mass - (1 - importance) * resemblance(view, similar)
 
-    kernel: Kernel = Field(7, description="neighbours whose highest mass counts, odd")
-    window: int = Field(8, ge=0, description="newest tokens, which are no one's neighbours")
-    importance: float = Field(0.1, ge=0, le=1, description="weight of mass against redundancy")
-    similar: float = Field(0.5, ge=-1, le=1, description="cosine above which keys are alike")
 
-    def worth(self, view: CacheView) -> Tensor:
-        """Both sum to 1 over the cached tokens, before pooling and weighting."""
-        mass = pool(
-            view.mass,
-            view.positions,
-            newest=view.seen - self.window,
-            kernel=self.kernel,
-            how="max",
-            share=True,
-        )
-        return self.importance * mass - (1 - self.importance) * self.redundancy(view)
+def resemblance(view: CacheView, similar: float) -> Tensor:
+    """Softmax over evictable tokens of each key's mean cosine with the others, ``[B, H, S]``.
 
-    def redundancy(self, view: CacheView) -> Tensor:
-        """Softmax over evictable tokens of each key's mean cosine with the others, ``[B, H, S]``.
-
-        Each token spares the newest of those that are like it: of many alike, the newest stays. The
-        prefix stays whatever it is like, and the padding in it must not count.
-        """
-        out = view.empty | view.pinned if view.may_be_empty else view.pinned
-        return redundancy(view.keys, view.positions, out, similar=self.similar)
+    Each token spares the newest of those that are like it: of many alike, the newest stays. The
+    prefix stays whatever it is like, and the padding in it must not count.
+    """
+    out = view.empty | view.pinned if view.may_be_empty else view.pinned
+    return redundancy(view.keys, view.positions, out, similar=similar)
 
 
 @register("rkv", paper="arXiv:2505.24133")
@@ -69,22 +69,23 @@ class RKV(ScoredPolicy):
     """
 
     window: int = Field(8, ge=1, description="last queries that vote, and are protected")
-    interval: int = Field(8, ge=1, description="tokens between decisions")
+    interval: int = Field(8, ge=1, description="tokens between decisions, at least the window")
     kernel: Kernel = Field(7, description="neighbours whose highest mass counts, odd")
-    importance: float = Field(0.1, ge=0, le=1, description="weight of mass against redundancy")
-    similar: float = Field(0.5, ge=-1, le=1, description="cosine above which keys are alike")
+    importance: Importance = 0.1
+    similar: Similar = 0.5
 
-    @cached_property
-    def parts(self) -> Parts:
-        """A window; its queries' mass, less redundancy; every few tokens."""
-        return Parts(
-            protect=(RecentTokens(count=self.window),),
-            observe=WatchWindow(queries=self.window),
-            score=NotRedundant(
-                kernel=self.kernel,
-                window=self.window,
-                importance=self.importance,
-                similar=self.similar,
-            ),
-            decide=Every(tokens=self.interval),
-        )
+    def observers(self, shape: SlotShape) -> tuple[WindowMass, ...]:
+        """Mass from the window's queries."""
+        return (WindowMass(shape, self.window),)
+
+    def protect(self, view: CacheView) -> Tensor:
+        """The window."""
+        return recent_tokens(view, self.window)
+
+    def score(self, view: CacheView) -> Tensor:
+        """That mass, pooled, less redundancy."""
+        return not_redundant(view, self.kernel, self.window, self.importance, self.similar)
+
+    def headroom(self, view: CacheView) -> int:
+        """Every few tokens."""
+        return every(view, self.interval)

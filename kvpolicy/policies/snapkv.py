@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from functools import cached_property
+from typing import Self
 
 from pydantic import Field
+from torch import Tensor
 
-from kvpolicy.parts import Every, PooledMass, RecentTokens, WatchWindow
+from kvpolicy.observers import WindowMass
+from kvpolicy.parts import every, pooled_mass, recent_tokens
 from kvpolicy.parts.score import Kernel
-from kvpolicy.policy.parts import Parts
-from kvpolicy.policy.policy import ScoredPolicy
+from kvpolicy.policy.policy import CacheView, ScoredPolicy
 from kvpolicy.registry import register
+from kvpolicy.slots import SlotShape
 
 __all__ = ["SnapKV"]
 
@@ -27,15 +29,21 @@ class SnapKV(ScoredPolicy):
     """
 
     window: int = Field(8, ge=1, description="last queries that vote, and are protected")
-    interval: int = Field(8, ge=1, description="tokens between decisions")
+    interval: int = Field(8, ge=1, description="tokens between decisions, at least the window")
     kernel: Kernel = Field(5, description="neighbours pooled over, odd")
 
-    @cached_property
-    def parts(self) -> Parts:
-        """A window; its queries' mass, pooled; every few tokens."""
-        return Parts(
-            protect=(RecentTokens(count=self.window),),
-            observe=WatchWindow(queries=self.window),
-            score=PooledMass(kernel=self.kernel, window=self.window),
-            decide=Every(tokens=self.interval),
-        )
+    def observers(self, shape: SlotShape) -> tuple[WindowMass, ...]:
+        """Mass from the window's queries."""
+        return (WindowMass(shape, self.window),)
+
+    def protect(self, view: CacheView) -> Tensor:
+        """The window."""
+        return recent_tokens(view, self.window)
+
+    def score(self, view: CacheView) -> Tensor:
+        """That mass, pooled over neighbours."""
+        return pooled_mass(view, self.kernel, self.window, "mean")
+
+    def headroom(self, view: CacheView) -> int:
+        """Every few tokens."""
+        return every(view, self.interval)

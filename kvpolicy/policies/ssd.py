@@ -2,51 +2,51 @@
 
 from __future__ import annotations
 
-from functools import cached_property
-from typing import ClassVar
+from typing import Annotated
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from kvpolicy.observers import CumulativeMass
 from kvpolicy.ops.locality import is_local
-from kvpolicy.parts import RecentShare, WatchAll, register_part
-from kvpolicy.policy.parts import Parts, Score
-from kvpolicy.policy.policy import ScoredPolicy
-from kvpolicy.policy.view import CacheView
+from kvpolicy.parts import recent_share, register_part
+from kvpolicy.policy.policy import CacheView, ScoredPolicy
 from kvpolicy.registry import register
+from kvpolicy.slots import SlotShape
+from kvpolicy.span import PositiveSpan
 
-__all__ = ["SSD", "ByHead"]
+__all__ = ["SSD", "by_head", "local_heads"]
+
+Newest = Annotated[
+    PositiveSpan, Field(description="newest tokens that a local head looks at, or lines of them")
+]
+Local = Annotated[
+    float, Field(ge=0, le=1, description="share of the mass that makes a head local")
+]
 
 
-@register_part("by_head")
-class ByHead(Score):
-    """Recency in heads whose mass lies on the newest tokens, mass in the others."""
+@register_part("score", "by_head")
+def by_head(view: CacheView, window: Newest = "1 line", local: Local = 0.5) -> Tensor:
+    """Recency in heads whose mass lies on the newest tokens, mass in the others, ``[B, H, S]``."""
+    return torch.where(local_heads(view, window, local), view.positions, view.mass)
 
-    needs_mass: ClassVar[bool] = True
 
-    window: int = Field(28, ge=1, description="newest tokens")
-    local: float = Field(0.5, ge=0, le=1, description="share of the mass that makes a head local")
+def local_heads(view: CacheView, window: int | str, local: float) -> Tensor:
+    """Which heads are local, bool ``[B, H, 1]``, by each token's mass from a query on average.
 
-    def worth(self, view: CacheView) -> Tensor:
-        """The position, or the mass."""
-        return torch.where(self.is_local(view), view.positions, view.mass)
-
-    def is_local(self, view: CacheView) -> Tensor:
-        """Which heads are, bool ``[B, H, 1]``, by each token's mass from a query on average.
-
-        The prefix does not count, since every head keeps it.
-        """
-        return is_local(
-            view.mass,
-            view.positions,
-            seen=view.seen,
-            window=self.window,
-            share=self.local,
-            pinned=view.pinned if view.may_be_empty else None,
-            prefix=view.layout.prefix,
-            may_be_empty=view.may_be_empty,
-        )
+    The prefix does not count, since every head keeps it.
+    """
+    return is_local(
+        view.mass,
+        view.positions,
+        seen=view.seen,
+        window=view.tokens(window),
+        share=local,
+        pinned=view.pinned if view.may_be_empty else None,
+        prefix=view.layout.prefix,
+        may_be_empty=view.may_be_empty,
+    )
 
 
 @register("ssd", paper="arXiv:2510.18716")
@@ -59,20 +59,24 @@ class SSD(ScoredPolicy):
     queries so far; a head is local while the newest ``window`` tokens get at least ``local`` of
     what a query gives tokens behind the prefix, so that a head may change its kind; every head
     keeps a recent window, as in ``h2o``; and all heads have the same budget, so a local head's
-    window is as long as that.
+    window is as long as that. What is near is a line by default (28 tokens where that was tried); a
+    line of text has as many tokens as its layout says, which is one unless you set it.
     """
 
     recent: float = Field(
         0.5, ge=0, le=1, description="share of the budget that is a recent window in every head"
     )
-    window: int = Field(28, ge=1, description="newest tokens that a local head looks at")
-    local: float = Field(0.5, ge=0, le=1, description="share of the mass that makes a head local")
+    window: Newest = "1 line"
+    local: Local = 0.5
 
-    @cached_property
-    def parts(self) -> Parts:
-        """A share of the budget; cumulative mass, or recency, by head; every token."""
-        return Parts(
-            protect=(RecentShare(share=self.recent),),
-            observe=WatchAll(),
-            score=ByHead(window=self.window, local=self.local),
-        )
+    def observers(self, shape: SlotShape) -> tuple[CumulativeMass, ...]:
+        """Mass from every query so far."""
+        return (CumulativeMass(shape),)
+
+    def protect(self, view: CacheView) -> Tensor:
+        """A recent window."""
+        return recent_share(view, self.recent)
+
+    def score(self, view: CacheView) -> Tensor:
+        """Recency, or mass, by head."""
+        return by_head(view, self.window, self.local)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from functools import cached_property
-
 from pydantic import Field
+from torch import Tensor
 
-from kvpolicy.parts import Anchors, Recency
-from kvpolicy.policy.parts import Parts
-from kvpolicy.policy.policy import ScoredPolicy
+from kvpolicy.parts import anchors
+from kvpolicy.policy.policy import CacheView, ScoredPolicy
 from kvpolicy.registry import register
+from kvpolicy.span import Span
 
 __all__ = ["StreamingLLM"]
 
@@ -20,12 +19,17 @@ class StreamingLLM(ScoredPolicy):
 
     ``score(j) = j`` behind the sinks (Xiao et al., "Efficient Streaming Language Models with
     Attention Sinks", arXiv:2309.17453, section 3.2). Nothing is observed. The sinks count in
-    addition to the layout's pinned prefix.
+    addition to the layout's pinned prefix; four of them is the paper's number, not a grid's.
     """
 
-    sinks: int = Field(4, ge=0, description="first tokens behind the prefix that are never evicted")
+    sinks: Span = Field(
+        4, description="first tokens behind the prefix that are never evicted, or lines of them"
+    )
 
-    @cached_property
-    def parts(self) -> Parts:
-        """Sinks; recency; every token."""
-        return Parts(protect=(Anchors(count=self.sinks),), score=Recency())
+    def protect(self, view: CacheView) -> Tensor:
+        """The sinks."""
+        return anchors(view, self.sinks)
+
+    def score(self, view: CacheView) -> Tensor:
+        """The position."""
+        return view.positions

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from functools import cached_property
+from torch import Tensor
 
-from kvpolicy.parts import HeadMean, WatchNewest
-from kvpolicy.policy.parts import Parts
-from kvpolicy.policy.policy import ScoredPolicy
+from kvpolicy.observers import LastQuery
+from kvpolicy.parts import head_mean
+from kvpolicy.policy.policy import CacheView, ScoredPolicy
 from kvpolicy.registry import register
+from kvpolicy.slots import SlotShape
 
 __all__ = ["TOVA"]
 
@@ -20,7 +21,15 @@ class TOVA(ScoredPolicy):
     Multi-State RNNs", arXiv:2401.06104, section 4).
     """
 
-    @cached_property
-    def parts(self) -> Parts:
-        """The last query's mass, averaged over heads; every token."""
-        return Parts(observe=WatchNewest(), score=HeadMean())
+    @property
+    def mixes_heads(self) -> bool:
+        """All heads decide alike."""
+        return True
+
+    def observers(self, shape: SlotShape) -> tuple[LastQuery, ...]:
+        """Mass from the newest query."""
+        return (LastQuery(shape),)
+
+    def score(self, view: CacheView) -> Tensor:
+        """That mass, averaged over heads."""
+        return head_mean(view)

@@ -9,23 +9,25 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from functools import cached_property
+from contextlib import suppress
 from typing import Any, ClassVar, Self
 
-import torch
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from torch import Tensor
 
 from kvpolicy.budget.budget import Schedule, Uniform
-from kvpolicy.errors import AttentionError, ParameterError, parameter_error
-from kvpolicy.layout import TokenLayout
+from kvpolicy.errors import parameter_error
+from kvpolicy.layout import RasterLayout, TokenLayout
 from kvpolicy.observers import AttentionObserver
-from kvpolicy.ops.rank import leveled, lowest, numbers_only
-from kvpolicy.policy.parts import Parts, Score
+from kvpolicy.policy.probe import Unread, refuse_long_window, smallest_budget
+from kvpolicy.policy.ranking import lowest
 from kvpolicy.policy.view import CacheView
 from kvpolicy.slots import SlotShape
 
 __all__ = ["CacheView", "EvictionPolicy", "ScoredPolicy"]
+
+#: What is wrong with a policy on a large grid is wrong with it everywhere.
+_ANY_GRID = RasterLayout(rows=64, cols=64)
 
 
 class EvictionPolicy(BaseModel, ABC):
@@ -103,103 +105,69 @@ class EvictionPolicy(BaseModel, ABC):
 
 
 class ScoredPolicy(EvictionPolicy):
-    """A policy that ranks tokens.
-
-    Name its ``parts``, or override :meth:`score`, and any other method that no part says: what is
-    not said is the default of :class:`Parts`.
+    """A policy that ranks tokens: override :meth:`score`, and what else differs from the default.
 
     Victims are the unprotected tokens with the lowest scores; among equal scores the older
     position goes first. Empty slots go before any token.
-    """
 
-    @cached_property
-    def parts(self) -> Parts:
-        """The five choices that this policy is made of."""
-        return Parts()
+    Example:
+        >>> from kvpolicy import ScoredPolicy
+        >>> from kvpolicy.parts import anchors
+        >>> class KeepTheNewest(ScoredPolicy):
+        ...     '''Four anchors, and of the rest the newest.'''
+        ...     def protect(self, view):
+        ...         return anchors(view, 4)
+        ...     def score(self, view):
+        ...         return view.positions
+        >>> KeepTheNewest().min_budget(RasterLayout(rows=8, cols=8))
+        5
+    """
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        if self.parts.score is None and type(self).score is ScoredPolicy.score:
-            raise ValueError("override score(view), or name a score in parts")
+        with suppress(Unread):
+            refuse_long_window(self, _ANY_GRID)
         return self
-
-    def __copy__(self) -> Self:
-        """A copy makes its own parts: its parameters may be about to change."""
-        made = super().__copy__()
-        made.__dict__.pop("parts", None)
-        return made
-
-    @property
-    def mixes_heads(self) -> bool:
-        """Whether the score does."""
-        return self.parts.score is not None and self.parts.score.mixes_heads
-
-    def observers(self, shape: SlotShape) -> Sequence[AttentionObserver]:
-        """What the parts watch."""
-        watch, score = self.parts.observe, self.parts.score
-        return (
-            *(() if watch is None else (watch.observer(shape),)),
-            *(() if score is None else score.observers(shape)),
-        )
-
-    def schedule(self) -> Schedule:
-        """How the parts share the budget."""
-        return self.parts.schedule
-
-    def min_budget(self, layout: TokenLayout) -> int:
-        """What the parts protect, and what a decision makes room for."""
-        return self.parts.min_budget(layout)
-
-    def headroom(self, view: CacheView) -> int:
-        """When the parts decide."""
-        return self.parts.decide.headroom(view)
 
     def protect(self, view: CacheView) -> Tensor | None:
         """Tokens that may not go besides the prefix, bool ``[B, H, S]``; None for no others."""
-        mask: Tensor | None = None
-        for part in self.parts.protect:
-            mask = part.mask(view) if mask is None else mask | part.mask(view)
-        return mask
+        return None
 
+    @abstractmethod
     def score(self, view: CacheView) -> Tensor:
         """How much each token is worth, ``[B, H, S]``; higher = keep. NaN is not allowed."""
-        if self.parts.score is None:
-            raise ParameterError(f"{self!r} has no score")
-        return self.parts.score.worth(view)
 
-    def victims(self, view: CacheView, count: int) -> Tensor:
-        """The ``count`` lowest scores among the unprotected, worst first.
+    def min_budget(self, layout: TokenLayout) -> int:
+        """What ``protect`` protects at most, and what ``headroom`` wants beside it.
+
+        Both are asked on a view of this layout that has positions, but no keys and no mass. A
+        policy that protects by what it reads there must override this method.
 
         Raises:
-            AttentionError: a score is NaN (on a device other than the CPU it is asserted there,
-                so that nobody waits for it); the prefix stays either way.
+            ParameterError: ``protect`` or ``headroom`` reads what the view has not, or a window is
+                observed that is longer than the time between two decisions.
+            BudgetError: everything is protected.
         """
-        protected = self.protect(view)
-        # What the part says holds only where nobody overrides the score.
-        part = self.parts.score if type(self).score is ScoredPolicy.score else None
-        rank = None if part is None else part.rank(view)
-        score = self.score(view).to(torch.float32) if rank is None else rank
-        where: dict[str, Any] = {
-            "protected": protected,
-            "pinned": view.pinned if view.may_be_empty else None,
-            # Where no slot was ever emptied, the prefix lies where it was put: in the first.
-            "prefix": view.layout.prefix,
-            "may_be_empty": view.may_be_empty,
-        }
-        if part is not None and type(part).choose is not Score.choose:
-            level = leveled(score, view.positions, **where)
-            if not numbers_only(level):
-                raise self._nan(view)
-            chosen = part.choose(view, level, count)
-            if chosen is not None:
-                return chosen
-        slots, numbers = lowest(score, view.positions, count, **where)
-        if not numbers:
-            raise self._nan(view)
-        return slots
+        return smallest_budget(self, layout)
 
-    def _nan(self, view: CacheView) -> AttentionError:
-        return AttentionError(
-            f"layer {view.layer}: {self.label} scores a token NaN before position {view.seen}; "
-            f"the model's keys or values are not finite, or score() is undefined for some token"
-        )
+    def victims(self, view: CacheView, count: int) -> Tensor:
+        """The slots that go: :meth:`choose` among what is not protected."""
+        return self.choose(view, count, self.protect(view))
+
+    def choose(self, view: CacheView, count: int, protected: Tensor | None) -> Tensor:
+        """The ``count`` lowest scores among the unprotected, worst first.
+
+        Override it where a token's worth depends on what else goes, so that a set must be chosen.
+
+        Args:
+            view: the layer.
+            count: how many slots are wanted.
+            protected: what may not go besides the prefix, bool ``[B, H, S]``; None for nothing.
+
+        Returns:
+            Slots, int64 ``[B, H, count]``; see :meth:`EvictionPolicy.victims`.
+
+        Raises:
+            AttentionError: a score is NaN.
+        """
+        return lowest(view, count, self.score(view), protected)

@@ -8,9 +8,10 @@ from typing import TypeVar
 
 from torch import Tensor
 
+from kvpolicy.span import first_tokens, tokens_of
 from kvpolicy.errors import ParameterError
 from kvpolicy.layout import TokenLayout
-from kvpolicy.observers import AttentionObserver
+from kvpolicy.observers import AttentionObserver, Need
 from kvpolicy.slots import SlotStore
 
 __all__ = ["CacheView"]
@@ -115,9 +116,17 @@ class CacheView:
         """Place behind the prefix, ``[B, H, S]``: 0 for the first evictable token."""
         return self._from_start - self.layout.prefix
 
-    def before(self, place: int) -> Tensor:
-        """Tokens whose place behind the prefix is below this: ``index < place``, in one pass."""
-        return self._from_start < place + self.layout.prefix
+    def first(self, span: int | str) -> Tensor:
+        """The first tokens behind the prefix, and the prefix: ``index < span``, in one pass.
+
+        Args:
+            span: a number of tokens, or lines as long as the layout's first: ``"1 line"``.
+        """
+        return self._from_start < first_tokens(span, self.layout) + self.layout.prefix
+
+    def tokens(self, span: int | str) -> int:
+        """How many tokens a span is here: ``28``, or lines of the layout: ``"1 line"``."""
+        return tokens_of(span, self.layout)
 
     @cached_property
     def _from_start(self) -> Tensor:
@@ -148,14 +157,15 @@ class CacheView:
 
     @property
     def mass(self) -> Tensor:
-        """The reading of the policy's first observer, ``[B, H, S]``, float32.
+        """What the policy's first observer of attention has read, ``[B, H, S]``, float32.
 
         Raises:
-            ParameterError: the policy observes nothing.
+            ParameterError: the policy observes no attention.
         """
-        if not self._observers:
-            raise ParameterError("the policy asks for mass, but its observers() made none")
-        return self._shown(self._observers[0].mass)
+        for observer in self._observers:
+            if observer.needs is not Need.NONE:
+                return self._shown(observer.mass)
+        raise ParameterError("the policy asks for mass, but its observers() watch no attention")
 
     def _shown(self, by_slot: Tensor) -> Tensor:
         """Of the slots that have ever held a token."""
