@@ -44,11 +44,11 @@ from kvpolicy.observers import (
 from kvpolicy.ops.attend import attend
 from kvpolicy.parts import available_parts, register_part
 from kvpolicy.parts.compose import compose
-from kvpolicy.policy.parts import Decide, Observe, Part, Parts, Protect, Score
 from kvpolicy.policy.policy import EvictionPolicy, ScoredPolicy
 from kvpolicy.policy.view import CacheView
 from kvpolicy.registry import PolicySpec, available, create, register, spec
 from kvpolicy.slots import SlotShape, SlotStore
+from kvpolicy.span import HalfLife, PositiveSpan, Span
 from kvpolicy.tracing.recording import Recording, trace
 from kvpolicy.tracing.trace import LayerTrace, Trace, load_trace
 
@@ -65,9 +65,9 @@ __all__ = [
     "CacheView",
     "Calibrated",
     "CumulativeMass",
-    "Decide",
     "EvictionPolicy",
     "FadingMass",
+    "HalfLife",
     "KVPolicyError",
     "KernelError",
     "LastQuery",
@@ -77,23 +77,20 @@ __all__ = [
     "LineMass",
     "ModelError",
     "Need",
-    "Observe",
     "ParameterError",
-    "Part",
-    "Parts",
     "PerLayer",
     "PolicyCache",
     "PolicySpec",
-    "Protect",
+    "PositiveSpan",
     "RasterLayout",
     "Recording",
     "Schedule",
-    "Score",
     "ScoredPolicy",
     "SequenceLayout",
     "ShapeError",
     "SlotShape",
     "SlotStore",
+    "Span",
     "TextLayout",
     "TokenLayout",
     "Trace",

@@ -17,7 +17,7 @@ from kvpolicy.observers import Need
 from kvpolicy.policy.policy import EvictionPolicy
 from kvpolicy.slots import SlotShape
 
-__all__ = ["POLICIES", "PolicySpec", "Registry", "available", "create", "register", "spec"]
+__all__ = ["CHOICES", "POLICIES", "PolicySpec", "Registry", "available", "create", "register", "spec"]
 
 Item = TypeVar("Item")
 Policy = TypeVar("Policy", bound=type[EvictionPolicy])
@@ -93,6 +93,8 @@ class Registry(Generic[Item]):
 
 POLICIES: Registry[type[EvictionPolicy]] = Registry("policy", "kvpolicy.policies")
 _PAPERS: dict[str, str] = {}
+#: What parts can say in a policy's place; see :func:`kvpolicy.compose`.
+CHOICES = ("protect", "observe", "score", "decide", "schedule")
 
 
 @dataclass(frozen=True)
@@ -154,22 +156,21 @@ def create(name: str, **parameters: Any) -> EvictionPolicy:
     if not isinstance(name, str) or "=" not in name:
         return POLICIES.get(name)(**parameters)
     base, *changes = re.split(r"/(?=[^/=]+=)", name)  # a value may have a slash, like a file's
-    compose = POLICIES.get("compose")
-    fields, kinds = POLICIES.get(base).model_fields, compose.choices_of_parts
+    fields = POLICIES.get(base).model_fields
     chosen: dict[str, str] = {}
     for change in changes:
         field, _, value = change.partition("=")
         if field in chosen or field in parameters:
             raise ParameterError(f"policy {name!r} says {field}= twice")
-        if field in kinds:
+        if field in CHOICES:
             chosen[field] = value
         elif field in fields:
             parameters[field] = _value(value, fields[field].annotation)
         else:
-            known = near_matches(field, [*kinds, *fields])
+            known = near_matches(field, [*CHOICES, *fields])
             raise ParameterError(f"policy {name!r}: no choice is called {field!r}; {known}")
     policy = create(base, **parameters)
-    return compose(base=policy, **chosen) if chosen else policy
+    return POLICIES.get("compose")(base=policy, **chosen) if chosen else policy
 
 
 def _value(text: str, kind: Any) -> Any:

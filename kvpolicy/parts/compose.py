@@ -23,10 +23,10 @@ from kvpolicy.budget.budget import Schedule
 from kvpolicy.errors import KVPolicyError, ParameterError, near_matches
 from kvpolicy.layout import TextLayout, TokenLayout
 from kvpolicy.observers import AttentionObserver, Need
-from kvpolicy.parts.named import KINDS, PARTS, Bound, read_part, spell_value
+from kvpolicy.parts.named import PARTS, Bound, read_part, spell_value
 from kvpolicy.policy.policy import CacheView, EvictionPolicy, ScoredPolicy
 from kvpolicy.policy.probe import Unread, probe_view, refuse_long_window, smallest_budget
-from kvpolicy.registry import create, register
+from kvpolicy.registry import CHOICES, create, register
 from kvpolicy.slots import SlotShape
 
 __all__ = ["Choices", "Compose", "compose"]
@@ -143,12 +143,12 @@ class Compose(ScoredPolicy):
         if not isinstance(given, Mapping):
             return given
         for name in given:
-            if name not in ("base", "choices", *KINDS):
-                raise ValueError(f"no choice is called {name!r}; {near_matches(name, KINDS)}")
+            if name not in ("base", "choices", *CHOICES):
+                raise ValueError(f"no choice is called {name!r}; {near_matches(name, CHOICES)}")
         base = _read_base(given.get("base", _PLAINEST))
         choices = given.get("choices", {})
         chosen = dict(choices if isinstance(choices, Choices) else Choices.model_validate(choices))
-        chosen |= {kind: given[kind] for kind in KINDS if kind in given}
+        chosen |= {kind: given[kind] for kind in CHOICES if kind in given}
         if isinstance(base, Compose):
             chosen = dict(base.choices) | {k: v for k, v in chosen.items() if v is not None}
             base = base.base

@@ -8,19 +8,11 @@ import torch
 from torch import Tensor
 
 from kvpolicy.observers import AttentionReport, Need
-<<<<<<< HEAD
-from kvpolicy.ops.key_lengths import UNKNOWN, find_unknown
-from kvpolicy.policy.view import CacheView
-from kvpolicy.slots import SlotShape
-
-__all__ = ["KeyLengths"]
-=======
 from kvpolicy.ops.key_lengths import UNKNOWN, find_unknown, lengths
 from kvpolicy.policy.view import CacheView
 from kvpolicy.slots import SlotShape
 
 __all__ = ["KeyLengths", "key_lengths"]
->>>>>>> fae01c8 (wip: one dialect)
 
 
 class KeyLengths:

@@ -19,23 +19,13 @@ from kvpolicy.budget.budget import Arithmetic, PerLayer, Schedule, Uniform
 from kvpolicy.budget.calibrated import Calibrated
 from kvpolicy.errors import KVPolicyError, ParameterError, near_matches, parameter_error
 from kvpolicy.observers import AttentionObserver
-from kvpolicy.registry import Registry
+from kvpolicy.registry import CHOICES, Registry
 from kvpolicy.slots import SlotShape
 from kvpolicy.span import is_lines
 
-__all__ = ["KINDS", "PARTS", "Bound", "Part", "available_parts", "read_part", "register_part"]
+__all__ = ["PARTS", "Bound", "Part", "available_parts", "read_part", "register_part"]
 
 Made = TypeVar("Made", bound=Callable[..., Any])
-
-#: What each choice says, and what a part of it is called with besides its parameters.
-KINDS: dict[str, str] = {
-    "protect": "what may not go besides the prefix: view -> bool [B, H, S]",
-    "observe": "what is watched of the attention: shape -> an observer",
-    "score": "what a token is worth: view -> [B, H, S], higher = keep",
-    "decide": "how many slots must be free before the next token: view -> int",
-    "schedule": "how layers share the budget: a Schedule",
-}
-
 
 class _Parameters(BaseModel):
     """Parameters of a part: strict, like a policy's."""
@@ -48,7 +38,7 @@ class Part:
     """A named part: a function (or class) and what the suite must know of it.
 
     Attributes:
-        kind: the choice that it makes, one of ``KINDS``.
+        kind: the choice that it makes, one of ``CHOICES``.
         name: among the parts of its kind.
         make: called with a view (or a shape, to observe) and the parameters.
         choose: of a score, where what goes is chosen as a set: called with a view, a count, what
@@ -114,7 +104,7 @@ class Bound:
 
 
 PARTS: dict[str, Registry[Part]] = {
-    kind: Registry(f"{kind} part", f"kvpolicy.{kind}") for kind in KINDS
+    kind: Registry(f"{kind} part", f"kvpolicy.{kind}") for kind in CHOICES
 }
 
 

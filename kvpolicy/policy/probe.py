@@ -67,7 +67,7 @@ class _ProbeView(CacheView):
     def mass(self) -> NoReturn:
         raise Unread("mass")
 
-    def find_observer(self, kind: type[Any]) -> NoReturn:
+    def observer(self, kind: type[Any]) -> NoReturn:
         raise Unread(kind.__name__)
 
 

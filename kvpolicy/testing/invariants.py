@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from kvpolicy.layout import TokenLayout
-from kvpolicy.parts import Anchors, EachLine, RecentLines, WatchLine
-from kvpolicy.policy.policy import EvictionPolicy, ScoredPolicy
+from kvpolicy.policy.policy import EvictionPolicy
+from kvpolicy.testing.claims import anchors_of, is_line_by_line, lines_kept
 from kvpolicy.testing.drive import Trace, drive
 from kvpolicy.testing.failure import PolicyCheckError
 from kvpolicy.testing.streams import Stream, Tokens
@@ -122,22 +122,6 @@ def _always(policy: EvictionPolicy) -> bool:
     return True
 
 
-def _recent_lines(policy: EvictionPolicy) -> int:
-    """Finished lines that a policy keeps whole, by its parts; -1 if it keeps none."""
-    parts = policy.parts.protect if isinstance(policy, ScoredPolicy) else ()
-    return max((part.count for part in parts if isinstance(part, RecentLines)), default=-1)
-
-
-def _by_lines(policy: EvictionPolicy) -> bool:
-    """Whether a policy decides once a line, by what the last line looked at, and keeps lines."""
-    return (
-        isinstance(policy, ScoredPolicy)
-        and _recent_lines(policy) >= 0
-        and isinstance(policy.parts.observe, WatchLine)
-        and isinstance(policy.parts.decide, EachLine)
-    )
-
-
 def _invariant(
     name: str, words: str, applies: Callable[[EvictionPolicy], bool] = _always
 ) -> Callable[[Callable[[Case], None]], Callable[[Case], None]]:
@@ -215,11 +199,8 @@ def _budget(case: Case) -> None:
     "the prefix, anchors and sinks are never evicted, nor is what protect() names at a decision.",
 )
 def _pins(case: Case) -> None:
-    trace, policy = case.trace, case.policy
-    pinned = case.stream.layout.prefix
-    if isinstance(policy, ScoredPolicy):
-        anchors = (part.count for part in policy.parts.protect if isinstance(part, Anchors))
-        pinned += max(anchors, default=0)
+    trace = case.trace
+    pinned = case.stream.layout.prefix + anchors_of(case.policy, case.stream.layout)
     for shot in trace.snapshots:
         must = torch.arange(case.stream.tokens) < min(pinned, shot.seen)
         lost = _first((shot.present(case.stream.tokens) == 0) & must)
@@ -253,11 +234,11 @@ def _pins(case: Case) -> None:
 @_invariant(
     "line locality",
     "every token of the current line and of the last recent_lines lines is cached.",
-    _by_lines,
+    is_line_by_line,
 )
 def _line_locality(case: Case) -> None:
-    recent_lines = _recent_lines(case.policy)
     layout: TokenLayout = case.stream.layout
+    recent_lines = lines_kept(case.policy, layout)
     positions = torch.arange(case.stream.tokens)
     for shot in case.trace.snapshots:
         # A compressed prompt has made room for the line of the token to come.
@@ -521,7 +502,7 @@ def _determinism(case: Case) -> None:
     "inter-line only",
     "the choice for the next line depends on the last finished line's mass, and on no other "
     "query's.",
-    _by_lines,
+    is_line_by_line,
 )
 def _inter_line(case: Case) -> None:
     """Replace all queries but those of the line before, and see whether the choice changes.
