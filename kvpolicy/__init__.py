@@ -10,6 +10,7 @@ Three lines for a bare attention loop (adapters for whole models are in ``kvpoli
 from kvpolicy import policies
 from kvpolicy.budget.budget import Arithmetic, Budget, PerLayer, Schedule, Uniform
 from kvpolicy.budget.calibrated import Calibrated
+from kvpolicy.budget.span import HalfLife, PositiveSpan, Span
 from kvpolicy.cache.cache import CacheStats, PolicyCache
 from kvpolicy.errors import (
     AttentionError,
@@ -48,7 +49,6 @@ from kvpolicy.policy.policy import EvictionPolicy, ScoredPolicy
 from kvpolicy.policy.view import CacheView
 from kvpolicy.registry import PolicySpec, available, create, register, spec
 from kvpolicy.slots import SlotShape, SlotStore
-from kvpolicy.span import HalfLife, PositiveSpan, Span
 from kvpolicy.tracing.recording import Recording, trace
 from kvpolicy.tracing.trace import LayerTrace, Trace, load_trace
 

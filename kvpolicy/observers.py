@@ -14,11 +14,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from kvpolicy.budget.span import HalfLife, tokens_of
 from kvpolicy.errors import ParameterError
 from kvpolicy.layout import TokenLayout
 from kvpolicy.ops.sums import sum_over
 from kvpolicy.slots import SlotShape
-from kvpolicy.span import HalfLife, tokens_of
 
 __all__ = [
     "AttentionObserver",

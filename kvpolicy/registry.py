@@ -17,7 +17,16 @@ from kvpolicy.observers import Need
 from kvpolicy.policy.policy import EvictionPolicy
 from kvpolicy.slots import SlotShape
 
-__all__ = ["CHOICES", "POLICIES", "PolicySpec", "Registry", "available", "create", "register", "spec"]
+__all__ = [
+    "CHOICES",
+    "POLICIES",
+    "PolicySpec",
+    "Registry",
+    "available",
+    "create",
+    "register",
+    "spec",
+]
 
 Item = TypeVar("Item")
 Policy = TypeVar("Policy", bound=type[EvictionPolicy])

@@ -3,22 +3,20 @@
 from pydantic import Field
 
 from kvpolicy import CumulativeMass, ScoredPolicy, register
+from kvpolicy.parts import recent_tokens
 
 
 @register("mass_rate")
 class MassRate(ScoredPolicy):
     """Keep a window, and the tokens with the most mass a query: sum over q of A[q, j], by age."""
 
-    window: int = Field(4, ge=0, description="newest tokens, which are never evicted")
+    window: int = Field(4, ge=1, description="newest tokens, which are never evicted")
 
     def observers(self, shape):
         return (CumulativeMass(shape),)
 
-    def min_budget(self, layout):
-        return self.window + 1
-
     def protect(self, view):
-        return view.age <= self.window
+        return recent_tokens(view, self.window)
 
     def score(self, view):
-        return view.observed(CumulativeMass) / view.age
+        return view.mass / view.age

@@ -40,8 +40,7 @@ AnyPart = Bound | Schedule | str
 
 
 class Choices(BaseModel):
-    """The choices that parts make, each as it is spelled (``name:value:value``); None: the base's.
-    """
+    """The choices that parts make, each as it is spelled; None for what the base chooses."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -71,7 +70,9 @@ def _read(kind: str, value: Any) -> list[Bound]:
         given = value.split("+")
     else:
         given = [value] if isinstance(value, Bound | Schedule) else list(value)
-    parts = [read_part(kind, part) if isinstance(part, str) else _named(kind, part) for part in given]
+    parts = [
+        read_part(kind, part) if isinstance(part, str) else _named(kind, part) for part in given
+    ]
     if kind != "protect" and (len(parts) > 1 or (not parts and kind != "observe")):
         raise ParameterError(f"{kind}={value!r} names {len(parts)} parts; one is needed")
     return parts
@@ -99,7 +100,9 @@ def _read_base(value: Any) -> Any:
         elif isinstance(value, Mapping):
             value = create(value["name"], **value.get("parameters", {}))
         if not isinstance(value, ScoredPolicy):
-            raise ParameterError(f"base={value!r} ranks no tokens: no part can stand in for its own")
+            raise ParameterError(
+                f"base={value!r} ranks no tokens: no part can stand in for its own"
+            )
         if not value.key:
             raise ParameterError(
                 f"base={value!r} has no name: decorate its class with @kvpolicy.register(name)"
@@ -156,9 +159,11 @@ class Compose(ScoredPolicy):
 
     @model_validator(mode="after")
     def _makes_sense(self) -> Self:
-        chosen, base = self._chosen, self.base
+        chosen, base = self.parts, self.base
         if type(base).victims is not ScoredPolicy.victims and chosen.keys() & {"protect", "score"}:
-            raise ValueError(f"{base!r} names its victims itself: no part can protect or score there")
+            raise ValueError(
+                f"{base!r} names its victims itself: no part can protect or score there"
+            )
         watchers = self.observers(SlotShape(1, 1, 1, torch.device("cpu"), _ANY_TEXT))
         if all(watcher.needs is Need.NONE for watcher in watchers) and self._reads_mass():
             raise ValueError(
@@ -177,32 +182,32 @@ class Compose(ScoredPolicy):
         return False
 
     @cached_property
-    def _chosen(self) -> dict[str, list[Bound]]:
+    def parts(self) -> dict[str, list[Bound]]:
         """The parts of each choice that parts make."""
         return {kind: _read(kind, value) for kind, value in self.choices if value is not None}
 
     @property
     def mixes_heads(self) -> bool:
         """Whether the score does."""
-        if "score" in self._chosen:
-            return self._chosen["score"][0].part.mixes_heads
+        if "score" in self.parts:
+            return self.parts["score"][0].part.mixes_heads
         return self.base.mixes_heads
 
     def observers(self, shape: SlotShape) -> Sequence[AttentionObserver]:
         """What ``observe`` makes, and what scores watch besides attention."""
         made = list(self.base.observers(shape))
-        if "observe" in self._chosen:
+        if "observe" in self.parts:
             others = [watcher for watcher in made if watcher.needs is Need.NONE]
-            made = [*(part(shape) for part in self._chosen["observe"]), *others]
-        for part in self._chosen.get("score", ()):
+            made = [*(part(shape) for part in self.parts["observe"]), *others]
+        for part in self.parts.get("score", ()):
             if part.part.observes is not None:
                 made.append(part.part.observes(shape))
         return made
 
     def schedule(self) -> Schedule:
         """How layers share the budget."""
-        if "schedule" in self._chosen:
-            return cast(Schedule, self._chosen["schedule"][0].parameters)
+        if "schedule" in self.parts:
+            return cast(Schedule, self.parts["schedule"][0].parameters)
         return self.base.schedule()
 
     def min_budget(self, layout: TokenLayout) -> int:
@@ -213,28 +218,28 @@ class Compose(ScoredPolicy):
             BudgetError: everything is protected.
         """
         own = type(self.base).min_budget is not ScoredPolicy.min_budget
-        if own and not self._chosen.keys() & {"protect", "decide"}:
+        if own and not self.parts.keys() & {"protect", "decide"}:
             refuse_long_window(self, layout)
             return self.base.min_budget(layout)
         return smallest_budget(self, layout)
 
     def headroom(self, view: CacheView) -> int:
         """When it is decided."""
-        if "decide" in self._chosen:
-            return int(self._chosen["decide"][0](view))
+        if "decide" in self.parts:
+            return int(self.parts["decide"][0](view))
         return self.base.headroom(view)
 
     def protect(self, view: CacheView) -> Tensor | None:
         """All that one of the parts protects."""
-        if "protect" not in self._chosen:
+        if "protect" not in self.parts:
             return self.base.protect(view)
-        masks: list[Tensor] = [part(view) for part in self._chosen["protect"]]
+        masks: list[Tensor] = [part(view) for part in self.parts["protect"]]
         return reduce(torch.bitwise_or, masks) if masks else None
 
     def score(self, view: CacheView) -> Tensor:
         """What a token is worth."""
-        if "score" in self._chosen:
-            return cast(Tensor, self._chosen["score"][0](view))
+        if "score" in self.parts:
+            return cast(Tensor, self.parts["score"][0](view))
         return self.base.score(view)
 
     def victims(self, view: CacheView, count: int) -> Tensor:
@@ -245,9 +250,9 @@ class Compose(ScoredPolicy):
 
     def choose(self, view: CacheView, count: int, protected: Tensor | None) -> Tensor:
         """As the base does; by the score, or as the score's part does, where that is a part's."""
-        if "score" not in self._chosen:
+        if "score" not in self.parts:
             return self.base.choose(view, count, protected)
-        part = self._chosen["score"][0]
+        part = self.parts["score"][0]
         if part.part.choose is None:
             return super().choose(view, count, protected)
         return cast(Tensor, part.choose(view, count, protected))

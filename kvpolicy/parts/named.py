@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar, cast
@@ -17,15 +17,16 @@ from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
 from kvpolicy.budget.budget import Arithmetic, PerLayer, Schedule, Uniform
 from kvpolicy.budget.calibrated import Calibrated
+from kvpolicy.budget.span import lines_in
 from kvpolicy.errors import KVPolicyError, ParameterError, near_matches, parameter_error
 from kvpolicy.observers import AttentionObserver
 from kvpolicy.registry import CHOICES, Registry
 from kvpolicy.slots import SlotShape
-from kvpolicy.span import is_lines
 
 __all__ = ["PARTS", "Bound", "Part", "available_parts", "read_part", "register_part"]
 
 Made = TypeVar("Made", bound=Callable[..., Any])
+
 
 class _Parameters(BaseModel):
     """Parameters of a part: strict, like a policy's."""
@@ -97,7 +98,7 @@ class Bound:
 
     def __str__(self) -> str:
         """How it is spelled."""
-        values = dict(self.parameters).values()
+        values: Iterable[Any] = dict(self.parameters).values()
         if isinstance(self.parameters, PerLayer):
             values = self.parameters.shares
         return ":".join([self.part.name, *map(spell_value, values)])
@@ -207,7 +208,7 @@ def read_value(text: str) -> int | float | str:
 def spell_value(value: Any) -> str:
     """As short as it can be read back: 2 for 2.0, ``2lines`` for two lines."""
     if isinstance(value, str):
-        return value.replace(" ", "") if is_lines(value) else value
+        return value if lines_in(value) is None else value.replace(" ", "")
     return json.dumps(value, separators=(",", ":")).removesuffix(".0")
 
 

@@ -8,9 +8,9 @@ from typing import Annotated
 from pydantic import Field
 from torch import Tensor
 
+from kvpolicy.budget.span import PositiveSpan, Span
 from kvpolicy.parts.named import register_part
 from kvpolicy.policy.view import CacheView
-from kvpolicy.span import PositiveSpan, Span
 
 __all__ = ["Share", "anchors", "recent_lines", "recent_share", "recent_tokens"]
 

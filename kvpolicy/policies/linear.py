@@ -5,12 +5,12 @@ from __future__ import annotations
 from pydantic import Field
 from torch import Tensor
 
+from kvpolicy.budget.span import Span
 from kvpolicy.observers import LineMass
 from kvpolicy.parts import anchors, each_line, recent_lines
 from kvpolicy.policy.policy import CacheView, ScoredPolicy
 from kvpolicy.registry import register
 from kvpolicy.slots import SlotShape
-from kvpolicy.span import Span
 
 __all__ = ["Linear"]
 

@@ -18,12 +18,8 @@ from kvpolicy.slots import SlotShape
 
 __all__ = ["RKV", "not_redundant"]
 
-Importance = Annotated[
-    float, Field(ge=0, le=1, description="weight of mass against redundancy")
-]
-Similar = Annotated[
-    float, Field(ge=-1, le=1, description="cosine above which keys are alike")
-]
+Importance = Annotated[float, Field(ge=0, le=1, description="weight of mass against redundancy")]
+Similar = Annotated[float, Field(ge=-1, le=1, description="cosine above which keys are alike")]
 
 
 @register_part("score", "not_redundant")

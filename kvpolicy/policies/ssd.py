@@ -8,22 +8,20 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from kvpolicy.budget.span import PositiveSpan
 from kvpolicy.observers import CumulativeMass
 from kvpolicy.ops.locality import is_local
 from kvpolicy.parts import recent_share, register_part
 from kvpolicy.policy.policy import CacheView, ScoredPolicy
 from kvpolicy.registry import register
 from kvpolicy.slots import SlotShape
-from kvpolicy.span import PositiveSpan
 
 __all__ = ["SSD", "by_head", "local_heads"]
 
 Newest = Annotated[
     PositiveSpan, Field(description="newest tokens that a local head looks at, or lines of them")
 ]
-Local = Annotated[
-    float, Field(ge=0, le=1, description="share of the mass that makes a head local")
-]
+Local = Annotated[float, Field(ge=0, le=1, description="share of the mass that makes a head local")]
 
 
 @register_part("score", "by_head")

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pydantic import Field
 from torch import Tensor
 
+from kvpolicy.budget.span import Span
 from kvpolicy.parts import anchors
 from kvpolicy.policy.policy import CacheView, ScoredPolicy
 from kvpolicy.registry import register
-from kvpolicy.span import Span
 
 __all__ = ["StreamingLLM"]
 

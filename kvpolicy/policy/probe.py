@@ -6,7 +6,6 @@ From what it protects and how much room it wants follows the smallest budget tha
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
 from itertools import pairwise
 from typing import Any, NoReturn, Protocol, cast
 
@@ -29,7 +28,10 @@ __all__ = [
 ]
 
 #: Rounds in which a budget that holds all that is protected must be found.
-_ROUNDS = 1000
+_ROUNDS = 10_000
+#: No budget is looked for beyond this; after so many rounds it is asked whether this one would do.
+_VAST = 1 << 16
+_DOUBTFUL = 100
 
 
 class Unread(Exception):
@@ -54,7 +56,6 @@ class _NoTensors:
 
     def __init__(self, seen: int) -> None:
         self.positions = torch.arange(seen, dtype=torch.int32).view(1, 1, -1)
-        self.handed_out = seen
 
     def __getattr__(self, name: str) -> NoReturn:
         raise Unread(name)
@@ -62,6 +63,11 @@ class _NoTensors:
 
 class _ProbeView(CacheView):
     """A view in which nothing has been observed."""
+
+    @property
+    def handed_out(self) -> int:
+        """All slots hold a token."""
+        return self.seen
 
     @property
     def mass(self) -> NoReturn:
@@ -122,20 +128,18 @@ def smallest_budget(policy: _Protects, layout: TokenLayout) -> int:
         BudgetError: no budget is enough.
     """
     try:
-        return _known(policy, layout)
-    except TypeError:  # a parameter, or a layout of someone's own, that has no hash
-        return _search(policy, layout)
-
-
-def _search(policy: _Protects, layout: TokenLayout) -> int:
-    try:
         refuse_long_window(policy, layout)
         budget = 1
-        for _ in range(_ROUNDS):
-            needed = max(_needed(policy, layout, budget))
-            if needed <= budget:
+        for round_ in range(_ROUNDS):
+            if budget > _VAST:
+                break
+            more = (needed for needed in _needed(policy, layout, budget) if needed > budget)
+            needed = next(more, None)
+            if needed is None:
                 return budget
             budget = needed
+            if round_ == _DOUBTFUL and max(_needed(policy, layout, _VAST)) > _VAST:
+                break
     except Unread as what:
         raise ParameterError(
             f"protect() or headroom() of {policy!r} reads {what}, which is not there before the "
@@ -144,14 +148,12 @@ def _search(policy: _Protects, layout: TokenLayout) -> int:
     raise BudgetError(f"no budget is enough: {policy!r} protects everything")
 
 
-_known = lru_cache(maxsize=1024)(_search)
-
-
 def _needed(policy: _Protects, layout: TokenLayout, budget: int) -> Iterator[int]:
     """What is protected and wanted at once with this budget, in each column."""
     start = far_line(layout, max(2 * (budget + layout.line_length), layout.evictable or 0))
-    for seen in range(start, start + layout.line_length):
-        view = probe_view(layout, seen, budget)
+    # The last column first: there, most of a line is protected.
+    for column in reversed(range(layout.line_length)):
+        view = probe_view(layout, start + column, budget)
         protected = policy.protect(view)
         kept = 0 if protected is None else _count(protected & ~view.pinned)
         yield kept + policy.headroom(view)

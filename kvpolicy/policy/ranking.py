@@ -34,9 +34,7 @@ def lowest(view: CacheView, count: int, score: Tensor, protected: Tensor | None)
         ShapeError: ``protected`` is not bool.
     """
     score = score.to(torch.float32)
-    slots, numbers = rank.lowest(
-        score, view.positions, count, protected=protected, **_pinned(view)
-    )
+    slots, numbers = rank.lowest(score, view.positions, count, protected=protected, **_pinned(view))
     if not numbers:
         raise _nan(view)
     return slots

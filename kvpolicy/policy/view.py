@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from kvpolicy.span import first_tokens, tokens_of
+from kvpolicy.budget.span import first_tokens, tokens_of
 from kvpolicy.errors import ParameterError
 from kvpolicy.layout import TokenLayout
 from kvpolicy.observers import AttentionObserver, Need

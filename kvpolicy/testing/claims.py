@@ -13,13 +13,13 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
+from kvpolicy.budget.span import first_tokens
 from kvpolicy.layout import RasterLayout, TokenLayout
 from kvpolicy.observers import LineMass
 from kvpolicy.policies import Linear, StreamingLLM
 from kvpolicy.policy.policy import EvictionPolicy, ScoredPolicy
 from kvpolicy.policy.probe import Unread, far_line, probe_view
 from kvpolicy.slots import SlotShape
-from kvpolicy.span import first_tokens
 
 __all__ = ["anchors_of", "is_line_by_line", "lines_kept"]
 

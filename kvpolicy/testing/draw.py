@@ -9,9 +9,9 @@ from typing import Any
 from kvpolicy.errors import BudgetError, ParameterError
 from kvpolicy.layout import RasterLayout, TextLayout, TokenLayout
 from kvpolicy.parts import available_parts
-from kvpolicy.parts.named import KINDS, PARTS, spell_part
+from kvpolicy.parts.named import PARTS
 from kvpolicy.policy.policy import EvictionPolicy
-from kvpolicy.registry import POLICIES
+from kvpolicy.registry import CHOICES, POLICIES
 
 __all__ = ["draw_parameters", "draw_policy"]
 
@@ -65,6 +65,8 @@ def _value(rng: random.Random, about: dict[str, Any]) -> Any:
     """A value of a field, by its JSON schema; None for a type that is not drawn."""
     if "enum" in about:
         return rng.choice(about["enum"])
+    if "anyOf" in about:
+        return _value(rng, rng.choice(about["anyOf"]))
     match about.get("type"):
         case "boolean":
             return rng.random() < 0.5
@@ -73,6 +75,8 @@ def _value(rng: random.Random, about: dict[str, Any]) -> Any:
             high = about.get("maximum", about.get("exclusiveMaximum", 2**31) - 1)
             reach = rng.choice((0, 2, 4, 8, 8, 40))
             return rng.randint(low, min(high, low + reach))
+        case "string" if "line" in about.get("pattern", ""):
+            return rng.choice(("1 line", "2 lines"))
         case "number":
             low = about.get("minimum", about.get("exclusiveMinimum", 0.0))
             high = about.get("maximum", about.get("exclusiveMaximum", low + 100.0))
@@ -83,18 +87,20 @@ def _value(rng: random.Random, about: dict[str, Any]) -> Any:
 
 
 def _choices(rng: random.Random) -> dict[str, Any]:
-    """Five random parts; not all fit together."""
+    """Some choices made by random parts of the plainest policy or another; not all fit together."""
     chosen: dict[str, Any] = {}
-    for kind in KINDS:
-        if kind == "observe" and rng.random() < 0.2:
+    if rng.random() < 0.5:
+        base = rng.choice(sorted(set(POLICIES.names()) - {"compose", "full", *POLICIES.waiting()}))
+        chosen["base"] = POLICIES.get(base)(**draw_parameters(rng, POLICIES.get(base)))
+    for kind in CHOICES:
+        if rng.random() < (0.2 if kind == "observe" else 0.1):
             continue
         parts = []
         for _ in range(rng.choice((0, 1, 2)) if kind == "protect" else 1):
             part = PARTS[kind].get(rng.choice(available_parts(kind)))
-            if {"shares", "file"} & set(part.model_fields):
+            if {"shares", "file"} & set(part.parameters.model_fields):
                 continue  # a share for each layer, or a file: the layers are not known yet
-            values = draw_parameters(rng, part)
-            parts.append(spell_part(kind, part(**values)))
+            parts.append(str(part.bind(**draw_parameters(rng, part.parameters))))
         if parts:
             chosen[kind] = "+".join(parts)
     return chosen

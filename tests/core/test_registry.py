@@ -67,7 +67,9 @@ def test_every_policy_has_a_spec_and_round_trips(name):
         ("streaming_llm", kvpolicy.Need.NONE),
         ("h2o", kvpolicy.Need.MASS),
         ("linear", kvpolicy.Need.MASS),
-        ("pyramid", kvpolicy.Need.WINDOW),
+        ("pyramid", kvpolicy.Need.MASS),
+        ("tova", kvpolicy.Need.MASS),
+        ("knorm", kvpolicy.Need.NONE),
     ],
 )
 def test_needs(name, needs):

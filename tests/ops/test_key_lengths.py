@@ -8,9 +8,8 @@ from hypothesis import strategies as st
 import kvpolicy
 from kvpolicy.ops import key_lengths
 from kvpolicy.ops.key_lengths import lengths
-from kvpolicy.parts import ShortKeys
-from kvpolicy.parts.key_lengths import KeyLengths
-from kvpolicy.policies import KNorm
+from kvpolicy.parts import KeyLengths
+from kvpolicy.policies import KNorm, knorm
 from kvpolicy.policy.view import CacheView
 from kvpolicy.slots import SlotShape, SlotStore
 
@@ -27,12 +26,12 @@ from kvpolicy.slots import SlotShape, SlotStore
 )
 def test_they_are_what_they_would_be(seed, decide, calls, reclaim, dtype, text, shuffle):
     compared = []
-    plain = ShortKeys.worth
+    plain = knorm.key_lengths
 
-    def worth(self, view):
-        found = plain(self, view)
+    def watched(view):
+        found = plain(view)
         assert view.find_observer(KeyLengths) is not None
-        assert torch.equal(-found[~view.empty], lengths(view.keys)[~view.empty])
+        assert torch.equal(found[~view.empty], lengths(view.keys)[~view.empty])
         compared.append(view.seen)
         return found
 
@@ -50,7 +49,7 @@ def test_they_are_what_they_would_be(seed, decide, calls, reclaim, dtype, text, 
     )
     chance = torch.Generator().manual_seed(seed)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ShortKeys, "worth", worth)
+        patch.setattr(knorm, "key_lengths", watched)
         for tokens in [*calls, *[1] * 30, *calls]:
             key = torch.randn(3, 2, tokens, 8, generator=chance).to(dtype)
             cache.attend(0, key, key, key)

@@ -6,7 +6,9 @@ import copy
 import random
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
+from typing import Annotated
 
 import pytest
 import torch
@@ -14,14 +16,14 @@ from pydantic import Field
 
 import kvpolicy
 from kvpolicy import ParameterError, UnknownNameError, available_parts, compose, create
-from kvpolicy.parts import Anchors, EachLine, Mass, RecentLines, WatchLine
-from kvpolicy.parts.named import KINDS, PARTS, read_part, spell_part
+from kvpolicy.parts.named import PARTS, read_part
 from kvpolicy.policies import Compose
+from kvpolicy.registry import CHOICES, POLICIES
 from kvpolicy.testing import Stream, applicable, drive, find_violation
 
 ROOT = Path(__file__).parents[2]
 
-#: Every shipped policy that is a composition, in a few words; parameters small enough to evict.
+#: Every shipped policy that ranks tokens, as a composition of stock parts; so small that they evict.
 SPELLED = {
     "linear": (
         {"anchors": 3, "recent_lines": 2},
@@ -79,16 +81,10 @@ def a_stream(policy: kvpolicy.EvictionPolicy, chance: random.Random) -> Stream:
     )
 
 
-def is_composition(name: str) -> bool:
-    try:
-        return bool(compose(name))
-    except ParameterError:
-        return False
-
-
-def test_every_shipped_composition_is_listed_here():
-    shipped = {getattr(kvpolicy.policies, name).key for name in kvpolicy.policies.__all__}
-    assert set(SPELLED) == set(filter(is_composition, shipped)) - {"compose"}
+def test_every_shipped_policy_that_ranks_is_listed_here():
+    shipped = [getattr(kvpolicy.policies, name) for name in kvpolicy.policies.__all__]
+    ranks = {kind.key for kind in shipped if issubclass(kind, kvpolicy.ScoredPolicy)}
+    assert set(SPELLED) == ranks - {"compose"}
 
 
 @pytest.mark.parametrize("name", SPELLED)
@@ -96,7 +92,6 @@ def test_a_shipped_policy_decides_as_its_named_parts_do(name):
     parameters, spelled = SPELLED[name]
     policy, composed = create(name, **parameters), create(spelled)
     assert type(composed) is Compose
-    assert compose(policy) == composed
     assert composed.mixes_heads == policy.mixes_heads
     chance, decided = random.Random(5), 0
     for _ in range(15):
@@ -111,15 +106,33 @@ def test_a_shipped_policy_decides_as_its_named_parts_do(name):
     assert decided > 8
 
 
-@pytest.mark.parametrize("name", SPELLED)
-def test_a_policy_is_spelled_in_one_word_that_a_shell_and_a_list_leave_alone(name):
-    composed = compose(name)
-    word = composed.spelled()
+@pytest.mark.parametrize(
+    "word",
+    [
+        *(spelled for _, spelled in SPELLED.values()),
+        *(f"{name}/decide=every:9" for name in SPELLED),
+        "linear/anchors=14/decide=token",
+        "linear/anchors=2lines/recent_lines=2/observe=cumulative_mass",
+        "linear/protect=anchors:2lines+lines:1",
+        "pyramid/window=2/interval=3/beta=2.5/score=mass",
+        "ssd/window=2lines/schedule=arithmetic:3",
+    ],
+)
+def test_a_policy_is_spelled_in_one_word_that_a_shell_and_a_list_leave_alone(word):
+    composed = create(word)
     assert shlex.quote(word).strip("'") == word
     assert set(word) <= set("abcdefghijklmnopqrstuvwxyz_0123456789:+=/.-")
-    assert word == composed.label
-    assert create(word) == composed
-    assert create(name + "/decide=" + composed.choices.decide) == composed
+    assert create(composed.label) == composed
+    assert composed.label.startswith(word.partition("/")[0])
+    again = Compose.model_validate_json(composed.model_dump_json())
+    assert again == composed
+    assert hash(again) == hash(composed)
+
+
+def test_parameters_can_be_spelled_without_any_part():
+    assert create("linear/anchors=14") == create("linear", anchors=14)
+    assert create("linear/anchors=2lines").anchors == "2 lines"
+    assert create("snapkv/window=4", interval=4) == create("snapkv", window=4, interval=4)
 
 
 @pytest.mark.parametrize(
@@ -152,17 +165,31 @@ def test_a_composition_that_keeps_lines_is_held_to_line_locality():
 
 
 def test_the_page_says_what_shipped_policies_are_made_of():
+    """Each row of the table is a composition of the same decisions; see above for the parts."""
     page = (ROOT / "docs" / "compose.md").read_text(encoding="utf-8")
     for name in SPELLED:
-        chosen = " | ".join(f"`{part}`" for _, part in compose(name).choices)
-        assert f"| `{name}` | {chosen} |" in page
-    for kind in KINDS:
+        (row,) = (line for line in page.splitlines() if line.startswith(f"| `{name}` | `"))
+        cells = re.findall(r"`([^`]+)`", row)[1:]
+        composed = compose(**dict(zip(CHOICES, cells, strict=True)))
+        assert all(getattr(composed.choices, kind) for kind in CHOICES)
+        chance = random.Random(3)
+        layout = kvpolicy.RasterLayout(rows=12, cols=4, prefix=1)
+        policy = create(name)
+        assert composed.min_budget(layout) == policy.min_budget(layout)
+        for _ in range(4):
+            stream = a_stream(policy, chance)
+            stream = replace(stream, layout=layout, tokens=layout.length, budget=24)
+            mine, theirs = drive(policy, stream), drive(composed, stream)
+            assert mine.decisions
+            for a, b in zip(mine.decisions, theirs.decisions, strict=True):
+                assert torch.equal(a.slots, b.slots), (name, stream)
+    for kind in CHOICES:
         (row,) = (line for line in page.splitlines() if line.startswith(f"| `{kind}` |"))
         named = {part.partition(":")[0] for part in re.findall(r"`([^`]+)`", row)[1:]}
         shipped = {
             part
             for part in available_parts(kind)
-            if PARTS[kind].get(part).__module__.startswith("kvpolicy.")
+            if PARTS[kind].get(part).make.__module__.startswith("kvpolicy.")
         }
         assert named == shipped
 
@@ -176,7 +203,7 @@ def test_a_plan_takes_a_composition_by_its_spelling_or_by_its_parts():
     word = "h2o/protect=anchors:2+share:0.5"
     plan = Plan(subject="fashion-ar", policies=[word, {"name": "compose", "parameters": chosen}])
     made = [make_policy(cell.policy, cell.parameters) for cell in plan.cells()]
-    assert made == [create("full"), create(word), create(word)]
+    assert made == [create("full"), create(word), create("compose", **chosen)]
     assert len({cell.id for cell in plan.cells()}) == 3
     assert all("/" not in cell.id for cell in plan.cells())
 
@@ -185,31 +212,44 @@ def test_json_and_back():
     policy = compose("linear", observe="cumulative_mass", schedule="per_layer:1:2.5")
     again = Compose.model_validate_json(policy.model_dump_json())
     assert again == policy
-    assert again.parts == policy.parts
     assert create("compose", **policy.model_dump()) == policy
-    assert create("compose", **dict(policy.choices)) == policy
+    assert create("compose", base="linear", **dict(policy.choices)) == policy
     assert hash(again) == hash(policy)
 
 
-def test_parts_may_be_given_as_objects():
-    parts = (Anchors(count=3), RecentLines(count=2))
-    policy = compose(protect=parts, observe=WatchLine(), score=Mass(), decide=EachLine())
-    assert policy == create(SPELLED["linear"][1])
-    assert compose(protect=[Anchors(count=3), "lines:2"]).choices.protect == "anchors:3+lines:2"
-    assert compose(protect=Anchors(count=3)).choices.protect == "anchors:3"
-    assert compose("linear", protect="none").parts.protect == ()
+def test_json_of_older_versions_is_read():
+    """Where all five choices were parts, and there was no base."""
+    choices = {"protect": "anchors:3+lines:2", "observe": "line_mass", "score": "mass"}
+    older = create("compose", choices={**choices, "decide": "line", "schedule": "uniform"})
+    assert older.label == SPELLED["linear"][1] + "/schedule=uniform"
 
 
-@pytest.mark.parametrize("kind", KINDS)
+def test_schedules_may_be_given_as_objects_and_parts_one_by_one():
+    by_object = compose("linear", schedule=kvpolicy.Arithmetic(beta=3))
+    assert by_object == create("linear/schedule=arithmetic:3")
+    assert by_object.schedule() == kvpolicy.Arithmetic(beta=3)
+    assert compose(protect=["anchors:3", "lines:2"]).choices.protect == "anchors:3+lines:2"
+    none = compose("linear", protect="none")
+    assert none.choices.protect == "none"
+    assert none.min_budget(kvpolicy.RasterLayout(rows=8, cols=5)) == 5
+
+
+def test_what_is_composed_can_be_composed_again():
+    policy = compose(create("linear/decide=token"), observe="cumulative_mass")
+    assert policy == create("linear/observe=cumulative_mass/decide=token")
+    assert compose("linear") == create("linear")
+
+
+@pytest.mark.parametrize("kind", CHOICES)
 def test_every_part_is_spelled_and_read_back(kind):
     assert available_parts(kind) == tuple(sorted(PARTS[kind].names()))
     for name in available_parts(kind):
         if name == "calibrated":
             continue  # needs a file: test_calibrate
         part = read_part(kind, "per_layer:1:2" if name == "per_layer" else name)
-        assert read_part(kind, spell_part(kind, part)) == part
-        assert type(part).__doc__
-        for field in type(part).model_fields.values():
+        assert read_part(kind, str(part)) == part
+        assert part.part.make.__doc__
+        for field in part.part.parameters.model_fields.values():
             assert field.description or kind == "schedule"
 
 
@@ -217,11 +257,12 @@ WRONG = [
     ("linear/observ=x", ParameterError, "no choice is called 'observ'", "did you mean 'observe'"),
     ("linear/observe=line_mas", ParameterError, "observe", "'line_mas'", "'line_mass'"),
     ("h2o/observe=none", ParameterError, "reads mass", "watch none"),
-    ("full/observe=line_mass", ParameterError, "Full()", "not made of parts"),
+    ("full/observe=line_mass", ParameterError, "Full()", "ranks no tokens"),
     ("snapkv/decide=every:4", ParameterError, "window=8", "interval=4"),
-    ("snapkv/decide=line", ParameterError, "window=8", "EachLine()", "varies"),
+    ("linear/decide=token/observe=window_mass:8", ParameterError, "window=8", "interval=1"),
+    ("knorm/score=mass", ParameterError, "reads mass", "watch none"),
     ("compose/protect=anchors:1:2", ParameterError, "2 values", "'anchors:count'"),
-    ("compose/protect=anchors:x", ParameterError, "'anchors'", "count='x'"),
+    ("compose/protect=anchors:x", ParameterError, "'anchors'", "count='x'", "lines"),
     ("compose/protect=anchors:-1", ParameterError, "'anchors'", "count=-1"),
     ("compose/score=pooled:4/observe=line_mass", ParameterError, "kernel=4", "odd"),
     ("compose/score=none", ParameterError, "names 0 parts", "one is needed"),
@@ -248,23 +289,89 @@ def test_what_is_wrong_is_said(word, error, fragments):
 def test_what_else_is_wrong():
     with pytest.raises(ParameterError, match="did you mean 'score'"):
         available_parts("scores")
-    with pytest.raises(ParameterError, match="is no part: derive it from one of Protect"):
-        kvpolicy.register_part("mine")(int)
-    with pytest.raises(ParameterError, match="observe=Mass\\(\\) is no observe part"):
-        compose(observe=Mass())
+    with pytest.raises(ParameterError, match="no kind of part is called 'scores'"):
+        kvpolicy.register_part("scores", "mine")
+    with pytest.raises(ParameterError, match=r"observe=Uniform\(\) is no observe part"):
+        compose(observe=kvpolicy.Uniform())
 
     class Mine(kvpolicy.policies.Linear):
-        def score(self, view):
-            return -super().score(view)
+        """Has no name."""
 
-    with pytest.raises(ParameterError, match="has its own score"):
-        compose(Mine())
-    with pytest.raises(ParameterError, match="override score"):
+    with pytest.raises(ParameterError, match=r"has no name: decorate its class with @kvpolicy"):
+        compose(Mine(), decide="token")
+    with pytest.raises(TypeError, match="abstract method '?score"):
 
         class Nothing(kvpolicy.ScoredPolicy):
             """Says nothing."""
 
         Nothing()
+
+
+@pytest.fixture
+def written_as_the_readme_says():
+    """Policies of somebody else's, with methods of their own."""
+
+    @kvpolicy.register("odd_ones")
+    class OddOnes(kvpolicy.ScoredPolicy):
+        """Keep the last lines, and odd columns before even ones."""
+
+        lines: int = Field(1, ge=0)
+
+        def observers(self, shape):
+            return (kvpolicy.CumulativeMass(shape),)
+
+        def protect(self, view):
+            return view.lines >= view.line - self.lines
+
+        def score(self, view):
+            return (view.layout.column(view.positions) % 2) + view.mass / view.age
+
+        def headroom(self, view):
+            return view.layout.line_length if view.layout.is_line_start(view.seen) else 1
+
+    @kvpolicy.register("own_victims")
+    class OwnVictims(kvpolicy.ScoredPolicy):
+        """Names its victims itself."""
+
+        def score(self, view):
+            return view.positions
+
+        def victims(self, view, count):
+            return super().victims(view, count)
+
+    yield OddOnes
+    for name in ("odd_ones", "own_victims"):
+        POLICIES._items.pop(name)
+
+
+@pytest.mark.parametrize("change", ["decide=token", "observe=line_mass", "protect=lines:0"])
+def test_any_policy_that_ranks_can_be_a_base(written_as_the_readme_says, change):
+    policy = create(f"odd_ones/lines=0/{change}")
+    assert policy.base == written_as_the_readme_says(lines=0)
+    by_hand = {
+        "decide": {"headroom": lambda self, view: 1},
+        "observe": {"observers": lambda self, shape: (kvpolicy.LineMass(shape),)},
+        "protect": {"protect": lambda self, view: view.lines >= view.line},
+    }[change.partition("=")[0]]
+    same = type("ByHand", (written_as_the_readme_says,), by_hand)(lines=0)
+    chance, decided = random.Random(1), 0
+    for _ in range(6):
+        stream = a_stream(same, chance)
+        assert policy.min_budget(stream.layout) == same.min_budget(stream.layout)
+        mine, theirs = drive(policy, stream), drive(same, stream)
+        for a, b in zip(mine.decisions, theirs.decisions, strict=True):
+            assert torch.equal(a.slots, b.slots), stream
+        decided += len(mine.decisions)
+    assert decided > 10
+    found = find_violation(policy, applicable(policy), examples=15)
+    assert found is None, str(found)
+
+
+def test_a_base_that_names_its_victims_itself_keeps_them(written_as_the_readme_says):
+    assert create("own_victims/decide=every:2").min_budget(kvpolicy.TextLayout()) == 2
+    for change in ("score=mass/observe=line_mass", "protect=lines:1"):
+        with pytest.raises(ParameterError, match="names its victims itself"):
+            create(f"own_victims/{change}")
 
 
 def test_what_protects_everything_has_no_budget():
@@ -274,39 +381,29 @@ def test_what_protects_everything_has_no_budget():
 
 
 def test_anyone_may_add_a_part():
-    @kvpolicy.register_part("odd_columns")
-    class OddColumns(kvpolicy.Score):
+    @kvpolicy.register_part("score", "odd_columns")
+    def odd_columns(view, start: Annotated[int, Field(ge=0)] = 0):
         """Odd columns, if they are at least so far to the right."""
-
-        start: int = Field(0, ge=0, description="first column that counts")
-
-        def worth(self, view):
-            column = view.layout.column(view.positions)
-            return ((column % 2 == 1) & (column >= self.start)).float()
+        column = view.layout.column(view.positions)
+        return ((column % 2 == 1) & (column >= start)).float()
 
     try:
         policy = create("linear/score=odd_columns:1")
-        assert policy.parts.score == OddColumns(start=1)
+        assert policy.parts["score"][0].part.make is odd_columns
         assert "odd_columns" in available_parts("score")
         assert find_violation(policy, applicable(policy), examples=10) is None
         with pytest.raises(ParameterError, match="is taken"):
-            kvpolicy.register_part("odd_columns")(type("Other", (OddColumns,), {}))
+            kvpolicy.register_part("score", "odd_columns")(lambda view: view.mass)
+        with pytest.raises(ParameterError, match="start=-1"):
+            create("linear/score=odd_columns:-1")
     finally:
         PARTS["score"]._items.pop("odd_columns")
 
 
-def test_an_unnamed_part_works_in_a_class_but_has_no_spelling():
-    class Twice(kvpolicy.Score):
-        def worth(self, view):
-            return 2.0 * -view.age
-
-    with pytest.raises(ParameterError, match="is no score part that has a name"):
-        compose(score=Twice())
-
-
-def test_a_changed_copy_makes_its_own_parts():
+def test_a_changed_copy_is_asked_anew():
+    layout = kvpolicy.RasterLayout(rows=9, cols=4)
     policy = create("linear", anchors=3)
-    assert policy.parts.protect[0] == Anchors(count=3)
-    assert policy.model_copy(update={"anchors": 5}).parts.protect[0] == Anchors(count=5)
+    assert policy.min_budget(layout) == 11
+    assert policy.model_copy(update={"anchors": 5}).min_budget(layout) == 13
     assert copy.deepcopy(policy) == policy == create("linear", anchors=3)
     assert hash(policy) == hash(create("linear", anchors=3))

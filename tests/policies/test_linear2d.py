@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 import kvpolicy
 from kvpolicy import ParameterError, PolicyCache, RasterLayout
-from kvpolicy.parts import LeastChange, MovingMass
-from kvpolicy.policies import Linear2D
+from kvpolicy.parts import moving_mass
+from kvpolicy.policies import Linear, Linear2D
+from kvpolicy.policies.linear2d import change_alone
 
 SHAPES = {
     "seed": st.integers(0, 10**6),
@@ -89,12 +90,11 @@ def test_each_victim_adds_least_to_the_change(seed, prefix, cols, line_break, re
 @given(**SHAPES, lines=st.integers(0, 3))
 def test_alone_a_token_is_worth_its_own_change(seed, prefix, cols, line_break, reclaim, lines):
     layout = RasterLayout(rows=6, cols=cols, prefix=prefix, line_break=line_break)
-    part = LeastChange(lines=lines, how="alone")
     checked = []
 
     class Watched(Linear2D):
         def victims(self, view, count):
-            worth = part.worth(view)
+            worth = change_alone(view, lines)
             for batch, head in torch.cartesian_prod(torch.arange(2), torch.arange(2)).tolist():
                 held = view.positions[batch, head] >= 0
                 values = view.values[batch, head].double()
@@ -137,9 +137,9 @@ def test_mass_moves_down_with_the_lines():
     layout = RasterLayout(rows=6, cols=3, prefix=1)
     scored = []
 
-    class Watched(Linear2D):
+    class Watched(Linear):
         def score(self, view):
-            own = MovingMass(shift=0.5).worth(view)
+            own = moving_mass(view, 0.5)
             for batch, head in torch.cartesian_prod(torch.arange(2), torch.arange(2)).tolist():
                 positions, mass = view.positions[batch, head], view.mass[batch, head]
                 want = mass + 0.5 * moved(positions, mass, layout, 1).float()

@@ -10,6 +10,9 @@ import kvpolicy
 class KeepsAll(kvpolicy.ScoredPolicy):
     """Protects more than fits."""
 
+    def min_budget(self, layout):
+        return 1
+
     def protect(self, view):
         return view.positions >= 0
 

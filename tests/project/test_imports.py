@@ -19,9 +19,9 @@ ROOT = Path(__file__).parents[2]
 #: left. "" is kvpolicy/__init__.py, which only what lies above it may import.
 FLOORS = (
     ("errors",),
-    ("layout", "span", "ops"),
-    ("slots", "observers"),
+    ("layout", "ops"),
     ("budget",),
+    ("slots", "observers"),
     ("policy", "registry", "named", "parts", "policies"),
     ("cache",),
     ("tracing",),

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from kvpolicy import CacheStats, ParameterError, RasterLayout
+from kvpolicy.budget.span import tokens_of
 from kvpolicy.lab.run.subject import Measurement, Metric
 
 
@@ -78,7 +79,9 @@ class Toy:
             0.0 if key == "full" else {"random": 0.5}.get(key, 0.0) + (1 - share) * len(key) / 100
         )
         if self.optimum:
-            loss += abs(getattr(setting.policy, "anchors", self.optimum) - self.optimum) / 100
+            anchors = getattr(setting.policy, "anchors", self.optimum)
+            anchors = tokens_of(anchors, self.layout)
+            loss += abs(anchors - self.optimum) / 100
         drawn = np.random.default_rng(seed).normal(size=(self.items, 3)) * (1 + loss)
         images = np.random.default_rng(seed).integers(0, 255, (4, 8, 8), np.uint8)
         stats = CacheStats(

@@ -20,10 +20,21 @@ import kvpolicy.cache.layer
 import kvpolicy.cache.layer_state
 from kvpolicy import CumulativeMass, FadingMass, LineMass, Need, SlotStore
 from kvpolicy.cache.layer import LayerCache
-from kvpolicy.parts import RecentTokens, least_change
-from kvpolicy.policies import H2O, RKV, SSD, Full, Linear, Linear2D, Pyramid, Random, StreamingLLM
-from kvpolicy.policies.rkv import NotRedundant
-from kvpolicy.policies.ssd import ByHead
+from kvpolicy.policies import (
+    H2O,
+    RKV,
+    SSD,
+    Full,
+    Linear,
+    Linear2D,
+    Pyramid,
+    Random,
+    StreamingLLM,
+    linear2d,
+    rkv,
+    ssd,
+)
+from kvpolicy.policy import probe
 from kvpolicy.testing import INVARIANTS, PolicyCheckError, check_policy, find_violation
 
 SMALL_LINEAR = {"anchors": 3, "recent_lines": 1}
@@ -82,7 +93,7 @@ def scores_with_nan(patch):
 @caught_by("pins")
 def protects_a_token_too_few_for_a_decision_of_many(patch):
     """A composition that asks for less than it protects and makes room for."""
-    patch.setattr(RecentTokens, "most", lambda self, budget, layout, column: 0)
+    patch.setattr(probe, "_count", lambda mask: 0)
     return kvpolicy.compose("streaming_llm", protect="window:3", decide="every:2")
 
 
@@ -436,25 +447,23 @@ def copies_the_layer_below(patch):
 
 @caught_by("independence")
 def tells_heads_apart_by_what_all_do(patch):
-    whole = ByHead.is_local
-    patch.setattr(ByHead, "is_local", lambda self, view: whole(self, view).all(1, keepdim=True))
+    whole = ssd.local_heads
+    patch.setattr(ssd, "local_heads", lambda *given: whole(*given).all(1, keepdim=True))
     return SSD(**SMALL_SSD)
 
 
 @caught_by("independence")
 def compares_keys_across_heads(patch):
-    whole = NotRedundant.redundancy
-    patch.setattr(
-        NotRedundant, "redundancy", lambda self, view: whole(self, view).mean(1, keepdim=True)
-    )
+    whole = rkv.resemblance
+    patch.setattr(rkv, "resemblance", lambda *given: whole(*given).mean(1, keepdim=True))
     return RKV(**SMALL_RKV)
 
 
 @caught_by("independence")
 def looks_up_in_another_head(patch):
     """Mass that has moved down from the head beside it."""
-    whole = least_change.moved
-    patch.setattr(least_change, "moved", lambda view, lines: whole(view, lines).roll(1, 1))
+    whole = linear2d.moved_mass
+    patch.setattr(linear2d, "moved_mass", lambda view, lines: whole(view, lines).roll(1, 1))
     return Linear2D(**SMALL_LINEAR)
 
 

@@ -9,13 +9,14 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel, ConfigDict
 
 from kvpolicy.budget.budget import Budget
+from kvpolicy.budget.span import lines_in, tokens_of
 from kvpolicy.cache.cache import PolicyCache
 from kvpolicy.errors import BudgetError, ParameterError
 from kvpolicy.lab.run.subject import Subject
-from kvpolicy.layout import LateLayout
+from kvpolicy.layout import LateLayout, TokenLayout
 from kvpolicy.named import make_policy
 
-__all__ = ["Choice", "Range", "Space", "check_setting", "search_space"]
+__all__ = ["Choice", "Range", "Space", "check_setting", "search_space", "usual_parameters"]
 
 
 class Range(BaseModel):
@@ -50,17 +51,16 @@ Space = dict[str, Range | Choice]
 def search_space(policy: str, budget: str, subject: Subject) -> Space:
     """What can be searched: each parameter between the bounds that its field declares.
 
-    A whole number without an upper bound goes up to what the budget allows, the other parameters
-    at their least. Seeds are left alone.
+    What may be given in tokens or in lines is searched in tokens. A whole number without an upper
+    bound goes up to what the budget allows, the other parameters at their least. Seeds are left
+    alone.
 
     Raises:
         ParameterError: the policy has no parameter to search.
         BudgetError: the budget is too small for this policy.
     """
-    if isinstance(subject.layout, LateLayout):
-        raise ParameterError("tune needs a subject whose layout is known from the beginning")
     kind = type(make_policy(policy, {}))
-    tokens = Budget.parse(budget).tokens(subject.layout)
+    tokens = Budget.parse(budget).tokens(_layout_of(subject))
     space: Space = {}
     for name, field in kind.model_fields.items():
         if name == "seed":
@@ -69,9 +69,11 @@ def search_space(policy: str, budget: str, subject: Subject) -> Space:
             space[name] = Choice(values=(False, True))
         elif get_origin(field.annotation) is Literal:
             space[name] = Choice(values=get_args(field.annotation))
-        elif field.annotation in (int, float):
-            whole = field.annotation is int
+        elif field.annotation in (int, float, int | str):
+            whole = field.annotation is not float
             low, high = _bounds(field.metadata, whole)
+            if field.annotation == int | str:
+                low, high = _least_tokens(kind, name), None
             if low is None:
                 continue
             if high is None and whole:
@@ -81,7 +83,7 @@ def search_space(policy: str, budget: str, subject: Subject) -> Space:
     if not space:
         raise ParameterError(f"policy {policy!r} has no parameter that could be searched")
     least = {name: r.low for name, r in space.items() if isinstance(r, Range) and r.whole}
-    usual = make_policy(policy, {}).model_dump()
+    usual = usual_parameters(policy, subject)
 
     def works(name: str, value: int) -> bool:
         """Whether a value goes with the least or the usual values of the others, or beside itself.
@@ -115,6 +117,25 @@ def search_space(policy: str, budget: str, subject: Subject) -> Space:
     return space
 
 
+def _layout_of(subject: Subject) -> TokenLayout:
+    """Where the subject's tokens sit, by which lines are counted in tokens."""
+    if isinstance(subject.layout, LateLayout):
+        raise ParameterError("tune needs a subject whose layout is known from the beginning")
+    return subject.layout
+
+
+def usual_parameters(policy: str, subject: Subject) -> dict[str, Any]:
+    """A policy's defaults, lines counted in tokens of the subject's layout."""
+    layout = _layout_of(subject)
+    usual = make_policy(policy, {}).model_dump(mode="json")
+    return {
+        name: value
+        if not isinstance(value, str) or lines_in(value) is None
+        else tokens_of(value, layout)
+        for name, value in usual.items()
+    }
+
+
 def check_setting(policy: str, parameters: dict[str, Any], budget: str, subject: Subject) -> None:
     """Refuse what can't be, before it costs a measurement."""
     made = make_policy(policy, parameters)
@@ -124,6 +145,14 @@ def check_setting(policy: str, parameters: dict[str, Any], budget: str, subject:
 def _whole(parameters: dict[str, Any]) -> dict[str, Any]:
     """Bounds of whole numbers, which are written as floats."""
     return {name: int(value) for name, value in parameters.items()}
+
+
+def _least_tokens(kind: type[BaseModel], name: str) -> float | None:
+    """The fewest tokens of a field that takes tokens or lines; None for any other."""
+    for way in kind.model_json_schema()["properties"][name].get("anyOf", ()):
+        if way.get("type") == "integer":
+            return float(way.get("minimum", 0))
+    return None
 
 
 def _bounds(metadata: Sequence[Any], whole: bool) -> tuple[float | None, float | None]:

@@ -27,8 +27,14 @@ from kvpolicy.lab.run.run_folder import FinishedCell, RunFolder
 from kvpolicy.lab.run.runner import alone, prepare, writing
 from kvpolicy.lab.run.subject import Metric, Subject
 from kvpolicy.lab.run.worker import Raised, Task, measure_cell
-from kvpolicy.lab.search.search_space import Choice, Range, Space, check_setting, search_space
-from kvpolicy.named import make_policy
+from kvpolicy.lab.search.search_space import (
+    Choice,
+    Range,
+    Space,
+    check_setting,
+    search_space,
+    usual_parameters,
+)
 
 __all__ = ["Found", "Tried", "tune"]
 
@@ -169,7 +175,7 @@ def _search(
     study = optuna.create_study(direction=direction, sampler=optuna.samplers.TPESampler(seed=0))
     # The defaults first: what is found is never worse than they are, on these items.
     policy, budget = measure.policy, measure.budget
-    defaults = make_policy(policy, {}).model_dump(mode="json")
+    defaults = usual_parameters(policy, subject)
     study.enqueue_trial({name: defaults[name] for name in space if name in defaults})
     number = refused = 0
     while number < trials:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvpolicy.budget.span import lines_in
 from kvpolicy.tracing.trace import STAYS, LayerTrace, Trace
 
 __all__ = ["viewer_data"]
@@ -53,6 +54,8 @@ def _roles(found: Trace, line: int) -> dict[str, int]:
     def count(*names: str, default: int = 0) -> int:
         """The first of these parameters; other packages' policies may call so what is no number."""
         value = next((given[name] for name in names if name in given), default)
+        if isinstance(value, str) and (lines := lines_in(value)) is not None:
+            value = lines * line
         return value if type(value) is int and 0 <= value <= found.seen else default
 
     recent = given.get("recent", 0)

@@ -5,19 +5,18 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, TypeAlias
 
-from pydantic import BeforeValidator, WithJsonSchema
+from pydantic import BeforeValidator, Field, WithJsonSchema
 
 from kvpolicy.layout import SequenceLayout, TokenLayout
 
-__all__ = ["HalfLife", "PositiveSpan", "Span", "first_tokens", "is_lines", "tokens_of"]
+__all__ = ["HalfLife", "PositiveSpan", "Span", "first_tokens", "lines_in", "tokens_of"]
 
 _LINES = re.compile(r"(\d{1,9})\s*lines?")
 
 
 def _read(value: Any, least: int) -> int | str:
     """One spelling: 28, or "2 lines"."""
-    if isinstance(value, str) and (found := _LINES.fullmatch(value.strip())):
-        lines = int(found[1])
+    if isinstance(value, str) and (lines := lines_in(value)) is not None:
         value = f"{lines} line{'' if lines == 1 else 's'}"
         if lines >= least:
             return str(value)
@@ -56,16 +55,23 @@ PositiveSpan: TypeAlias = Annotated[
 #: Tokens until something counts half: ``28.0``, ``0.5``, ``"1 line"``.
 HalfLife: TypeAlias = Annotated[
     float | str,
+    Field(description="queries until a mass counts half, or lines of queries"),
     BeforeValidator(_read_half_life),
     WithJsonSchema(
-        {"anyOf": [{"type": "number", "exclusiveMinimum": 0, "maximum": 1e6}, _schema(1)["anyOf"][1]]}
+        {
+            "anyOf": [
+                {"type": "number", "exclusiveMinimum": 0, "maximum": 1e6},
+                _schema(1)["anyOf"][1],
+            ]
+        }
     ),
 ]
 
 
-def is_lines(text: str) -> bool:
-    """Whether a text counts lines: ``2 lines``, ``2lines``."""
-    return _LINES.fullmatch(text.strip()) is not None
+def lines_in(text: str) -> int | None:
+    """How many lines a text counts: ``2 lines``, ``2lines``; None where it counts none."""
+    found = _LINES.fullmatch(text.strip())
+    return int(found[1]) if found else None
 
 
 def tokens_of(span: int | str, layout: TokenLayout) -> int:
@@ -78,7 +84,7 @@ def tokens_of(span: int | str, layout: TokenLayout) -> int:
         >>> tokens_of("2 lines", TextLayout()), tokens_of(28, TextLayout())
         (2, 28)
     """
-    return span if isinstance(span, int) else _lines(span) * layout.line_length
+    return span if isinstance(span, int) else int(span.split()[0]) * layout.line_length
 
 
 def first_tokens(span: int | str, layout: TokenLayout) -> int:
@@ -88,8 +94,4 @@ def first_tokens(span: int | str, layout: TokenLayout) -> int:
     """
     if isinstance(span, int) or not isinstance(layout, SequenceLayout):
         return tokens_of(span, layout)
-    return _lines(span) * layout.pieces[0][1]
-
-
-def _lines(span: str) -> int:
-    return int(span.split()[0])
+    return int(span.split()[0]) * layout.pieces[0][1]
