@@ -23,7 +23,7 @@ from kvpolicy.testing import Stream, applicable, drive, find_violation
 
 ROOT = Path(__file__).parents[2]
 
-#: Every shipped policy that ranks tokens, as a composition of stock parts; so small that they evict.
+#: Every shipped policy that ranks tokens, put together from stock parts; so small that they evict.
 SPELLED = {
     "linear": (
         {"anchors": 3, "recent_lines": 2},
@@ -299,7 +299,7 @@ def test_what_else_is_wrong():
 
     with pytest.raises(ParameterError, match=r"has no name: decorate its class with @kvpolicy"):
         compose(Mine(), decide="token")
-    with pytest.raises(TypeError, match="abstract method '?score"):
+    with pytest.raises(TypeError, match=r"abstract method '?score"):
 
         class Nothing(kvpolicy.ScoredPolicy):
             """Says nothing."""
