@@ -168,7 +168,7 @@ WRONG = [
     (lambda: create("linear/protect=anchors:1.5"), ParameterError, "count=1.5", "integer"),
     (lambda: create("linear", anchors="-1 lines"), ParameterError, "'-1 lines'", "'2 lines'"),
     (lambda: create("ssd", window="0 lines"), ParameterError, "window='0 lines'", "equal to 1"),
-    (lambda: create("linear/anchor=3"), ParameterError, "'anchor'", "did you mean 'anchors'?"),
+    (lambda: create("linear/anchor=3"), ParameterError, "'anchor'", "did you mean 'anchors'"),
     (lambda: create("linear/anchors=3", anchors=4), ParameterError, "anchors= twice"),
     (lambda: create("linear", anchors=None), ParameterError, "anchors=None", "never evicted"),
     (lambda: create("linear", anchor=3), ParameterError, "'anchor'", "did you mean 'anchors'?"),
