@@ -154,7 +154,13 @@ WRONG = [
     (lambda: cache(policy="pyramids"), UnknownNameError, "did you mean 'pyramid'?"),
     # parameters of policies
     (lambda: create("linear", anchors=-1), ParameterError, "'linear'", "anchors=-1", "equal to 0"),
-    (lambda: create("linear", anchors="many"), ParameterError, "anchors='many'", "integer", "'2 lines'"),
+    (
+        lambda: create("linear", anchors="many"),
+        ParameterError,
+        "anchors='many'",
+        "integer",
+        "'2 lines'",
+    ),
     (lambda: create("linear", anchors=2.5), ParameterError, "anchors=2.5", "integer"),
     (lambda: create("linear", anchors="3"), ParameterError, "anchors='3'", "integer"),
     (lambda: create("linear", anchors=3.0), ParameterError, "anchors=3.0", "integer"),
