@@ -47,6 +47,9 @@ def generate(model, setting: str, cache=None):
         **as_argument(cache),
         max_new_tokens=NEW,
         do_sample=False,
+        # Two of a kind have keys of one length in the first layer, but for the last bits of a
+        # product; and those differ with its shape, which is another one where processes share it.
+        no_repeat_ngram_size=1,
         **options,
     )
 
