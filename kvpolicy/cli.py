@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
+from typing import Annotated
+
 import typer
 from rich.console import Console
 from rich.text import Text
@@ -21,11 +24,30 @@ __all__ = ["app", "main"]
 
 app = typer.Typer(
     name="kvpolicy",
-    help="KV-cache eviction policies: try them, compare them, look at what they keep.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"kvpolicy {version('kvpolicy')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version.", callback=_print_version, is_eager=True
+        ),
+    ] = False,
+) -> None:
+    """KV-cache eviction policies: try them, compare them, look at what they keep."""
+
+
 app.command("list")(list_policies)
 app.command("demo")(demo)
 app.command("bench")(bench)

@@ -77,7 +77,9 @@ def ablate(
     workers: Annotated[
         int | None, typer.Option(min=1, help="Cells at a time; as many as there are processors.")
     ] = None,
-    threads: Annotated[int, typer.Option(min=1, help="Threads of each worker.")] = 1,
+    threads: Annotated[
+        int, typer.Option(min=1, help="Of each worker; more than one pay for large models only.")
+    ] = 1,
     address: Annotated[
         str | None, typer.Option(help="Of a Ray cluster that runs already: auto, or host:port.")
     ] = None,

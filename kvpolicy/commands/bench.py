@@ -81,7 +81,8 @@ def bench(
         typer.Option(min=0, help="Also find each contender's largest batch within so many GB."),
     ] = None,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="Of torch; its own by default.")
+        int | None,
+        typer.Option(min=1, help="Of torch; its own choice by default. Printed."),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of weights and tokens.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder for tables and picture.")] = Path("runs/bench"),

@@ -29,14 +29,13 @@ def calibrate(
     ] = 24,
     seed: Annotated[int, typer.Option(min=0, help="Of the subject: which items.")] = 0,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="Threads; as many as there are processors.")
-    ] = None,
+        int, typer.Option(min=1, help="Threads; more than one pay for large models only.")
+    ] = 1,
 ) -> None:
     """Measure what each layer loses per token taken from it, and write budgets by layer.
 
     What it writes is a schedule: linear/schedule=calibrated:budgets.json is a policy.
     """
-    from kvpolicy.lab.run.executors import processors
     from kvpolicy.lab.run.subject import load_subject
     from kvpolicy.lab.run.worker import threads_of_torch
     from kvpolicy.lab.search import calibrate as lab
@@ -51,7 +50,7 @@ def calibrate(
     loaded = load_subject(
         subject, dict(pair(text, "--option", "scored=128") for text in option or [])
     )
-    with threads_of_torch(threads or processors()):
+    with threads_of_torch(threads):
         found = lab.calibrate(
             loaded, made, budget, out, named=(subject, policy), moves=moves, seed=seed, tell=tell
         )

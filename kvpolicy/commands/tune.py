@@ -28,15 +28,14 @@ def tune(
         str, typer.Option(help="Seeds whose items judge what was found; the search has seed 0's.")
     ] = "1,2",
     threads: Annotated[
-        int | None, typer.Option(min=1, help="Threads; as many as there are processors.")
-    ] = None,
+        int, typer.Option(min=1, help="Threads; more than one pay for large models only.")
+    ] = 1,
 ) -> None:
     """Search a policy's own parameters, and judge the best on items that the search has not seen.
 
     Bounds are those of the policy's fields and of the budget. However a search ends, the same
     command goes on; more trials go further.
     """
-    from kvpolicy.lab.run.executors import processors
     from kvpolicy.lab.search import tune as lab
     from kvpolicy.lab.search.search_space import Space
 
@@ -64,7 +63,7 @@ def tune(
             budget,
             trials=trials,
             unseen=[whole_number(text, "--unseen") for text in split(unseen)],
-            threads=threads or processors(),
+            threads=threads,
             tell_space=tell_space,
             tell=tell,
         )

@@ -76,7 +76,7 @@ class Recording:
         grid = {name: size for name, size in sizes.items() if isinstance(size, int)}
         policy = self._cache.policy
         return Trace(
-            policy=policy.key or type(policy).__name__,
+            policy=policy.label,
             parameters=policy.model_dump(mode="json"),
             layout=repr(layout),
             grid=grid if len(grid) == len(sizes) else None,

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import struct
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,9 @@ import pytest
 
 import kvpolicy
 from kvpolicy.lab.compare.bootstrap import paired_bootstrap
+from kvpolicy.lab.run import demo
+from kvpolicy.lab.run.run_folder import open_run
+from kvpolicy.lab.run.subject import Setting, load_subject
 
 for package in ("transformers", "typer", "rich", "matplotlib"):
     pytest.importorskip(package, reason="the demo needs the extra 'lab'")
@@ -58,6 +63,11 @@ def test_list_prints_the_registry(tmp_path):
     assert " none " in lines["knorm"]
 
 
+def test_the_version_is_that_of_the_package(tmp_path):
+    done = command("--version", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, f"kvpolicy {version('kvpolicy')}\n"), done.stderr
+
+
 def test_help_everywhere(tmp_path):
     for arguments in (("--help",), ("demo", "--help"), ("list", "--help")):
         done = command(*arguments, cwd=tmp_path)
@@ -96,6 +106,10 @@ def test_a_small_demo_writes_what_it_says(tmp_path):
     assert linear["peak_tokens"] == 1 + 130
     assert full["delta_bits"] == 0
     assert linear["delta_low"] <= linear["delta_bits"] <= linear["delta_high"]
+    cells = {cell.cell.policy: cell for cell in open_run(tmp_path / "out").finished()}
+    pairs = cells["linear"].scores()["bits"] - cells["full"].scores()["bits"]
+    given = tuple(linear[f"delta_{part}"] for part in ("bits", "low", "high"))
+    assert given == pytest.approx(paired_bootstrap(pairs), rel=1e-9)  # the one bootstrap
     assert linear["delta_bits"] == pytest.approx(linear["bits_per_pixel"] - full["bits_per_pixel"])
     assert linear["cache_bytes"] / full["cache_bytes"] == pytest.approx(131 / 785)
     assert all(math.isfinite(row[key]) for row in rows for key in KEYS - {"policy", "budget"})
@@ -109,12 +123,35 @@ def test_a_small_demo_writes_what_it_says(tmp_path):
         assert shown in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 80
 
+    # It is a run: what is lost is measured again, the rest is not, and the figures are the same.
+    lost = tmp_path / "out" / "cells" / cells["linear"].record.id
+    kept = cells["full"].folder / "cell.json"
+    inode = kept.stat().st_ino
+    shutil.rmtree(lost)
+    done = command(
+        *("demo", "--images", "10", "--scored", "8", "--policies", "linear", "--out", "out"),
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    again = json.loads((tmp_path / "out/results.json").read_text())
+    timing = {"images_per_second": 0}
+    assert [row | timing for row in again] == [row | timing for row in rows]
+    assert kept.stat().st_ino == inode
+
+
+def test_the_demo_is_a_plan_in_which_a_seed_draws_other_images():
+    made = demo.plan(demo.POLICIES, "1/6", images=200, scored=256, seed=0)
+    assert [cell.policy for cell in made.cells()] == list(demo.POLICIES)
+    assert {"linear", "linear2d"} < set(demo.POLICIES)
+    assert made.trace
+    other = demo.plan(["linear"], "1/6", images=200, scored=256, seed=3)
+    assert other.options == {"images": 200, "scored": 256, "draw_seed": 3}
+    assert other.seeds == (0,)  # the same real images
+
 
 @pytest.mark.slow
 def test_linear_at_a_sixth_loses_little_and_beats_the_others():
     """Issue 2's promise, on the 256 real test images of the demo."""
-    from kvpolicy.lab.run.subject import Setting, load_subject
-
     subject = load_subject("fashion-ar")
 
     def bits(name: str) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -112,6 +113,65 @@ def folder(tmp_path_factory):
     failed = plan.cells()[1]
     run.fail(failed, HOSTILE, f"Traceback\n{HOSTILE}")
     return path
+
+
+@pytest.fixture(scope="module", params=["1/2,15", "12,3 lines,1/2"])
+def spelled(request, tmp_path_factory):
+    """A run whose budgets mix shares, tokens and lines, two of them equal in tokens and bytes."""
+    path = tmp_path_factory.mktemp("runs") / "mixed"
+    budgets = request.param.split(",")
+    plan = Plan(subject="toy", policies=["linear", "h2o"], budgets=budgets)
+    run = RunFolder.begin(path, plan)
+    run.describe(
+        Environment(
+            versions={}, system="", processors=1, device="cpu", threads=1, executor="inline"
+        ),
+        SubjectInfo(name="toy", metrics=(BITS,), num_layers=LAYERS),
+    )
+    common = np.random.default_rng(0).random(20)
+    tokens = {None: ROWS * COLS, "1/2": 15, "15": 15, "12": 12, "3 lines": 15}
+    for number, cell in enumerate(plan.cells()):
+        held = tokens[cell.budget]
+        bits = common + (0.1 + 0.01 * number) * (30 / held - 1)
+        record = CellRecord(
+            cell=cell,
+            id=cell.id,
+            parameters={},
+            metrics={"bits": float(bits.mean())},
+            stats=CellStats(
+                budgets=(held,) * LAYERS,
+                peak_tokens=(held + 2,) * LAYERS,
+                bytes=1000 * (held + 2),
+                overhead_bytes=1,
+                evictions=(0,) * LAYERS,
+            ),
+            seconds=1.0,
+        )
+        run.keep(record, {"bits": bits})
+    report_on_run(run, [BITS], path / "report.html")
+    return budgets, tokens, path
+
+
+def points(text):
+    """What each plot of a report draws: by policy, where each budget stands."""
+    found = []
+    for call in re.finditer(r"Plotly\.newPlot\(\s*\"[-0-9a-f]+\",\s*", text):
+        traces, _ = json.JSONDecoder().raw_decode(text, call.end())
+        found.append({t["name"]: dict(zip(t["text"], t["x"], strict=True)) for t in traces})
+    return found
+
+
+def test_budgets_that_are_spelled_differently_stand_on_one_axis(spelled):
+    budgets, tokens, path = spelled
+    text = (path / "report.html").read_text(encoding="utf-8")
+    by_tokens, by_bytes = points(text)
+    for policy in ("linear", "h2o"):
+        assert by_tokens[policy] == {budget: tokens[budget] for budget in budgets}
+        assert by_bytes[policy] == {b: (tokens[b] + 2) / 1000 for b in budgets}
+    assert "tokens a head may hold" in text
+    assert "share of the cache" not in text
+    _, files = write_outputs(open_run(path), [BITS])
+    assert "quality-budget.png" in {file.name for file in files}
 
 
 @pytest.fixture(scope="module")

@@ -61,9 +61,8 @@ class HeadSplit:
             ParameterError: the policy lets heads influence each other, and they are split.
         """
         if self.size > 1 and policy.mixes_heads:
-            name = policy.key or type(policy).__name__
             raise ParameterError(
-                f"policy {name!r} decides for all heads of a layer together, but tensor "
+                f"policy {policy.label!r} decides for all heads of a layer together, but tensor "
                 f"parallelism gives each of {self.size} processes only its own heads; use a policy "
                 f"that decides per head, e.g. 'h2o', or load the model with device_map instead of "
                 f"tp_plan"

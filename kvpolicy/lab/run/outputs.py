@@ -92,7 +92,7 @@ def image_sheets(
             continue
         count = min(len(images) for _, _, images in rows)
         names = _columns(entries[0], class_names, count)
-        title = f"Drawn from {budget} of the cache (top row: all of it), same seed down each column"
+        title = f"Drawn at a budget of {budget} (top: full cache), same seed down each column"
         sheets[f"images-{_in_a_name(budget)}"] = contact_sheet(
             [(name, remark, np.asarray(images[:count])) for name, remark, images in rows],
             names,

@@ -147,6 +147,10 @@ def _draw(
     as_loss: bool,
 ) -> None:
     every = []
+    sizes = [across(entry) for entry in entries if not entry.is_full]
+    # Entries of one budget stand beside each other, so that intervals don't hide one another: a
+    # hundredth of the axis apart, which nobody takes for another budget.
+    reach = max(max(sizes) / min(sizes), 1.02) if sizes else 1.0
     for turn, label in enumerate(styles):
         points = []
         for entry in entries:
@@ -167,8 +171,7 @@ def _draw(
             continue
         points.sort(key=lambda point: point[0])
         colour, marker, line = styles[label]
-        # Beside each other, so that intervals of equal budgets don't hide one another.
-        shift = 1 + 0.012 * (turn - len(styles) / 2)
+        shift = reach ** (0.01 * (turn - (len(styles) - 1) / 2))
         axes.errorbar(
             [x * shift for x, _ in points],
             [estimate.value for _, estimate in points],
@@ -183,7 +186,6 @@ def _draw(
             capsize=2,
         )
         every += [estimate.value for _, estimate in points]
-    sizes = [across(entry) for entry in entries if not entry.is_full]
     _scale(axes, sizes, every)
     full = next((styles[entry.label] for entry in entries if entry.is_full), None)
     if as_loss and full is not None and axes.get_yscale() == "linear":

@@ -5,7 +5,6 @@ from __future__ import annotations
 import html
 from collections.abc import Callable, Sequence
 
-from kvpolicy.budget.budget import Budget
 from kvpolicy.lab.compare.comparison import Entry, Estimate
 from kvpolicy.lab.run.subject import MetricInfo
 
@@ -25,30 +24,28 @@ def library() -> str:
 
 
 def charts(entries: Sequence[Entry], metric: MetricInfo) -> list[str]:
-    """Quality against the budget, and against the bytes of the cache, as HTML."""
+    """Quality against the budget in tokens, and against the bytes of the cache, as HTML.
 
-    def budget_of(entry: Entry) -> float | None:
-        parsed = None if entry.budget is None else Budget.parse(entry.budget)
-        if parsed is not None and parsed.kind == "fraction":
-            return float(parsed.amount)
+    Budgets may be spelled as shares, tokens or lines; what they come to in tokens is true for all.
+    """
+
+    def tokens_of(entry: Entry) -> float:
         tokens = entry.cells[0].record.stats.budgets
         return sum(tokens) / len(tokens)
 
-    def bytes_of(entry: Entry) -> float:
+    def megabytes_of(entry: Entry) -> float:
         return entry.cells[0].record.stats.bytes / 1e6
 
-    fractions = all(e.is_full or "/" in (e.budget or "") for e in entries)
-    kind = "share of the cache" if fractions else "tokens a head may hold"
     return [
-        _chart(entries, metric, budget_of, f"budget: {kind}"),
-        _chart(entries, metric, bytes_of, "cache of one sequence, MB"),
+        _chart(entries, metric, tokens_of, "budget: tokens a head may hold, mean over layers"),
+        _chart(entries, metric, megabytes_of, "cache of one sequence, MB"),
     ]
 
 
 def _chart(
     entries: Sequence[Entry],
     metric: MetricInfo,
-    place: Callable[[Entry], float | None],
+    place: Callable[[Entry], float],
     title: str,
 ) -> str:
     import plotly.graph_objects as go
@@ -60,17 +57,18 @@ def _chart(
     labels = list(dict.fromkeys(entry.label for entry in entries if not entry.is_full))
     for number, label in enumerate(labels):
         own = [e for e in entries if e.label == label and metric.name in e.findings]
-        points = sorted((x, e) for e in own if (x := place(e)) is not None)
-        if not points:
+        if not own:
             continue
+        # By place alone: two spellings of a budget may come to the same.
+        points = sorted(((place(entry), entry) for entry in own), key=lambda point: point[0])
         found = [_estimate(entry, metric, paired=paired) for _, entry in points]
         colour = _COLOURS[number % len(_COLOURS)]
         figure.add_scatter(
             x=[x for x, _ in points],
             y=[estimate.value for estimate in found],
             error_y={
-                "array": [(e.high or e.value) - e.value for e in found],
-                "arrayminus": [e.value - (e.low or e.value) for e in found],
+                "array": [0 if e.high is None else e.high - e.value for e in found],
+                "arrayminus": [0 if e.low is None else e.value - e.low for e in found],
                 "thickness": 1.2,
                 "width": 4,
             },
