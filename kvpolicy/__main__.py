@@ -5,7 +5,9 @@ The command line needs packages of the ``lab`` extra; without them, it says so i
 
 from __future__ import annotations
 
+import os
 import sys
+from pathlib import Path
 
 __all__ = ["main"]
 
@@ -31,6 +33,11 @@ EXTRAS = {
 
 def main() -> None:
     """Run the command line; exit with status 2 and one line where an extra is missing."""
+    # ``python -m`` puts the current folder first on the path, where a file of the user's that is
+    # called as a package would be taken for it. Commands add the folder where they are asked to.
+    here = os.getcwd()
+    if sys.path and sys.path[0] in ("", here) and here != str(Path(__file__).parents[1]):
+        del sys.path[0]
     try:
         from kvpolicy.cli import main as command
 

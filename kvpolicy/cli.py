@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from importlib.metadata import version
+from io import TextIOWrapper
 from typing import Annotated
 
 import typer
@@ -60,11 +62,27 @@ app.command("calibrate")(calibrate)
 
 
 def main() -> None:
-    """Run the command line; errors of the user's are one line, not a traceback."""
+    """Run the command line; errors of the user's are one line, not a traceback.
+
+    Exit status 2: what was asked for can't be; 74: a file can't be read or written; 1: something
+    that was measured or checked has failed; 130: Ctrl-C; 141: nobody reads the output any more.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # a terminal in ASCII is no reason to end
+            stream.reconfigure(errors="replace")
     try:
         app()
     except KVPolicyError as error:
-        # What the user gave is in the message: it is text, and no markup.
-        said = Text.assemble(("error:", "bold red"), f" {error}")
-        Console(stderr=True).print(said, highlight=False, soft_wrap=True)
-        raise SystemExit(2) from None
+        _say(str(error))
+        raise SystemExit(74 if isinstance(error, OSError) else 2) from None
+    except OSError as error:
+        if error.filename is None:
+            raise
+        _say(f"{error.filename}: {error.strerror}")
+        raise SystemExit(74) from None
+
+
+def _say(error: str) -> None:
+    """One line; what the user gave is in it as text, and no markup."""
+    said = Text.assemble(("error:", "bold red"), f" {error}")
+    Console(stderr=True).print(said, highlight=False, soft_wrap=True)

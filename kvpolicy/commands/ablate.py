@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,7 +10,15 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from kvpolicy.commands.arguments import pair, split, value_of, whole_number
+from kvpolicy.commands.arguments import (
+    STALE,
+    find_own,
+    pair,
+    split,
+    stale_from,
+    value_of,
+    whole_number,
+)
 from kvpolicy.commands.console import console
 from kvpolicy.commands.progress import progress_for, spell_seconds
 from kvpolicy.commands.sweep import note, say_failures, sweep
@@ -86,6 +92,13 @@ def ablate(
     trace: Annotated[
         bool, typer.Option("--trace", help="Record every decision on a few items, for the report.")
     ] = False,
+    own: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="package.module:name of your own that the plan's file may name; repeatable."
+        ),
+    ] = None,
+    stale: Annotated[bool | None, typer.Option("--stale/--keep-stale", help=STALE)] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the cells and how long they will take.")
     ] = False,
@@ -97,7 +110,6 @@ def ablate(
     from kvpolicy.lab.run.outputs import write_outputs
     from kvpolicy.lab.run.runner import prepare, writing
 
-    sys.path.insert(0, os.getcwd())  # modules of the user's own
     given = {
         "subject": subject,
         "policies": policies,
@@ -108,7 +120,8 @@ def ablate(
         "metrics": metrics,
         "trace": trace,
     }
-    wanted = _plan(plan, {name: value for name, value in given.items() if value})
+    wanted = _plan(plan, {name: value for name, value in given.items() if value}, own or ())
+    find_own(wanted.subject, *(policy.name for policy in wanted.policies))
     runs_on = make_executor(executor, workers, threads, address)
     prepared = prepare(wanted)
     if dry_run:
@@ -116,14 +129,10 @@ def ablate(
         return
     main = next((metric for metric in prepared.metrics if metric.better is not None), None)
     progress = progress_for(main, runs_on.workers, console)
-    folder = sweep(prepared, out, runs_on, threads, progress)
+    folder = sweep(prepared, out, runs_on, threads, progress, stale_from(stale))
     if progress.count:
-        chosen = {metric.name for metric in prepared.metrics}
-        own = [metric for metric in prepared.subject.metrics if metric.name in chosen]
-        names = {metric.name for metric in own}
-        every = [*own, *(metric for metric in prepared.metrics if metric.name not in names)]
         with writing(out):
-            entries, files = write_outputs(folder, every)
+            entries, files = write_outputs(folder, prepared.metrics)
         if console.is_terminal and main is not None:
             console.print(_result(entries, main))
         for file in files:
@@ -132,7 +141,7 @@ def ablate(
     say_failures(progress, out)
 
 
-def _plan(file: Path | None, given: dict[str, Any]) -> Plan:
+def _plan(file: Path | None, given: dict[str, Any], own: Sequence[str]) -> Plan:
     """The plan of a file, or of options.
 
     Raises:
@@ -143,7 +152,9 @@ def _plan(file: Path | None, given: dict[str, Any]) -> Plan:
             raise ParameterError(
                 f"--plan says what is compared; it does not go together with --{next(iter(given))}"
             )
-        return read_plan(file)
+        return read_plan(file, own)
+    if own:
+        raise ParameterError("--own is for --plan; options name what is your own by themselves")
     for name in ("subject", "policies"):
         if name not in given:
             raise ParameterError(f"--{name} is missing (or --plan with a file that says it)")

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from typing import Any
 
 from kvpolicy.errors import ParameterError
+from kvpolicy.lab.run.runner import Stale
+from kvpolicy.named import is_path
 
-__all__ = ["pair", "split", "value_of", "whole_number"]
+__all__ = ["STALE", "find_own", "pair", "split", "stale_from", "value_of", "whole_number"]
+
+#: What ``--stale`` and ``--keep-stale`` say of themselves.
+STALE = "What was measured by other code, versions or threads: anew, or kept as it is."
 
 
 def split(text: str) -> list[str]:
@@ -33,6 +40,23 @@ def value_of(text: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError:
         return text
+
+
+def find_own(*names: str) -> None:
+    """Let modules in the current folder be found, if one of these names asks for a module.
+
+    The folder comes last on the path: a file there that is called as an installed package is
+    never taken for it.
+    """
+    if any(is_path(name) for name in names) and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+
+
+def stale_from(flag: bool | None) -> Stale:
+    """``--stale``, ``--keep-stale`` or neither, as the lab takes it."""
+    if flag is None:
+        return "refuse"
+    return "anew" if flag else "keep"
 
 
 def whole_number(text: str, option: str) -> int:

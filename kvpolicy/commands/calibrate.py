@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from kvpolicy.commands.arguments import pair
+from kvpolicy.commands.arguments import find_own, pair
 from kvpolicy.commands.console import console
 
 __all__ = ["calibrate"]
@@ -41,7 +39,7 @@ def calibrate(
     from kvpolicy.lab.search import calibrate as lab
     from kvpolicy.named import make_policy
 
-    sys.path.insert(0, os.getcwd())  # modules of the user's own
+    find_own(subject, policy)
 
     def tell(layers: Sequence[int], value: float) -> None:
         console.print(f"{value:.5f} {' '.join(map(str, layers))}", highlight=False)

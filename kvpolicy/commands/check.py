@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from typing import Annotated
 
 import typer
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from kvpolicy.commands.arguments import find_own
 from kvpolicy.commands.console import console
 
 __all__ = ["check"]
@@ -36,7 +35,7 @@ def check(
     """
     from kvpolicy.testing import INVARIANTS, check_each, policy_named
 
-    sys.path.insert(0, os.getcwd())  # modules of the user's own
+    find_own(policy)
     made = policy_named(policy, set_ or ())
     names = [name.strip() for name in invariants.split(",")] if invariants else None
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from kvpolicy.commands.arguments import split
+from kvpolicy.commands.arguments import STALE, find_own, split, stale_from
 from kvpolicy.commands.console import console
 from kvpolicy.commands.progress import Bar
 from kvpolicy.commands.sweep import say_failures, sweep
@@ -29,6 +29,7 @@ def demo(
     ] = ",".join(lab.POLICIES),
     seed: Annotated[int, typer.Option(min=0, help="Seed of the drawing.")] = 0,
     scored: Annotated[int, typer.Option(min=2, max=1000, help="Real images to score.")] = 256,
+    stale: Annotated[bool | None, typer.Option("--stale/--keep-stale", help=STALE)] = None,
 ) -> None:
     """Draw images with each policy from a fraction of the cache, and measure what it costs.
 
@@ -38,20 +39,23 @@ def demo(
     command goes on where one was interrupted.
     """
     from kvpolicy.lab.compare.comparison import compare
+    from kvpolicy.lab.compare.comparison_file import write_comparison
     from kvpolicy.lab.run.executors import Processes, processors
     from kvpolicy.lab.run.outputs import image_sheets, retention_sheets
     from kvpolicy.lab.run.runner import prepare, writing
 
     plan = lab.plan(split(policies), budget, images=images, scored=scored, seed=seed)
+    find_own(*(policy.name for policy in plan.policies))
     prepared = prepare(plan)
     workers = Processes(min(processors(), len(prepared.cells)))
     main = prepared.metrics[0]
     progress = Bar(main, workers.workers, console)
-    folder = sweep(prepared, out, workers, 1, progress)
+    folder = sweep(prepared, out, workers, 1, progress, stale_from(stale))
     entries = compare(list(folder.finished()), prepared.metrics)
     rows = lab.rows(entries)
     sheets = image_sheets(entries, folder.subject.class_names, main)
     with writing(out):
+        write_comparison(out, entries)
         lab.write_rows(rows, out / "results.json")
         written = [out / "results.json"]
         for name, figures in (("images", sheets), ("retention", retention_sheets(entries, main))):

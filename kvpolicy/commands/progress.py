@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from kvpolicy.lab.run.plan import BASELINE, Cell
-from kvpolicy.lab.run.run_folder import CellRecord, Failure
+from kvpolicy.lab.run.run_folder import CellRecord, Damaged, Failure
 from kvpolicy.lab.run.subject import MetricInfo
 
 __all__ = ["Bar", "Lines", "SweepProgress", "progress_for"]
@@ -48,6 +48,11 @@ class SweepProgress(AbstractContextManager["SweepProgress"]):
         """See :class:`kvpolicy.lab.run.runner.Watcher`."""
         self.count += 1
         self._learn(record)
+
+    def damaged(self, item: Damaged) -> None:
+        """Say which cell is measured again, and why."""
+        name = f"{item.cell.label}, seed {item.cell.seed}"
+        print(f"measured again: {name}: {item.reason}", file=sys.stderr)
 
     def failed(self, failure: Failure) -> None:
         """See :class:`kvpolicy.lab.run.runner.Watcher`."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -20,18 +18,15 @@ def report(
 ) -> None:
     """Write one HTML file with a run's table, plots, pictures and decisions.
 
-    It needs no network and opens from disk.
+    It needs no network and opens from disk. Making it runs nothing that the folder names.
     """
     from kvpolicy.lab.run.run_folder import open_run
-    from kvpolicy.lab.run.worker import metrics_of
     from kvpolicy.lab.show.report import report_on_run, report_on_trace
 
     if path.is_file():
         out = path.with_suffix(".html") if out is None else out
         report_on_trace(path, out)
     else:
-        sys.path.insert(0, os.getcwd())  # a subject of the user's own brings its own statistics
-        run = open_run(path)
         out = path / "report.html" if out is None else out
-        report_on_run(run, metrics_of(run.plan), out)
+        report_on_run(open_run(path), out)
     typer.echo(f"wrote {out}")

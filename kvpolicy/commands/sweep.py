@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 
 import typer
@@ -10,30 +12,44 @@ from kvpolicy.commands.console import console
 from kvpolicy.commands.progress import SweepProgress
 from kvpolicy.lab.run.executor import Executor
 from kvpolicy.lab.run.run_folder import RunFolder
-from kvpolicy.lab.run.runner import Prepared, run
+from kvpolicy.lab.run.runner import Prepared, Stale, run
 
 __all__ = ["note", "say_failures", "sweep"]
 
 
 def sweep(
-    prepared: Prepared, out: Path, executor: Executor, threads: int, progress: SweepProgress
+    prepared: Prepared,
+    out: Path,
+    executor: Executor,
+    threads: int,
+    progress: SweepProgress,
+    stale: Stale,
 ) -> RunFolder:
-    """Measure what has not finished; Ctrl-C ends the command, and loses nothing that has.
+    """Measure what has not finished; what ends the command loses nothing that has.
 
     Raises:
-        SystemExit: 130, after Ctrl-C.
+        SystemExit: 130, after Ctrl-C; 141, where nobody reads the output any more.
     """
     for item in prepared.left_out:
         note(f"left out: {item.label} at {item.budget}: {item.reason}")
     try:
         with progress:
-            return run(prepared, out, executor, threads, progress)
+            return run(prepared, out, executor, threads, progress, stale)
     except KeyboardInterrupt:
-        note(
-            f"stopped: {progress.count} of {progress.total} cells are finished and safe in {out}; "
-            f"the same command goes on from there"
-        )
+        note(f"stopped: {_safe(progress, out)}")
         raise SystemExit(130) from None
+    except BrokenPipeError:
+        # Else Python says so once more, when it flushes at its own end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        typer.echo(f"stopped, as nobody reads the output: {_safe(progress, out)}", err=True)
+        raise SystemExit(141) from None
+
+
+def _safe(progress: SweepProgress, out: Path) -> str:
+    return (
+        f"{progress.count} of {progress.total} cells are finished and safe in {out}; "
+        f"the same command goes on from there"
+    )
 
 
 def say_failures(progress: SweepProgress, out: Path) -> None:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from kvpolicy.commands.arguments import pair, split, whole_number
+from kvpolicy.commands.arguments import STALE, find_own, pair, split, stale_from, whole_number
 from kvpolicy.commands.console import console
 
 __all__ = ["tune"]
@@ -30,6 +28,7 @@ def tune(
     threads: Annotated[
         int, typer.Option(min=1, help="Threads; more than one pay for large models only.")
     ] = 1,
+    stale: Annotated[bool | None, typer.Option("--stale/--keep-stale", help=STALE)] = None,
 ) -> None:
     """Search a policy's own parameters, and judge the best on items that the search has not seen.
 
@@ -39,7 +38,7 @@ def tune(
     from kvpolicy.lab.search import tune as lab
     from kvpolicy.lab.search.search_space import Space
 
-    sys.path.insert(0, os.getcwd())  # modules of the user's own
+    find_own(subject, policy)
 
     def tell_space(space: Space) -> None:
         for name, part in space.items():
@@ -66,6 +65,7 @@ def tune(
             threads=threads,
             tell_space=tell_space,
             tell=tell,
+            stale=stale_from(stale),
         )
     except KeyboardInterrupt:
         typer.echo(f"stopped; every finished trial is safe in {out}: the same command goes on")

@@ -16,13 +16,13 @@ import numpy as np
 import pytest
 
 import kvpolicy
+
+pytest.importorskip("typer", reason="the demo needs the extra 'lab'")
+
 from kvpolicy.lab.compare.bootstrap import paired_bootstrap
 from kvpolicy.lab.run import demo
 from kvpolicy.lab.run.run_folder import open_run
 from kvpolicy.lab.run.subject import Setting, load_subject
-
-for package in ("transformers", "typer", "rich", "matplotlib"):
-    pytest.importorskip(package, reason="the demo needs the extra 'lab'")
 
 KEYS = {
     "policy",

@@ -98,8 +98,9 @@ def compare(cells: Sequence[FinishedCell], metrics: Sequence[MetricInfo]) -> lis
 
     Args:
         cells: finished cells, the full cache's among them if anything is to be compared.
-        metrics: what to look at; a :class:`Metric` brings its own statistic, a plain
-            :class:`MetricInfo` stands for a mean.
+        metrics: what to look at. A :class:`Metric` brings its own statistic. A plain
+            :class:`MetricInfo` stands for a mean; where the cells' figures are none, they have no
+            interval, for only their subject could compute one.
 
     Returns:
         Entries in the order in which they first appear among the cells.
@@ -150,10 +151,14 @@ class _Sampler:
         if not cells:
             return None
         seeds = np.array([cell.cell.seed for cell in cells])
+        figures = np.array([cell.record.metrics[metric.name] for cell in cells])
         if metric.array is None:
-            values = np.array([cell.record.metrics[metric.name] for cell in cells])
-            return _Sample(seeds, float(values.mean()), replicates(values, None))
+            return _Sample(seeds, float(figures.mean()), replicates(figures, None))
         arrays = [self._scores[cell.record.id][metric.array] for cell in cells]
+        if not isinstance(metric, Metric) and not np.allclose(
+            [array.mean() for array in arrays], figures, rtol=1e-9, atol=0
+        ):
+            return _Sample(seeds, float(figures.mean()), np.empty(0))
         values = np.concatenate(arrays).astype(np.float64)
         statistic = metric.statistic if isinstance(metric, Metric) else None
         if metric.items is None:
@@ -185,7 +190,7 @@ def _finding(
         return None
     found = Finding(
         _estimate(own.value, own.replicates),
-        items=None if metric.array is None else len(own.items),
+        items=None if metric.array is None or not len(own.replicates) else len(own.items),
     )
     if full is None or group is full or metric.better is None:
         return found

@@ -5,19 +5,16 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import kvpolicy
 from kvpolicy.lab.run.executor import Executor
 from kvpolicy.lab.run.executors import processors
+from kvpolicy.lab.run.provenance import versions
 from kvpolicy.lab.run.run_folder import Environment
 from kvpolicy.lab.run.subject import Subject
-from kvpolicy.ops.cpu import native
 
 __all__ = ["find_environment"]
-
-_PACKAGES = ("kvpolicy", "torch", "transformers", "numpy")
 
 
 def find_environment(subject: Subject, executor: Executor, threads: int) -> Environment:
@@ -28,16 +25,8 @@ def find_environment(subject: Subject, executor: Executor, threads: int) -> Envi
         executor: what runs the cells.
         threads: of torch, in each worker.
     """
-    versions = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    if native.decoder() is not None:
-        versions["kvpolicy's CPU kernel"] = native.library().stem
     return Environment(
-        versions=versions,
+        versions=versions(),
         revision=_revision(Path(kvpolicy.__file__).parent.parent),
         system=f"{platform.system()} {platform.machine()}",
         processors=processors(),

@@ -18,6 +18,9 @@ from kvpolicy.lab.run.worker import Raised, Task, measure_cell
 
 __all__ = ["Inline", "Processes", "make_executor", "processors"]
 
+#: Seconds that a worker has to end by itself.
+_PATIENCE = 2.0
+
 
 @dataclass(frozen=True)
 class Inline:
@@ -89,7 +92,10 @@ class Processes:
                 worker.pipe.close()
                 worker.process.terminate()
             for worker in crew:
-                worker.process.join()
+                worker.process.join(_PATIENCE)
+                if worker.process.is_alive():  # stopped, or deaf: only this ends it
+                    worker.process.kill()
+                    worker.process.join()
 
     def _start(self) -> _Worker:
         ours, theirs = self._context.Pipe()
@@ -103,6 +109,7 @@ class Processes:
 def _serve(pipe: Any) -> None:
     """A worker's life: a task in, an outcome out, until the pipe is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.dup2(2, 1)  # what libraries print, below Python, is not for standard output either
     threading.Thread(target=_end_with_parent, daemon=True).start()
     while True:
         try:

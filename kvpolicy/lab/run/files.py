@@ -34,14 +34,15 @@ def write_whole(path: Path, content: str | bytes) -> None:
 def whole_folder(path: Path) -> Iterator[Path]:
     """Give a folder to write into; it appears at ``path`` when the block ends, complete.
 
-    An exception, or a crash at any moment, leaves nothing at ``path``; what an earlier crash left
-    beside it is cleared first.
+    An exception leaves at ``path`` what was there. A crash at any moment leaves that, or the new
+    folder, or (between two renames) nothing; what it left beside them is cleared the next time.
 
     Args:
-        path: where the folder shall be; it must not exist, its parent must.
+        path: where the folder shall be; one that is there is replaced. Its parent must exist.
     """
-    fresh = path.with_name(path.name + UNFINISHED)
-    shutil.rmtree(fresh, ignore_errors=True)
+    fresh, old = (path.with_name(path.name + end + UNFINISHED) for end in ("", ".old"))
+    for left in (fresh, old):
+        shutil.rmtree(left, ignore_errors=True)
     fresh.mkdir()
     try:
         yield fresh
@@ -50,11 +51,14 @@ def whole_folder(path: Path) -> Iterator[Path]:
                 with file.open("rb") as written:
                     os.fsync(written.fileno())
         _sync_folder(fresh)
+        if path.exists():
+            path.rename(old)
         fresh.rename(path)
     except BaseException:
         shutil.rmtree(fresh, ignore_errors=True)
         raise
     _sync_folder(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _sync_folder(folder: Path) -> None:

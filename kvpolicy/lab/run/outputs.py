@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from kvpolicy.lab.compare.comparison import Entry, compare
+from kvpolicy.lab.compare.comparison_file import write_comparison
 from kvpolicy.lab.run.files import write_whole
 from kvpolicy.lab.run.run_folder import RunFolder
 from kvpolicy.lab.run.subject import MetricInfo
@@ -62,6 +63,7 @@ def write_outputs(run: RunFolder, metrics: Sequence[MetricInfo]) -> tuple[list[E
     (run.path / "plots").mkdir(exist_ok=True)
     for name, content in files.items():
         write_whole(run.path / name, content)
+    write_comparison(run.path, entries)
     return entries, [run.path / name for name in files]
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+from collections.abc import Collection
 from itertools import product
 from pathlib import Path
 from typing import Any, Self, TypeAlias
@@ -12,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from kvpolicy.budget.budget import Budget
 from kvpolicy.errors import BudgetError, ParameterError, parameter_error
+from kvpolicy.named import is_path
 
 __all__ = ["BASELINE", "Cell", "Plan", "PolicyPlan", "Value", "read_plan"]
 
@@ -86,6 +89,12 @@ class PolicyPlan(BaseModel):
     def _a_name_will_do(cls, value: Any) -> Any:
         return {"name": value} if isinstance(value, str) else value
 
+    @field_validator("parameters")
+    @classmethod
+    def _parameters_are_json(cls, value: dict[str, Value]) -> dict[str, Value]:
+        _only_json(value, "")
+        return value
+
     def grid(self) -> list[dict[str, Value]]:
         """Every combination of parameters, the last one changing fastest."""
         choices = [v if isinstance(v, list) else [v] for v in self.parameters.values()]
@@ -148,6 +157,12 @@ class Plan(BaseModel):
         except BudgetError as error:
             raise ValueError(str(error)) from None
 
+    @field_validator("options")
+    @classmethod
+    def _options_are_json(cls, value: dict[str, Value]) -> dict[str, Value]:
+        _only_json(value, "")
+        return value
+
     @field_validator("seeds")
     @classmethod
     def _seeds_once(cls, value: tuple[int, ...]) -> tuple[int, ...]:
@@ -188,11 +203,19 @@ class Plan(BaseModel):
         return json.dumps(self.model_dump(mode="json"), indent=2) + "\n"
 
 
-def read_plan(path: Path) -> Plan:
+def read_plan(path: Path, own: Collection[str] = ()) -> Plan:
     """Read a plan from a ``.json``, ``.yaml`` or ``.yml`` file.
 
+    A file is data: what it names is imported only where it is registered, or where the caller names
+    it, too.
+
+    Args:
+        path: the file.
+        own: ``package.module:name`` of policies and subjects that the plan may name.
+
     Raises:
-        ParameterError: the file can't be read, or what it says is no plan.
+        ParameterError: the file can't be read, what it says is no plan, or it names a module that
+            is not among ``own``.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -213,11 +236,45 @@ def read_plan(path: Path) -> Plan:
         if isinstance(error, ParameterError | ModuleNotFoundError):
             raise
         raise ParameterError(f"plan {path} is not YAML: {error}") from None
-    if not isinstance(fields, dict):
+    if not isinstance(fields, dict) or not all(isinstance(name, str) for name in fields):
         raise ParameterError(
             f"plan {path} must be a mapping with at least 'subject' and 'policies'"
         )
-    return Plan(**fields)
+    plan = Plan(**fields)
+    for name in (plan.subject, *(policy.name for policy in plan.policies)):
+        if is_path(name) and name not in own:
+            raise ParameterError(
+                f"plan {path} names {name!r}, which would import a module because a file says so; "
+                f"if it is your own, name it on the command line, too: --own {name}"
+            )
+    return plan
+
+
+def _only_json(value: Value, where: str) -> None:
+    """Refuse what no file can hold so that the same command gives the same plan.
+
+    Raises:
+        ValueError: it is, or holds, something else.
+    """
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            _only_json(name, where)
+            _only_json(inner, f"{where}.{name}" if where else name)
+    elif isinstance(value, list):
+        for number, inner in enumerate(value):
+            _only_json(inner, f"{where}[{number}]")
+    elif isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{where}={value!r} is no text that UTF-8 can hold") from None
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{where}={value} is not finite")
+    elif not (value is None or isinstance(value, bool | int | float)):
+        raise ValueError(
+            f"{where}={value!r} is of type {type(value).__name__}; a plan holds numbers, text, "
+            f"true, false, null, and lists and mappings of them (put a date in quotes)"
+        )
 
 
 def _spell(value: Value) -> str:

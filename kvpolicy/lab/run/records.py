@@ -15,9 +15,11 @@ from kvpolicy.lab.run.subject import MetricInfo
 __all__ = [
     "CellRecord",
     "CellStats",
+    "Damaged",
     "Environment",
     "Failure",
     "LeftOut",
+    "Provenance",
     "SubjectInfo",
     "read_record",
 ]
@@ -90,6 +92,20 @@ class Environment(_Record):
     executor: str
 
 
+class Provenance(_Record):
+    """What a cell's figures depend on, besides the cell itself.
+
+    Attributes:
+        versions: of Python, kvpolicy, torch, transformers, numpy, and of the CPU kernel.
+        code: digests of the sources of kvpolicy, of the policy and of the subject.
+        threads: of torch.
+    """
+
+    versions: dict[str, str]
+    code: dict[str, str]
+    threads: int
+
+
 class CellStats(_Record):
     """What the cache cost; see :class:`kvpolicy.CacheStats`.
 
@@ -118,6 +134,9 @@ class CellRecord(_Record):
         metrics: name to figure.
         stats: what its cache cost.
         seconds: that it took.
+        made_by: versions, code and threads that it was measured with; None for a cell that was
+            written before this was kept.
+        files: SHA-256 of the files beside it, by name.
     """
 
     cell: Cell
@@ -126,6 +145,20 @@ class CellRecord(_Record):
     metrics: dict[str, float]
     stats: CellStats
     seconds: float
+    made_by: Provenance | None = None
+    files: dict[str, str] = {}
+
+
+class Damaged(_Record):
+    """A cell whose files can't be read, or are not those that were written.
+
+    Attributes:
+        cell: what was measured.
+        reason: which file, and what is wrong with it.
+    """
+
+    cell: Cell
+    reason: str
 
 
 class Failure(_Record):

@@ -16,10 +16,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from difflib import unified_diff
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,7 @@ from kvpolicy.lab.run.plan import Cell, Plan
 from kvpolicy.lab.run.records import (
     CellRecord,
     CellStats,
+    Damaged,
     Environment,
     Failure,
     LeftOut,
@@ -45,6 +48,7 @@ from kvpolicy.lab.run.subject import MetricInfo
 __all__ = [
     "CellRecord",
     "CellStats",
+    "Damaged",
     "Environment",
     "Failure",
     "FinishedCell",
@@ -64,11 +68,22 @@ class FinishedCell:
     Attributes:
         folder: where it lies.
         record: ``cell.json``.
+
+    Raises:
+        ParameterError: a file is missing, can't be read, or is not what was written.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.record = read_record(CellRecord, folder / "cell.json")
+        for name, digest in self.record.files.items():
+            file = folder / name
+            try:
+                found = hashlib.sha256(file.read_bytes()).hexdigest()
+            except OSError as error:
+                raise ParameterError(f"{file} can't be read: {error.strerror}") from None
+            if found != digest:
+                raise ParameterError(f"{file} is not what was written: it is damaged")
 
     @property
     def cell(self) -> Cell:
@@ -156,28 +171,49 @@ class RunFolder:
         write_whole(self.path / "environment.json", environment.text())
         write_whole(self.path / "subject.json", subject.text())
 
-    def has(self, cell: Cell) -> bool:
-        """Whether the cell has finished."""
-        return (self.path / "cells" / cell.id / "cell.json").exists()
-
-    def get(self, cell: Cell) -> FinishedCell:
-        """A finished cell.
+    def get(self, cell: Cell) -> FinishedCell | None:
+        """A finished cell; None where it has not finished.
 
         Raises:
-            ParameterError: it has not finished.
+            ParameterError: it is damaged.
         """
-        return FinishedCell(self.path / "cells" / cell.id)
+        folder = self.path / "cells" / cell.id
+        if not folder.exists():
+            return None
+        found = FinishedCell(folder)
+        if found.cell != cell:
+            raise ParameterError(f"{folder / 'cell.json'} is another cell's")
+        return found
 
     def finished(self) -> Iterator[FinishedCell]:
-        """Every finished cell, in the plan's order."""
+        """Every finished cell that is not damaged, in the plan's order."""
         for cell in self.plan.cells():
-            if self.has(cell):
-                yield self.get(cell)
+            with suppress(ParameterError):
+                if (found := self.get(cell)) is not None:
+                    yield found
+
+    def damaged(self) -> list[Damaged]:
+        """Every cell that is there but can't be used, and why, in the plan's order."""
+        found = []
+        for cell in self.plan.cells():
+            try:
+                self.get(cell)
+            except ParameterError as error:
+                found.append(Damaged(cell=cell, reason=str(error)))
+        return found
 
     def failures(self) -> list[Failure]:
         """Every cell that has failed and not finished since, in the plan's order."""
-        files = [self.path / "failures" / f"{cell.id}.json" for cell in self.plan.cells()]
-        return [read_record(Failure, file) for file in files if file.exists()]
+        found = []
+        for cell in self.plan.cells():
+            file = self.path / "failures" / f"{cell.id}.json"
+            if not file.exists():
+                continue
+            try:
+                found.append(read_record(Failure, file))
+            except ParameterError as error:
+                found.append(Failure(cell=cell, id=cell.id, error=str(error), traceback=""))
+        return found
 
     def keep(
         self,
@@ -188,19 +224,22 @@ class RunFolder:
     ) -> None:
         """Write a finished cell, whole or not at all; a failure of it is forgotten.
 
+        What stood there of the cell stays until the new one is whole.
+
         Raises:
             OSError: it could not be written (a full disk); nothing of it is left.
         """
-        folder = self.path / "cells" / record.id
-        if folder.exists():
-            return  # finished before: what stands is kept
-        with whole_folder(folder) as fresh:
+        files = {"scores.safetensors": _pack(scores)}
+        if images is not None:
+            files["images.safetensors"] = _pack({"images": images})
+        if trace is not None:
+            files["trace.safetensors"] = trace
+        digests = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+        record = record.model_copy(update={"files": digests})
+        with whole_folder(self.path / "cells" / record.id) as fresh:
             # Written by us and not by safetensors, whose error on a full disk is no OSError.
-            (fresh / "scores.safetensors").write_bytes(_pack(scores))
-            if images is not None:
-                (fresh / "images.safetensors").write_bytes(_pack({"images": images}))
-            if trace is not None:
-                (fresh / "trace.safetensors").write_bytes(trace)
+            for name, content in files.items():
+                (fresh / name).write_bytes(content)
             (fresh / "cell.json").write_text(record.text(), encoding="utf-8")
         self.note("finished", cell=record.id, seconds=round(record.seconds, 3))
         (self.path / "failures" / f"{record.id}.json").unlink(missing_ok=True)
@@ -208,7 +247,9 @@ class RunFolder:
     def fail(self, cell: Cell, error: str, traceback: str) -> Failure:
         """Write why a cell has no result."""
         file = self.path / "failures" / f"{cell.id}.json"
-        before = read_record(Failure, file).attempts if file.exists() else 0
+        before = 0
+        with suppress(ParameterError):  # a damaged file costs its count, not the new failure
+            before = read_record(Failure, file).attempts if file.exists() else 0
         failure = Failure(
             cell=cell, id=cell.id, error=error, traceback=traceback, attempts=before + 1
         )

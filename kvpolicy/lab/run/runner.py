@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol, TypeAlias
 
 from filelock import FileLock, Timeout
 
@@ -17,13 +18,36 @@ from kvpolicy.lab.run.environment import find_environment
 from kvpolicy.lab.run.executor import Executor
 from kvpolicy.lab.run.executors import Inline
 from kvpolicy.lab.run.plan import Cell, Plan
-from kvpolicy.lab.run.run_folder import CellRecord, Failure, LeftOut, RunFolder, SubjectInfo
+from kvpolicy.lab.run.provenance import differences, provenance
+from kvpolicy.lab.run.run_folder import (
+    CellRecord,
+    Damaged,
+    Failure,
+    FinishedCell,
+    LeftOut,
+    RunFolder,
+    SubjectInfo,
+)
 from kvpolicy.lab.run.subject import MetricInfo, Subject
 from kvpolicy.lab.run.worker import STANDARD, Measured, Task, subject_of
 from kvpolicy.layout import RasterLayout
 from kvpolicy.named import make_policy
 
-__all__ = ["Prepared", "Watcher", "alone", "prepare", "run", "writing"]
+__all__ = [
+    "Prepared",
+    "Stale",
+    "Watcher",
+    "alone",
+    "prepare",
+    "refuse_stale",
+    "run",
+    "stale_because",
+    "writing",
+]
+
+
+#: What becomes of finished cells that were measured otherwise than they would be now.
+Stale: TypeAlias = Literal["refuse", "anew", "keep"]
 
 
 class Watcher(Protocol):
@@ -31,6 +55,9 @@ class Watcher(Protocol):
 
     def begun(self, waiting: Sequence[Cell], finished: Sequence[CellRecord]) -> None:
         """The cells that are to be measured, and what an earlier run has finished."""
+
+    def damaged(self, item: Damaged) -> None:
+        """A cell that had finished can't be used, and is measured again."""
 
     def done(self, record: CellRecord) -> None:
         """A cell has been measured, and lies safe in its folder."""
@@ -134,6 +161,7 @@ class _Nobody:
     """Wants to know nothing."""
 
     def begun(self, waiting: Sequence[Cell], finished: Sequence[CellRecord]) -> None: ...
+    def damaged(self, item: Damaged) -> None: ...
     def done(self, record: CellRecord) -> None: ...
     def failed(self, failure: Failure) -> None: ...
 
@@ -144,11 +172,12 @@ def run(
     executor: Executor | None = None,
     threads: int = 1,
     watcher: Watcher | None = None,
+    stale: Stale = "refuse",
 ) -> RunFolder:
     """Measure every cell that has not finished, and keep each as it ends.
 
-    Cells that failed before are tried again. Interrupt it at any moment, in any way: what has
-    finished stays, and the same call goes on from there.
+    Cells that failed before are tried again, and damaged ones measured again. Interrupt it at any
+    moment, in any way: what has finished stays, and the same call goes on from there.
 
     Args:
         prepared: what to measure.
@@ -156,9 +185,13 @@ def run(
         executor: where cells run; in this process by default.
         threads: of torch, in each worker.
         watcher: who is told how it goes.
+        stale: what becomes of finished cells that were measured by other code, with other versions
+            or another number of threads: ``"refuse"`` to go on, measure them ``"anew"``, or
+            ``"keep"`` them.
 
     Raises:
-        ParameterError: the folder holds another plan, or something else.
+        ParameterError: the folder holds another plan, or something else, or stale cells that are
+            not to be measured anew or kept.
         RunFolderError: it can't be written, or another run is at work in it.
     """
     path = Path(path)
@@ -168,38 +201,85 @@ def run(
         environment = find_environment(prepared.subject, executor, threads)
         with writing(path):
             folder = RunFolder.begin(path, prepared.plan)
+        damaged = folder.damaged()
+        finished = _usable(folder, prepared, threads, stale)
+        have = {record.id for record in finished}
+        waiting = [cell for cell in prepared.cells if cell.id not in have]
+        with writing(path):
             folder.describe(environment, prepared.describe())
-            finished = [cell.record for cell in folder.finished()]
-            have = {record.id for record in finished}
-            waiting = [cell for cell in prepared.cells if cell.id not in have]
+            for item in damaged:
+                folder.note("damaged", cell=item.cell.id, reason=item.reason)
             about = environment.model_dump(mode="json")
             folder.note("started", pid=os.getpid(), waiting=len(waiting), **about)
+        for item in damaged:
+            watcher.damaged(item)
         watcher.begun(waiting, finished)
         tasks = [Task(cell, threads, prepared.plan.trace) for cell in waiting]
         # Closing the executor ends its workers, also when the disk is full or Ctrl-C was pressed.
         with closing(executor.run(tasks)) as outcomes:
             for task, outcome in outcomes:
-                with writing(path):
-                    if isinstance(outcome, Measured):
+                # The watcher stands outside: where it can't print, nobody's disk is full.
+                if isinstance(outcome, Measured):
+                    with writing(path):
                         folder.keep(outcome.record, outcome.scores, outcome.images, outcome.trace)
-                        watcher.done(outcome.record)
-                    else:
+                    watcher.done(outcome.record)
+                else:
+                    with writing(path):
                         failure = folder.fail(task.cell, outcome.error, outcome.traceback)
-                        watcher.failed(failure)
+                    watcher.failed(failure)
         return folder
+
+
+def stale_because(found: FinishedCell, subject: Subject, threads: int) -> str | None:
+    """Why a finished cell's figures may not be those that it would get now; None where they are."""
+    policy = make_policy(found.cell.policy, found.cell.parameters)
+    now = provenance(policy, subject, threads)
+    return "; ".join(differences(found.record.made_by, now)) or None
+
+
+def refuse_stale(path: Path, stale: Mapping[str, str], count: int) -> ParameterError:
+    """What to say of stale cells that nobody has decided about.
+
+    Args:
+        path: folder of the run.
+        stale: by reason, one of the cells that have it.
+        count: of the cells.
+    """
+    reasons = [f"{reason} (e.g. {label})" for reason, label in stale.items()]
+    return ParameterError(
+        f"{path} holds {count} finished cells that were measured otherwise than they would be now: "
+        f"{'. '.join(reasons)}. Measure them anew with --stale, keep them as they are with "
+        f"--keep-stale, or take another folder"
+    )
+
+
+def _usable(folder: RunFolder, prepared: Prepared, threads: int, stale: Stale) -> list[CellRecord]:
+    """What has finished and need not be measured again."""
+    usable, old = [], {}
+    for found in folder.finished():
+        reason = stale_because(found, prepared.subject, threads)
+        if reason is not None and stale != "keep":
+            old[found.record.id] = (reason, f"{found.cell.label}, seed {found.cell.seed}")
+        else:
+            usable.append(found.record)
+    if old and stale == "refuse":
+        raise refuse_stale(folder.path, dict(reversed(old.values())), len(old))
+    return usable
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Say what to do where the disk does not take more."""
+    """Say what to do where the disk does not take more, or nothing may be written."""
     try:
         yield
     except OSError as error:
         if isinstance(error, RunFolderError):
             raise
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        advice = "make room, and" if full else "see to that, or copy it to where you may write, and"
         raise RunFolderError(
             f"{path} can't be written: {error.strerror or error}. Every finished cell is safe; "
-            f"make room, and run the same command again to go on"
+            f"{advice} run the same command again to go on"
         ) from error
 
 
@@ -210,7 +290,11 @@ def alone(path: Path) -> Iterator[None]:
         path.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path / ".lock", blocking=False)
     try:
-        with lock:
-            yield
+        with writing(path):
+            lock.acquire()
     except Timeout:
         raise RunFolderError(f"another run is at work in {path}; wait for its end") from None
+    try:
+        yield
+    finally:
+        lock.release()

@@ -10,7 +10,7 @@ of an :class:`ImageSubject`. What ships is both.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -208,7 +208,7 @@ def load_subject(name: str, options: Mapping[str, Any] | None = None) -> Subject
     """Make a subject.
 
     Args:
-        name: in the registry, or ``package.module:name`` of a class or function that makes one.
+        name: in the registry, or ``package.module:Class``.
         options: keyword arguments for it.
 
     Raises:
@@ -216,21 +216,62 @@ def load_subject(name: str, options: Mapping[str, Any] | None = None) -> Subject
         ParameterError: it can't be loaded, has no such option, or what it makes is no subject.
     """
     options = options or {}
-    maker = load_object("subject", name) if is_path(name) else SUBJECTS.get(name)
-    if not callable(maker):
-        raise ParameterError(f"subject {name!r} is {maker!r}, not a class or function")
+    if is_path(name):
+        maker = load_object("subject", name)
+        # Before it is called: a name must not be a way to call whatever Python has.
+        if not (isinstance(maker, type) and callable(getattr(maker, "measure", None))):
+            raise ParameterError(
+                f"subject {name!r} is {maker!r}, not a class with a method measure(); see "
+                f"kvpolicy.lab.run.subject.Subject"
+            )
+    else:
+        maker = SUBJECTS.get(name)
     _check_options(name, maker, options)
     subject = maker(**options)
     if not isinstance(subject, Subject):
         needed = ("name", "layout", "num_layers", "metrics", "measure")
         missing = [member for member in needed if not hasattr(subject, member)]
         raise ParameterError(f"subject {name!r} made {subject!r}, which lacks {', '.join(missing)}")
-    names = [metric.name for metric in subject.metrics]
+    _check_metrics(name, [metric.name for metric in subject.metrics])
+    return subject
+
+
+#: Columns that every table has; see :mod:`kvpolicy.lab.show.tables`.
+_COLUMNS = frozenset(
+    [
+        "cell",
+        "subject",
+        "policy",
+        "label",
+        "parameters",
+        "budget",
+        "budget_tokens",
+        "seed",
+        "seeds",
+        "overhead_bytes",
+        "evictions",
+        "seconds",
+        "peak_tokens",
+        "cache_bytes",
+    ]
+)
+#: What a metric's further columns end in.
+_ENDS = ("_low", "_high", "_delta", "_delta_low", "_delta_high", "_p", "_clear")
+
+
+def _check_metrics(subject: str, names: Sequence[str]) -> None:
+    """Refuse names that would share a column of a table."""
     if not names or len(set(names)) != len(names):
         raise ParameterError(
-            f"subject {name!r}: its metrics must have different names, not {names}"
+            f"subject {subject!r}: its metrics must have different names, not {list(names)}"
         )
-    return subject
+    taken = _COLUMNS | {name + end for name in names for end in _ENDS}
+    for name in names:
+        if name in taken:
+            raise ParameterError(
+                f"subject {subject!r}: metric {name!r} is also the name of a column of the tables; "
+                f"give it another name"
+            )
 
 
 def _check_options(name: str, maker: Callable[..., Any], options: Mapping[str, Any]) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -17,7 +18,8 @@ import torch
 from numpy.typing import NDArray
 
 from kvpolicy.errors import ShapeError
-from kvpolicy.lab.run.plan import Cell, Plan
+from kvpolicy.lab.run.plan import Cell
+from kvpolicy.lab.run.provenance import provenance
 from kvpolicy.lab.run.run_folder import CellRecord, CellStats
 from kvpolicy.lab.run.subject import Measurement, MetricInfo, Setting, Subject, load_subject
 from kvpolicy.named import make_policy
@@ -89,7 +91,9 @@ Outcome = Measured | Raised
 def measure_cell(task: Task) -> Outcome:
     """Measure a cell; an exception of the subject or the policy is an outcome too."""
     try:
-        return _measure(task)
+        # What a subject prints is for people; standard output may be lines for programs.
+        with redirect_stdout(sys.stderr):
+            return _measure(task)
     except Exception as error:
         about = " ".join(f"{type(error).__name__}: {error}".split())
         return Raised(about[:500], traceback.format_exc())
@@ -100,19 +104,10 @@ def subject_of(cell: Cell) -> Subject:
     return _made(cell.subject, json.dumps(cell.options, sort_keys=True))
 
 
-def metrics_of(plan: Plan) -> tuple[MetricInfo, ...]:
-    """The metrics of a plan's subject, with their statistics; the main one first.
-
-    Raises:
-        UnknownNameError: the subject is unknown here.
-        ParameterError: it can't be loaded.
-    """
-    return (*subject_of(plan.cells()[0]).metrics, *STANDARD)
-
-
 @lru_cache(maxsize=2)
 def _made(name: str, options: str) -> Subject:
-    return load_subject(name, json.loads(options))
+    with redirect_stdout(sys.stderr):
+        return load_subject(name, json.loads(options))
 
 
 def _measure(task: Task) -> Measured:
@@ -128,7 +123,7 @@ def _measure(task: Task) -> Measured:
         np.random.seed(cell.seed % 2**32)  # noqa: NPY002
         torch.manual_seed(cell.seed)
         measured = subject.measure(Setting(policy, cell.budget), cell.seed, wanted)
-        scores = {name: np.asarray(array) for name, array in measured.arrays.items()}
+        scores = {name: _numbers(name, array) for name, array in measured.arrays.items()}
         figures = _figures(subject, measured, scores, wanted)
         trace = measured.trace
         if task.trace and trace is None and hasattr(subject, "trace"):
@@ -146,8 +141,26 @@ def _measure(task: Task) -> Measured:
         metrics=figures,
         stats=stats,
         seconds=time.perf_counter() - begun,
+        made_by=provenance(policy, subject, task.threads),
     )
+    if trace is not None and not isinstance(trace, bytes):
+        raise ShapeError(f"the subject's trace must be bytes, not {type(trace).__name__}")
     return Measured(record, scores, measured.images, trace)
+
+
+def _numbers(name: str, array: Any) -> NDArray[Any]:
+    """A per-item array that a file can hold.
+
+    Raises:
+        ShapeError: it holds something else than numbers.
+    """
+    found = np.asarray(array)
+    if found.dtype.kind not in "biuf" or found.dtype.itemsize > 8:
+        raise ShapeError(
+            f"array {name!r} holds {found.dtype}; a subject's arrays hold numbers or booleans (the "
+            f"number of a class, say, not its name)"
+        )
+    return found
 
 
 def _figures(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,14 @@ from kvpolicy.lab.run.executors import Inline
 from kvpolicy.lab.run.files import write_whole
 from kvpolicy.lab.run.plan import BASELINE, Cell, Plan
 from kvpolicy.lab.run.run_folder import FinishedCell, RunFolder
-from kvpolicy.lab.run.runner import alone, prepare, writing
+from kvpolicy.lab.run.runner import (
+    Stale,
+    alone,
+    prepare,
+    refuse_stale,
+    stale_because,
+    writing,
+)
 from kvpolicy.lab.run.subject import Metric, Subject
 from kvpolicy.lab.run.worker import Raised, Task, measure_cell
 from kvpolicy.lab.search.search_space import (
@@ -94,6 +102,7 @@ def tune(
     threads: int,
     tell_space: Callable[[Space], None],
     tell: Callable[[Tried], None],
+    stale: Stale = "refuse",
 ) -> Found:
     """Search, then judge the best, the defaults and the full cache on unseen items.
 
@@ -108,10 +117,12 @@ def tune(
         threads: of torch.
         tell_space: is told what is searched.
         tell: is told of each try.
+        stale: what becomes of tries that were measured otherwise; see
+            :func:`kvpolicy.lab.run.runner.run`.
 
     Raises:
-        ParameterError: the folder holds another search, a name or option is wrong, or unseen items
-            are among those of the search.
+        ParameterError: the folder holds another search, or one that is stale, a name or option is
+            wrong, or unseen items are among those of the search.
         BudgetError: the budget is too small for the policy's defaults.
         RunFolderError: the folder can't be written, or another run is at work in it.
     """
@@ -135,7 +146,7 @@ def tune(
         with writing(path):
             folder = RunFolder.begin(path, plan)
             folder.describe(find_environment(subject, Inline(), threads), prepared.describe())
-        measure = _Measure(plan, folder, threads)
+        measure = _Measure(plan, folder, subject, threads, stale)
         study = _search(measure, main, space, trials, subject, tell)
         best = study.best_params
         searched = measure(policy, best, 0)
@@ -192,7 +203,7 @@ def _search(
             study.tell(trial, state=optuna.trial.TrialState.PRUNED)
             continue
         number, refused = number + 1, 0
-        fresh = not measure.has(policy, parameters, 0)
+        fresh = measure.known(policy, parameters, 0) is None
         value = measure(policy, parameters, 0).record.metrics[main.name]
         study.tell(trial, value)
         tell(Tried(number, parameters, value, study.best_value, fresh))
@@ -202,7 +213,11 @@ def _search(
 class _Measure:
     """Measures a setting, or reads what an earlier run has measured."""
 
-    def __init__(self, plan: Plan, folder: RunFolder, threads: int) -> None:
+    def __init__(
+        self, plan: Plan, folder: RunFolder, subject: Subject, threads: int, stale: Stale
+    ) -> None:
+        self._subject, self._stale = subject, stale
+        self._fresh: set[str] = set()  # measured by this very run
         self.policy = next(p.name for p in plan.policies if p.name != BASELINE)
         self.budget = plan.budgets[0]
         self._plan, self._folder, self._threads = plan, folder, threads
@@ -219,12 +234,28 @@ class _Measure:
             metrics=plan.metrics,
         )
 
-    def has(self, policy: str, parameters: dict[str, Any], seed: int) -> bool:
-        return self._folder.has(self._cell(policy, parameters, seed))
+    def known(self, policy: str, parameters: dict[str, Any], seed: int) -> FinishedCell | None:
+        """What an earlier run has measured; None where nothing has, or nothing that can be used.
+
+        Raises:
+            ParameterError: it was measured otherwise than it would be now.
+        """
+        found = None
+        with suppress(ParameterError):  # a damaged cell is measured again
+            found = self._folder.get(self._cell(policy, parameters, seed))
+        if found is None or found.record.id in self._fresh or self._stale == "keep":
+            return found
+        reason = stale_because(found, self._subject, self._threads)
+        if reason is None:
+            return found
+        if self._stale == "anew":
+            return None
+        raise refuse_stale(self._folder.path, {reason: found.cell.label}, 1)
 
     def __call__(self, policy: str, parameters: dict[str, Any], seed: int) -> FinishedCell:
         cell = self._cell(policy, parameters, seed)
-        if not self._folder.has(cell):
+        found = self.known(policy, parameters, seed)
+        if found is None:
             outcome = measure_cell(Task(cell, self._threads))
             with writing(self._folder.path):
                 if isinstance(outcome, Raised):
@@ -234,7 +265,10 @@ class _Measure:
                         f"{self._folder.path / 'failures' / cell.id}.json)"
                     )
                 self._folder.keep(outcome.record, outcome.scores, outcome.images)
-        return self._folder.get(cell)
+            self._fresh.add(cell.id)
+            found = self._folder.get(cell)
+            assert found is not None
+        return found
 
 
 def _judge(

@@ -15,7 +15,9 @@ from numpy.typing import NDArray
 
 from kvpolicy.errors import ParameterError
 from kvpolicy.lab.compare.comparison import Entry, Estimate, Finding, compare
+from kvpolicy.lab.compare.comparison_file import read_comparison
 from kvpolicy.lab.run.files import write_whole
+from kvpolicy.lab.run.provenance import differences
 from kvpolicy.lab.run.run_folder import FinishedCell, RunFolder
 from kvpolicy.lab.run.subject import MetricInfo
 from kvpolicy.lab.show.report.charts import charts, library
@@ -25,29 +27,47 @@ from kvpolicy.tracing.trace import load_trace
 __all__ = ["report_on_run", "report_on_trace"]
 
 _PICTURES = 10  # drawn images of each row of the contact sheet
+#: What a page carries of pictures, and of traces (their files' size; the viewer needs less).
+_SHEET_BYTES, _TRACE_BYTES = 2_000_000, 32_000_000
 
 
-def report_on_run(run: RunFolder, metrics: Sequence[MetricInfo], out: Path) -> None:
-    """Write the report of a run.
+def report_on_run(run: RunFolder, out: Path) -> None:
+    """Write the report of a run, from what lies in its folder alone.
 
     Args:
         run: an ablation's folder, finished or not.
-        metrics: as :func:`kvpolicy.lab.compare.comparison.compare` takes them.
         out: the HTML file.
 
     Raises:
-        ParameterError: no cell has finished.
+        ParameterError: no cell has finished, or a file that says what was measured is damaged.
         OSError: the file can't be written.
     """
     cells = list(run.finished())
+    damaged = run.damaged()
     if not cells:
-        raise ParameterError(f"{run.path} holds no finished cell to report on")
+        reason = f"; {damaged[0].reason}" if damaged else ""
+        raise ParameterError(f"{run.path} holds no finished cell to report on{reason}")
     measured = {name for cell in cells for name in cell.record.metrics}
-    shown = [metric for metric in metrics if metric.name in measured]
-    entries = compare(cells, shown)
-    main = next((metric for metric in shown if metric.better is not None), shown[0])
     subject = run.subject
+    shown = [metric for metric in subject.metrics if metric.name in measured]
+    if not shown:
+        raise ParameterError(f"{run.path}: subject.json names no metric that was measured")
+    remarks = [f"{item.cell.label}: {item.reason}" for item in damaged]
+    entries = read_comparison(run.path, cells)
+    if entries is None:
+        entries = compare(cells, shown)
+        remarks.append(
+            "the run has not come to its end: figures that only the subject can compute (a Fréchet "
+            "distance, say) have no interval until kvpolicy ablate has gone on"
+        )
+    remarks += _mixture(cells)
+    main = next((metric for metric in shown if metric.better is not None), shown[0])
     plotted = charts(entries, main)
+    sheet, unseen = _sheet(entries)
+    traces, untold = _traces(cells)
+    for count, what in ((unseen, "rows of drawn images"), (untold, "traces")):
+        if count:
+            remarks.append(f"{count} {what} are left out, so that this page stays small")
     _write(
         out,
         title=f"{subject.name}: policies compared",
@@ -58,11 +78,12 @@ def report_on_run(run: RunFolder, metrics: Sequence[MetricInfo], out: Path) -> N
         rows=[_row(entry, shown) for entry in entries],
         charts=plotted,
         plotly=library() if plotted else "",
-        sheet=_sheet(entries),
+        sheet=sheet,
         class_names=subject.class_names[:_PICTURES],
         failures=run.failures(),
         left_out=subject.left_out,
-        traces=_traces(cells),
+        remarks=remarks,
+        traces=traces,
     )
 
 
@@ -90,7 +111,7 @@ def _write(out: Path, **context: Any) -> None:
     jinja = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     jinja.filters["json"] = _json
     names = ("subject", "environment", "plan", "columns", "rows", "charts", "plotly", "sheet")
-    others = ("class_names", "failures", "left_out")
+    others = ("class_names", "failures", "left_out", "remarks")
     template = jinja.from_string(folder.joinpath("report.html").read_text(encoding="utf-8"))
     text = template.render(
         style=folder.joinpath("report.css").read_text(encoding="utf-8"),
@@ -149,17 +170,51 @@ def _spell(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
-def _sheet(entries: Sequence[Entry]) -> list[dict[str, Any]]:
-    """Drawn images, a row for each policy and budget, the same seeds down each column."""
-    rows = []
+def _mixture(cells: Sequence[FinishedCell]) -> list[str]:
+    """Say which cells were not measured with what most were measured with."""
+    about = [cell.record.made_by for cell in cells]
+    keys = [
+        None
+        if made is None
+        else (made.threads, *sorted(made.versions.items()), made.code.get("kvpolicy"))
+        for made in about
+    ]
+    if len(set(keys)) < 2:
+        return []
+    usual = max(set(keys), key=keys.count)
+    most = about[keys.index(usual)]
+    found: dict[str, int] = {}
+    for key, made in zip(keys, about, strict=True):
+        if key != usual:
+            words = "; ".join(differences(made, most)) if most is not None else "known"
+            found[words] = found.get(words, 0) + 1
+    return [
+        f"{count} of {len(cells)} cells were measured otherwise than the rest (here, against it): "
+        f"{words}"
+        for words, count in found.items()
+    ]
+
+
+def _sheet(entries: Sequence[Entry]) -> tuple[list[dict[str, Any]], int]:
+    """Drawn images, a row for each policy and budget, the same seeds down each column.
+
+    Returns:
+        As many rows as a page can carry, and how many there are beyond.
+    """
+    rows: list[dict[str, Any]] = []
+    size = left = 0
     for entry in entries:
+        if size > _SHEET_BYTES:
+            left += (entry.cells[0].folder / "images.safetensors").exists()
+            continue
         images = entry.cells[0].images()
         if images is not None:
             pictures = [_png(image) for image in images[:_PICTURES]]
+            size += sum(map(len, pictures))
             rows.append(
                 {"label": entry.label, "budget": entry.budget or "all", "pictures": pictures}
             )
-    return rows
+    return rows, left
 
 
 def _png(image: NDArray[np.uint8]) -> str:
@@ -170,15 +225,24 @@ def _png(image: NDArray[np.uint8]) -> str:
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode("ascii")
 
 
-def _traces(cells: Sequence[FinishedCell]) -> list[dict[str, Any]]:
-    """The traces of the first seed; other seeds look at other images."""
+def _traces(cells: Sequence[FinishedCell]) -> tuple[list[dict[str, Any]], int]:
+    """The traces of the first seed; other seeds look at other images.
+
+    Returns:
+        As many as a page can carry, and how many there are beyond.
+    """
     first = min(cell.cell.seed for cell in cells)
     found = []
+    size = left = 0
     for cell in cells:
         if cell.cell.seed == first and cell.trace_path is not None:
+            if size > _TRACE_BYTES:
+                left += 1
+                continue
+            size += cell.trace_path.stat().st_size
             data = viewer_data(
                 load_trace(cell.trace_path), cell.cell.label, cell.cell.budget or "all"
             )
             if data is not None:
                 found.append(data)
-    return found
+    return found, left
