@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -14,6 +15,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -34,13 +36,16 @@ class Quiet:
     """A watcher that remembers."""
 
     def __init__(self):
-        self.records, self.failures = [], []
+        self.records, self.failures, self.reasons = [], [], []
 
     def begun(self, waiting, finished):
         self.waiting, self.finished = list(waiting), list(finished)
 
     def done(self, record):
         self.records.append(record)
+
+    def damaged(self, item):
+        self.reasons.append(item.reason)
 
     def failed(self, failure):
         self.failures.append(failure)
@@ -439,7 +444,15 @@ def test_a_combination_that_can_not_be_is_left_out_and_said(tmp_path):
         ({"metrics": ["bit"]}, ParameterError, "did you mean 'bits'"),
         ({"subject": "toy_subject:Tox"}, UnknownNameError, "has no 'Tox'.*'Toy'"),
         ({"subject": "no_such_module:Toy"}, ParameterError, "can't be imported"),
-        ({"subject": "types:SimpleNamespace"}, ParameterError, "lacks name, layout"),
+        ({"subject": "types:SimpleNamespace"}, ParameterError, r"not a class with .* measure\(\)"),
+        ({"options": {"items": math.nan}}, ParameterError, "items=nan is not finite"),
+        ({"options": {"mark": "\ud800"}}, ParameterError, "mark='.ud800' is no text"),
+        ({"options": {"mark": date(2026, 1, 2)}}, ParameterError, "mark=.*of type date"),
+        (
+            {"policies": [{"name": "h2o", "parameters": {"recent": [math.inf]}}]},
+            ParameterError,
+            r"recent\[0\]=inf is not finite",
+        ),
         (
             {"policies": [{"name": "linear", "parameters": {"anchors": -1}}]},
             ParameterError,

@@ -148,7 +148,7 @@ def spelled(request, tmp_path_factory):
             seconds=1.0,
         )
         run.keep(record, {"bits": bits})
-    report_on_run(run, [BITS], path / "report.html")
+    report_on_run(run, path / "report.html")
     return budgets, tokens, path
 
 
@@ -176,7 +176,7 @@ def test_budgets_that_are_spelled_differently_stand_on_one_axis(spelled):
 
 @pytest.fixture(scope="module")
 def report(folder):
-    report_on_run(open_run(folder), [BITS, SPEED], folder / "report.html")
+    report_on_run(open_run(folder), folder / "report.html")
     return folder / "report.html"
 
 
@@ -416,7 +416,7 @@ def test_without_a_grid_there_is_nothing_to_show(tmp_path):
 def test_a_run_without_a_finished_cell(tmp_path):
     run = RunFolder.begin(tmp_path / "r", Plan(subject="toy", policies=["full"]))
     with pytest.raises(kvpolicy.ParameterError, match="no finished cell"):
-        report_on_run(run, [BITS], tmp_path / "r.html")
+        report_on_run(run, tmp_path / "r.html")
 
 
 def test_retention_is_the_share_of_heads_in_the_trace():

@@ -118,6 +118,7 @@ def _measure(task: Task) -> Measured:
         metrics = (*subject.metrics, *STANDARD)
         wanted = [m.name for m in metrics if cell.metrics is None or m.name in cell.metrics]
         policy = make_policy(cell.policy, cell.parameters)
+        made_by = provenance(policy, subject, task.threads)
         # A subject that forgets to seed is repeatable all the same.
         random.seed(cell.seed)
         np.random.seed(cell.seed % 2**32)  # noqa: NPY002
@@ -141,7 +142,7 @@ def _measure(task: Task) -> Measured:
         metrics=figures,
         stats=stats,
         seconds=time.perf_counter() - begun,
-        made_by=provenance(policy, subject, task.threads),
+        made_by=made_by,
     )
     if trace is not None and not isinstance(trace, bytes):
         raise ShapeError(f"the subject's trace must be bytes, not {type(trace).__name__}")

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from itertools import permutations
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from kvpolicy.budget.budget import Budget, Schedule
 from kvpolicy.budget.calibrated import LayerBudgets
@@ -107,11 +108,14 @@ def calibrate(
     Raises:
         ParameterError: the subject's layout is known late, or its main metric can't be compared.
         BudgetError: the budget is too small for the policy.
+        OSError: the file can't be written; known before anything is measured.
     """
     layout = subject.layout
     evictable = None if isinstance(layout, LateLayout) else layout.evictable
     if isinstance(layout, LateLayout) or evictable is None:
         raise ParameterError("calibrate needs a subject whose layout, and its length, is known")
+    with TemporaryFile(dir=out.parent):  # not in the end, when everything is measured
+        pass
     aside = getattr(subject, "calibration", None)
     subject = subject if aside is None else aside()
     tokens, floor = Budget.parse(budget).tokens(layout), min(policy.min_budget(layout), evictable)

@@ -21,6 +21,7 @@ _STYLE: Any = {
     "font.size": 8,
     "axes.titlesize": 8,
     "figure.facecolor": "white",
+    "text.parse_math": False,  # labels are other people's: a "$" is a dollar
 }
 
 

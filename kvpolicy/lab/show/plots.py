@@ -39,6 +39,7 @@ _STYLE: Any = {
     "grid.linewidth": 0.6,
     "axes.axisbelow": True,
     "figure.facecolor": "white",
+    "text.parse_math": False,  # labels are other people's: a "$" is a dollar
     "svg.fonttype": "none",
     "svg.hashsalt": "kvpolicy",
 }

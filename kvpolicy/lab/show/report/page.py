@@ -58,7 +58,8 @@ def report_on_run(run: RunFolder, out: Path) -> None:
         entries = compare(cells, shown)
         remarks.append(
             "the run has not come to its end: figures that only the subject can compute (a Fréchet "
-            "distance, say) have no interval until kvpolicy ablate has gone on"
+            "distance, say) are means over seeds without an interval until kvpolicy ablate has "
+            "gone on"
         )
     remarks += _mixture(cells)
     main = next((metric for metric in shown if metric.better is not None), shown[0])
