@@ -8,8 +8,10 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 
@@ -315,10 +317,20 @@ def test_ctrl_c_ends_also_while_a_worker_is_stopped(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_report_of_two_thousand_cells_stays_small(tmp_path):
+def test_a_report_of_two_thousand_cells_stays_small(tmp_path, monkeypatch):
     """No clock here: the page's size, and that nothing goes missing without a word."""
+    import toy_subject
+
+    class Drawing(toy_subject.Toy):
+        """Draws ten noisy images, which no PNG makes smaller."""
+
+        def measure(self, setting, seed, wanted):
+            images = np.random.default_rng(seed).integers(0, 255, (10, 28, 28), np.uint8)
+            return replace(super().measure(setting, seed, wanted), images=images)
+
+    monkeypatch.setattr(toy_subject, "Drawing", Drawing, raising=False)
     wanted = Plan(
-        subject="toy_subject:Toy",
+        subject="toy_subject:Drawing",
         policies=[{"name": "random", "parameters": {"seed": list(range(200))}}],
         budgets=[f"{n}/21" for n in range(10, 20)],
     )

@@ -289,11 +289,11 @@ def alone(path: Path) -> Iterator[None]:
     with writing(path):
         path.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path / ".lock", blocking=False)
-    try:
-        with writing(path):
+    with writing(path):
+        try:
             lock.acquire()
-    except Timeout:
-        raise RunFolderError(f"another run is at work in {path}; wait for its end") from None
+        except Timeout:
+            raise RunFolderError(f"another run is at work in {path}; wait for its end") from None
     try:
         yield
     finally:

@@ -28,7 +28,7 @@ __all__ = ["report_on_run", "report_on_trace"]
 
 _PICTURES = 10  # drawn images of each row of the contact sheet
 #: What a page carries of pictures, and of traces (their files' size; the viewer needs less).
-_SHEET_BYTES, _TRACE_BYTES = 2_000_000, 32_000_000
+_SHEET_BYTES, _TRACE_BYTES = 1_000_000, 16_000_000
 
 
 def report_on_run(run: RunFolder, out: Path) -> None:
