@@ -75,13 +75,15 @@ def test_a_line_and_as_many_tokens_decide_alike(name):
     layout = RasterLayout(rows=8, cols=6, prefix=2)
     field = "window" if name == "ssd" else "anchors"
     held = []
-    for span in ("1 line", 6):
-        cache = PolicyCache(create(name, **{field: span}), 20, layout=layout, num_layers=1)
+    for given in ({}, {field: "1 line"}, {field: 6}, {field: 5}):
+        cache = PolicyCache(create(name, **given), 20, layout=layout, num_layers=1)
         chance = torch.Generator().manual_seed(0)
         for _ in range(layout.length):
             cache.attend(0, *(torch.randn(1, 2, 1, 4, generator=chance) for _ in range(3)))
         held.append(cache.positions(0).sort(-1).values)
-    assert torch.equal(*held)
+    assert torch.equal(held[0], held[1])
+    assert torch.equal(held[0], held[2])
+    assert not torch.equal(held[0], held[3])
     if name != "ssd":
         for position in range(layout.prefix + 6):
             assert (held[0] == position).any(-1).all()

@@ -367,6 +367,22 @@ def test_any_policy_that_ranks_can_be_a_base(written_as_the_readme_says, change)
     assert found is None, str(found)
 
 
+def test_a_base_that_chooses_a_set_goes_on_to():
+    composed = create("linear2d/anchors=1/lines=2/protect=anchors:3+lines:1")
+    same = create("linear2d", anchors=3, lines=2)
+    chance, differ = random.Random(1), 0
+    for _ in range(6):
+        stream = a_stream(same, chance)
+        mine, theirs, ranked = (
+            drive(policy, stream).decisions
+            for policy in (composed, same, create("linear2d/anchors=3/score=mass"))
+        )
+        for a, b, c in zip(mine, theirs, ranked, strict=True):
+            assert torch.equal(a.slots, b.slots), stream
+            differ += not torch.equal(a.slots, c.slots)
+    assert differ > 5
+
+
 def test_a_base_that_names_its_victims_itself_keeps_them(written_as_the_readme_says):
     assert create("own_victims/decide=every:2").min_budget(kvpolicy.TextLayout()) == 2
     for change in ("score=mass/observe=line_mass", "protect=lines:1"):
