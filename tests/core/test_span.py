@@ -73,10 +73,10 @@ def test_defaults_are_what_they_were_on_a_grid_of_28_columns(layout):
 @pytest.mark.parametrize("name", ["linear", "linear2d", "ssd"])
 def test_a_line_and_as_many_tokens_decide_alike(name):
     layout = RasterLayout(rows=8, cols=6, prefix=2)
-    field = "window" if name == "ssd" else "anchors"
+    field, more = ("window", {"local": 0.3}) if name == "ssd" else ("anchors", {})
     held = []
-    for given in ({}, {field: "1 line"}, {field: 6}, {field: 5}):
-        cache = PolicyCache(create(name, **given), 20, layout=layout, num_layers=1)
+    for given in ({}, {field: "1 line"}, {field: 6}, {field: 2}):
+        cache = PolicyCache(create(name, **given, **more), 20, layout=layout, num_layers=1)
         chance = torch.Generator().manual_seed(0)
         for _ in range(layout.length):
             cache.attend(0, *(torch.randn(1, 2, 1, 4, generator=chance) for _ in range(3)))
