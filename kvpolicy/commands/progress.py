@@ -38,14 +38,14 @@ class SweepProgress(AbstractContextManager["SweepProgress"]):
         self._values: dict[tuple[str, str | None], list[float]] = {}
 
     def begun(self, waiting: Sequence[Cell], finished: Sequence[CellRecord]) -> None:
-        """See :class:`kvpolicy.lab.run.runner.Watcher`."""
+        """Learn how much there is to do, and how long finished cells took."""
         self.workers = max(1, min(self.workers, len(waiting)))
         self.total, self.count = len(waiting) + len(finished), len(finished)
         for record in finished:
             self._learn(record)
 
     def done(self, record: CellRecord) -> None:
-        """See :class:`kvpolicy.lab.run.runner.Watcher`."""
+        """Count a cell, and see whether it is the best so far."""
         self.count += 1
         self._learn(record)
 
@@ -55,7 +55,7 @@ class SweepProgress(AbstractContextManager["SweepProgress"]):
         print(f"measured again: {name}: {item.reason}", file=sys.stderr)
 
     def failed(self, failure: Failure) -> None:
-        """See :class:`kvpolicy.lab.run.runner.Watcher`."""
+        """Keep a failure for the end, where failures are listed."""
         self.failures.append(failure)
 
     def __exit__(
@@ -64,7 +64,7 @@ class SweepProgress(AbstractContextManager["SweepProgress"]):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Nothing to put away."""
+        """Lines are printed whole; there is nothing to put away."""
 
     @property
     def left(self) -> float | None:
@@ -119,12 +119,12 @@ class Bar(SweepProgress):
         self._progress.stop()
 
     def begun(self, waiting: Sequence[Cell], finished: Sequence[CellRecord]) -> None:
-        """Draw the bar."""
+        """Draw the bar, with what an earlier run has finished."""
         super().begun(waiting, finished)
         self._show()
 
     def done(self, record: CellRecord) -> None:
-        """Move the bar."""
+        """Move the bar, and say what the best is so far."""
         super().done(record)
         self._show()
 

@@ -103,7 +103,7 @@ class Workload:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """The type itself."""
+        """``dtype``, a name that a file can hold, as torch's own type."""
         dtype: torch.dtype = getattr(torch, self.dtype)
         return dtype
 
@@ -113,7 +113,7 @@ class Workload:
         return torch.randint(vocab, (self.batch, length), generator=chance)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Fields by name, as ``results.json`` holds them."""
         return asdict(self)
 
 
@@ -169,7 +169,7 @@ class Decoder(Protocol):
         """Give the cache back; ``restart`` makes another."""
 
     def close(self) -> None:
-        """Give everything back."""
+        """Give back the cache and the model's changes (hooks, compiled code); nothing follows."""
 
 
 class BenchModel(Protocol):
@@ -206,7 +206,7 @@ class Session(Protocol):
     contender: Contender
 
     def restart(self) -> None:
-        """Begin a new image."""
+        """Empty the cache and read the prefix; ``run`` goes on from there."""
 
     def run(self, count: int) -> tuple[list[float], list[float]]:
         """Decode so many tokens; seconds, and cached tokens read, of each step."""
@@ -228,7 +228,7 @@ class Session(Protocol):
         """Give the cache back; ``restart`` makes another."""
 
     def close(self) -> None:
-        """Give everything back."""
+        """Give back the cache and the model's changes (hooks, compiled code); nothing follows."""
 
 
 #: A shape takes layers (None for all), dtype, device and seed.

@@ -44,7 +44,7 @@ class Machine:
     kernel: bool = False
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Fields by name, as ``results.json`` holds them."""
         return asdict(self)
 
     def roofline(self, weight_bytes: float, flops: float) -> float:

@@ -142,7 +142,7 @@ class PeerSession:
         )
 
     def restart(self) -> None:
-        """Begin a new image."""
+        """Empty the cache and read the prefix; ``run`` goes on from there."""
         self._ask(do="restart")
 
     def run(self, count: int) -> tuple[list[float], list[float]]:
@@ -175,7 +175,7 @@ class PeerSession:
         return int(self._ask(do="memory")["bytes"])
 
     def close(self) -> None:
-        """End the process."""
+        """End the other process, whatever it is at."""
         if self.process.poll() is None:
             self.process.kill()
         self.process.wait()

@@ -31,7 +31,7 @@ class Block:
     read: list[float]
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Fields by name, as ``results.json`` holds them."""
         return asdict(self)
 
 

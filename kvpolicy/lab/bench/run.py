@@ -270,7 +270,7 @@ class Bench:
                 session.skip(self.plan.line_length)
 
     def summarise(self, rounds: Rounds, memory: dict[str, int]) -> Summary:
-        """Work everything out."""
+        """Medians, ratios and bytes of what the rounds have measured; see :func:`summarise`."""
         return summarise(
             rounds.blocks,
             self.contenders,

@@ -41,7 +41,7 @@ class LocalSession:
 
     @torch.inference_mode()
     def restart(self) -> None:
-        """Begin a new image."""
+        """Empty the cache and read the prefix; ``run`` goes on from there."""
         self.decoder.restart(self.tokens[:, : self.prefix])
         self.seen = self.prefix
 
@@ -82,7 +82,7 @@ class LocalSession:
         self.decoder.release()
 
     def close(self) -> None:
-        """Give everything back."""
+        """Give back the cache and what the decoder changed in the model; nothing follows."""
         self.decoder.close()
 
     def _settle(self) -> None:

@@ -89,7 +89,7 @@ class Summary:
     by_line: dict[str, tuple[list[int], list[float]]]
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Figures and ratios as ``results.json`` holds them, the pairs spelled out."""
         return {
             "figures": [asdict(figures) for figures in self.figures],
             "faster": [{"policy": a, "than": b, **asdict(r)} for (a, b), r in self.faster.items()],

@@ -75,7 +75,7 @@ class Entry:
 
     @property
     def policy(self) -> str:
-        """The policy's name."""
+        """The policy as the plan names it, without the parameters that ``label`` shows."""
         return self.cells[0].cell.policy
 
     @property

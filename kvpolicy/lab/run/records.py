@@ -31,7 +31,7 @@ class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     def text(self) -> str:
-        """As JSON."""
+        """The file's content: JSON with one field a line, the same for equal records."""
         return json.dumps(self.model_dump(mode="json"), indent=2) + "\n"
 
 

@@ -87,7 +87,7 @@ class FinishedCell:
 
     @property
     def cell(self) -> Cell:
-        """What was measured."""
+        """The cell that the record is of."""
         return self.record.cell
 
     def scores(self) -> Arrays:

@@ -63,7 +63,7 @@ class Watcher(Protocol):
         """A cell has been measured, and lies safe in its folder."""
 
     def failed(self, failure: Failure) -> None:
-        """A cell has raised."""
+        """A cell has raised, or its worker died; its traceback is in the folder."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Prepared:
 
     @property
     def metrics(self) -> tuple[MetricInfo, ...]:
-        """What is measured."""
+        """The subject's metrics and the standard ones, but for those that the plan leaves out."""
         metrics = (*self.subject.metrics, *STANDARD)
         wanted = self.plan.metrics
         return tuple(m for m in metrics if wanted is None or m.name in wanted)
@@ -158,7 +158,7 @@ def prepare(plan: Plan) -> Prepared:
 
 
 class _Nobody:
-    """Wants to know nothing."""
+    """The watcher of a run that nobody watches."""
 
     def begun(self, waiting: Sequence[Cell], finished: Sequence[CellRecord]) -> None: ...
     def damaged(self, item: Damaged) -> None: ...

@@ -35,7 +35,7 @@ class Range(BaseModel):
 
 
 class Choice(BaseModel):
-    """One of these."""
+    """A parameter that takes one of some values, without an order."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

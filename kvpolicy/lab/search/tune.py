@@ -291,7 +291,7 @@ def _judge(
 
 
 def _words(found: Found) -> dict[str, Any]:
-    """As ``best.json`` has it."""
+    """What ``best.json`` says: parameters, figures with intervals, and the gain."""
 
     def finding(of: Finding) -> dict[str, Any]:
         parts = {"value": of.estimate, "difference_to_full": of.difference}
