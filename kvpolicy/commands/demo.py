@@ -52,6 +52,8 @@ def demo(
     progress = Bar(main, workers.workers, console)
     folder = sweep(prepared, out, workers, 1, progress, stale_from(stale))
     entries = compare(list(folder.finished()), prepared.metrics)
+    if not entries:
+        say_failures(progress, out)
     rows = lab.rows(entries)
     sheets = image_sheets(entries, folder.subject.class_names, main)
     with writing(out):
@@ -93,7 +95,7 @@ def _table(rows: Sequence[lab.Row], images: int, scored: int, budget: str) -> Ta
             f"{row.cache_bytes / 1e6:.2f}",
             f"{row.bits_per_pixel:.4f}",
             "-"
-            if row.policy == "full"
+            if row.policy == "full" or row.delta_bits is None
             else f"{row.delta_bits:+.4f} ({row.delta_low:+.3f}…{row.delta_high:+.3f})",
             f"{row.frechet:.2f}",
             f"{row.class_accuracy:.0%}",

@@ -19,6 +19,7 @@ pytest.importorskip("typer", reason="ablations need the extra 'lab'")
 pytest.importorskip("pyarrow", reason="ablations need the extra 'lab'")
 
 from kvpolicy.errors import ParameterError, RunFolderError
+from kvpolicy.lab.compare.comparison_file import read_comparison
 from kvpolicy.lab.run.executors import Inline
 from kvpolicy.lab.run.outputs import write_outputs
 from kvpolicy.lab.run.plan import Plan, read_plan
@@ -120,6 +121,19 @@ def test_a_finished_run_has_every_interval_in_its_report_and_an_unfinished_one_s
     assert f"<b>{sum(seeds) / len(seeds):.4g}</b>" in text
     bits = entries[1].findings["bits"].estimate
     assert f"{bits.low:.4g} … {bits.high:.4g}" in text  # a mean has its interval all the same
+
+
+def test_a_comparison_of_other_cells_is_not_read(finished, tmp_path):
+    folder = copy_of(finished[0], tmp_path / "run")
+    cells = list(open_run(folder).finished())
+    read = read_comparison(folder, cells)
+    assert [entry.findings for entry in read] == [entry.findings for entry in finished[1]]
+    assert read_comparison(folder, cells[1:]) is None
+    other = cells[1].record.model_copy(update={"seconds": 0.5})  # as if measured anew
+    (cells[1].folder / "cell.json").write_text(other.text())
+    assert read_comparison(folder, list(open_run(folder).finished())) is None
+    (folder / "comparison.json").write_text("[{}]")
+    assert read_comparison(folder, cells) is None
 
 
 @pytest.mark.parametrize("place", ["subject", "policies"])

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ import kvpolicy
 pytest.importorskip("typer", reason="the demo needs the extra 'lab'")
 
 from kvpolicy.lab.compare.bootstrap import paired_bootstrap
+from kvpolicy.lab.compare.comparison import Entry, Estimate, Finding
 from kvpolicy.lab.run import demo
 from kvpolicy.lab.run.run_folder import open_run
 from kvpolicy.lab.run.subject import Setting, load_subject
@@ -137,6 +139,17 @@ def test_a_small_demo_writes_what_it_says(tmp_path):
     timing = {"images_per_second": 0}
     assert [row | timing for row in again] == [row | timing for row in rows]
     assert kept.stat().st_ino == inode
+
+
+def test_without_the_full_cache_no_difference_is_made_up():
+    made = demo.plan(["linear"], "1/6", images=10, scored=8, seed=0)
+    names = ("peak_tokens", "cache_bytes", "bits_per_pixel", "frechet", "class_accuracy")
+    figures = {name: Finding(Estimate(1.0)) for name in (*names, "images_per_second")}
+    found = {cell.policy: SimpleNamespace(cell=cell) for cell in made.cells()}
+    entries = [Entry(n, c.cell.budget, (c,), figures) for n, c in found.items()]
+    full, linear = demo.rows(entries)
+    assert (full.delta_bits, full.delta_low, full.delta_high) == (0, 0, 0)
+    assert (linear.delta_bits, linear.delta_low, linear.delta_high) == (None, None, None)
 
 
 def test_the_demo_is_a_plan_in_which_a_seed_draws_other_images():

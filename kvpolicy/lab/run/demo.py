@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from kvpolicy.lab.compare.comparison import Entry
+from kvpolicy.lab.compare.comparison import Entry, Estimate
 from kvpolicy.lab.run.files import write_whole
 from kvpolicy.lab.run.plan import Plan
 
@@ -27,7 +27,8 @@ class Row:
         peak_tokens: most tokens a head held at any instant, prefix included, mean over layers.
         cache_bytes: keys and values allocated for one image.
         bits_per_pixel: of real test images, teacher-forced under this cache.
-        delta_bits: the difference to ``full`` on the same images; 0 for ``full`` itself.
+        delta_bits: the difference to ``full`` on the same images; 0 for ``full`` itself, None where
+            ``full`` has failed.
         delta_low: lower end of its 95% interval (paired bootstrap over images).
         delta_high: upper end.
         frechet: Fréchet distance between features of generated and of real images.
@@ -40,9 +41,9 @@ class Row:
     peak_tokens: float
     cache_bytes: int
     bits_per_pixel: float
-    delta_bits: float
-    delta_low: float
-    delta_high: float
+    delta_bits: float | None
+    delta_low: float | None
+    delta_high: float | None
     frechet: float
     class_accuracy: float
     images_per_second: float
@@ -83,20 +84,17 @@ def write_rows(table: Sequence[Row], path: Path) -> None:
 def _row(entry: Entry) -> Row:
     figures = {name: finding.estimate.value for name, finding in entry.findings.items()}
     difference = entry.findings["bits_per_pixel"].difference
-    low = high = delta = 0.0
-    if difference is not None:
-        assert difference.low is not None  # two images are the fewest that fashion-ar scores
-        assert difference.high is not None
-        delta, low, high = difference.value, difference.low, difference.high
+    if difference is None:
+        difference = Estimate(0.0, 0.0, 0.0) if entry.is_full else None
     return Row(
         policy=entry.label,
         budget=entry.budget or "1/1",
         peak_tokens=figures["peak_tokens"],
         cache_bytes=int(figures["cache_bytes"]),
         bits_per_pixel=figures["bits_per_pixel"],
-        delta_bits=delta,
-        delta_low=low,
-        delta_high=high,
+        delta_bits=None if difference is None else difference.value,
+        delta_low=None if difference is None else difference.low,
+        delta_high=None if difference is None else difference.high,
         frechet=figures["frechet"],
         class_accuracy=figures["class_accuracy"],
         images_per_second=figures["images_per_second"],
