@@ -33,7 +33,9 @@ def lowest(view: CacheView, count: int, score: Tensor, protected: Tensor | None)
             nobody waits for it); the prefix stays either way.
         ShapeError: ``protected`` is not bool.
     """
-    score = score.to(torch.float32)
+    # Positions are ranks already: distinct, so that no ties need be broken, and never NaN.
+    if score.dtype is not torch.int32 or not score.is_set_to(view.positions):
+        score = score.to(torch.float32)
     slots, numbers = rank.lowest(score, view.positions, count, protected=protected, **_pinned(view))
     if not numbers:
         raise _nan(view)
