@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from support.processes import Done, run_script
 
 pytest.importorskip("transformers", reason="the examples need transformers")
 
@@ -25,17 +23,8 @@ FAMILIES = {
 SCRIPTS = {name: ROOT / "examples" / f"{name}.py" for name in FAMILIES}
 
 
-def run(name: str, folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    paths = [str(ROOT), str(ROOT / "adapters"), os.environ.get("PYTHONPATH", "")]
-    return subprocess.run(
-        [sys.executable, str(SCRIPTS[name]), "--tiny", *options],
-        cwd=folder,
-        env=os.environ
-        | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+def run(name: str, folder: Path, *options: str) -> Done:
+    return run_script(SCRIPTS[name], "--tiny", *options, folder=folder)
 
 
 @pytest.mark.slow
@@ -73,15 +62,8 @@ def test_the_table_of_parts_is_the_examples():
 
 @pytest.mark.slow
 def test_which_part_prints_its_table(tmp_path):
-    command = [sys.executable, str(ROOT / "examples" / "which_part.py")]
-    done = subprocess.run(
-        [*command, "--images", "2", "--rows", "2", "--markdown"],
-        cwd=tmp_path,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    script = ROOT / "examples" / "which_part.py"
+    done = run_script(script, "--images", "2", "--rows", "2", "--markdown", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     heading, _, linear, changed = done.stdout.splitlines()
     assert heading == "| changed | spelled | over the full cache | over `linear` |"

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from support.processes import run_code
 
 pytest.importorskip("transformers", reason="pages show whole models, which need transformers")
 
@@ -21,17 +19,6 @@ def blocks(page: Path) -> list[str]:
     return FENCE.findall(page.read_text())
 
 
-def run(block: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", block],
-        cwd=folder,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-
-
 @pytest.mark.parametrize(
     ("page", "number"),
     [
@@ -42,7 +29,7 @@ def run(block: str, folder: Path) -> subprocess.CompletedProcess[str]:
 )
 def test_block_runs_and_says_what_its_comments_say(page, number, tmp_path):
     block = blocks(page)[number]
-    done = run(block, tmp_path)
+    done = run_code(block, tmp_path)
     assert done.returncode == 0, done.stderr
     assert "deprecated" not in done.stderr, "a line that users are told to write draws a warning"
     # `print(...)  # (131, 131): why` promises what is printed.
@@ -61,4 +48,10 @@ def test_the_readme_has_blocks_and_names_every_policy():
 
 
 def test_a_block_that_fails_is_found(tmp_path):
-    assert run("raise SystemExit(3)", tmp_path).returncode == 3
+    assert run_code("raise SystemExit(3)", tmp_path).returncode == 3
+    raised = run_code("import kvpolicy\nprint('so far')\nkvpolicy.create('lineer')", tmp_path)
+    assert raised.returncode == 1
+    assert raised.stdout == "so far\n"
+    assert "did you mean 'linear'" in raised.stderr
+    # What a block forgot to import is not there, though the process has it.
+    assert "NameError" in run_code("kvpolicy.available()", tmp_path).stderr

@@ -30,7 +30,7 @@ def test_an_ablation_of_text_finds_what_a_cache_costs(tmp_path):
             *("--option", "pieces=16", "--executor", "inline", "--out", "run"),
         ],
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(EXAMPLES), "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(EXAMPLES), *sys.path])},
         capture_output=True,
         text=True,
         timeout=300,

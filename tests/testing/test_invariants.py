@@ -58,7 +58,8 @@ def test_keeps_every_invariant(name, reclaim):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", POLICIES)
 def test_keeps_every_invariant_for_long(name):
-    check_policy(small(name), examples=300, seed=1)
+    # Of the mutants, tried with three seeds each, all but one in a hundred were caught by then.
+    check_policy(small(name), examples=120, seed=1)
 
 
 @pytest.mark.parametrize(

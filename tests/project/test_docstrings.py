@@ -1,0 +1,118 @@
+"""Docstrings: their examples run, and each says something."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import re
+import textwrap
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from support import llamagen_standin
+
+import kvpolicy
+
+pytest.importorskip("transformers", reason="half of the modules need transformers")
+pytest.importorskip("typer", reason="the lab needs its extra")
+
+import kvpolicy_adapters
+from kvpolicy_adapters.images.llamagen import LlamaGen, LlamaGenConfig
+
+ROOT = Path(__file__).parents[2]
+#: Workers of the bench belong to environments with other packages; the package's own entry runs it.
+LEFT_OUT = re.compile(r"\.(bench\.peers|bench\.workers)\.|__main__$|ray_executor$")
+#: A literal block: what stands deeper than the line that ends in "::".
+BLOCK = re.compile(r"^( *)(?:.*\S)?::\n\n((?:\1 +.*\n|\n)+)", re.MULTILINE)
+
+
+def modules() -> Iterator[ModuleType]:
+    for package in (ROOT / "kvpolicy", ROOT / "adapters" / "kvpolicy_adapters"):
+        for path in sorted(package.rglob("*.py")):
+            parts = path.relative_to(package.parent).with_suffix("").parts
+            name = ".".join(parts).removesuffix(".__init__")
+            if not LEFT_OUT.search(name):
+                yield importlib.import_module(name)
+
+
+MODULES = {module.__name__: module for module in modules()}
+#: Objects with a docstring, by their full name.
+DOCUMENTED = {
+    test.name: test
+    for module in MODULES.values()
+    for test in doctest.DocTestFinder(exclude_empty=False).find(module)
+}
+
+
+@pytest.mark.parametrize("name", [name for name, test in DOCUMENTED.items() if test.examples])
+def test_examples_say_what_they_show(name):
+    said: list[str] = []
+    doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(DOCUMENTED[name], out=said.append)
+    assert not said, "".join(said)
+
+
+def blocks(docstring: str) -> list[str]:
+    """The literal blocks of a docstring that are Python."""
+    found = [textwrap.dedent(block).strip() for _, block in BLOCK.findall(docstring + "\n")]
+    return [block for block in found if re.search(r"^(with|\w+ = )", block, re.MULTILINE)]
+
+
+def names() -> dict[str, Any]:
+    """What the blocks take for granted: a tiny model, its official twin, tensors, checkpoints."""
+    torch.manual_seed(0)
+    config = LlamaGenConfig(
+        **{"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2},
+        **{"vocab_size": 40, "grid_size": 24, "num_classes": 1000},
+    )
+    model = LlamaGen(config).eval()
+    return {
+        "kvpolicy": kvpolicy,
+        "torch": torch,
+        "attach": kvpolicy_adapters.attach,
+        "skinny_gemm": kvpolicy_adapters.skinny_gemm,
+        # What a compiler makes of a step is tested elsewhere, and takes long.
+        "compile_decode": partial(kvpolicy_adapters.compile_decode, backend="eager"),
+        "read_official": lambda path, grid_size: model,
+        "model": model,
+        "layout": kvpolicy.RasterLayout(rows=24, cols=24, prefix=1),
+        "inputs": {"condition": torch.tensor([3])},
+        "layer": 0,
+        **dict(zip(("query", "key", "value"), torch.randn(3, 1, 2, 1, 8), strict=True)),
+        "gpt_model": llamagen_standin.Transformer("c2i", side=24).eval(),
+        "generate": llamagen_standin.generate,
+        "c_indices": torch.tensor([3]),
+        "latent_size": 24,
+    }
+
+
+BLOCKS = {
+    f"{name}-{number}": block
+    for name, test in DOCUMENTED.items()
+    for number, block in enumerate(blocks(test.docstring))
+    # "..." stands for what only a reader can fill in.
+    if "..." not in block and "cuda" not in block
+}
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_blocks_run(name, tmp_path, monkeypatch, request):
+    if "skinny_gemm" in BLOCKS[name]:
+        request.getfixturevalue("kernel")
+    monkeypatch.chdir(tmp_path)
+    exec(BLOCKS[name], names())
+
+
+def test_there_are_examples_to_run():
+    assert len(BLOCKS) >= 7
+    assert sum(bool(test.examples) for test in DOCUMENTED.values()) >= 11
+
+
+def test_an_example_that_lies_is_seen():
+    wrong = doctest.DocTestParser().get_doctest(">>> 1 + 1\n3\n", {}, "wrong", None, 0)
+    assert doctest.DocTestRunner().run(wrong, out=lambda _: None).failed == 1
+    assert blocks("Example::\n\n    x = 1 / 0\n\nAnd so on.") == ["x = 1 / 0"]

@@ -1,0 +1,72 @@
+"""Code in a process of its own, forked from one that has imported what all of them import.
+
+For what a user would run in a fresh interpreter and that must not see, or change, this process.
+Tests of what an import itself does start an interpreter instead.
+"""
+
+from __future__ import annotations
+
+import os
+import runpy
+import sys
+import tempfile
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from types import ModuleType
+
+__all__ = ["Done", "run_code", "run_script"]
+
+_PRELOADED = ["transformers.models.llama.modeling_llama", "kvpolicy_adapters", "kvpolicy.testing"]
+_context = get_context("forkserver")
+_context.set_forkserver_preload(_PRELOADED)
+
+
+@dataclass(frozen=True)
+class Done:
+    """How a process ended, and what it said."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def run_code(code: str, folder: Path, timeout: float = 300) -> Done:
+    """Run code as ``python -c`` would."""
+    return _run((code, None, ()), folder, timeout)
+
+
+def run_script(script: Path, *arguments: str, folder: Path, timeout: float = 300) -> Done:
+    """Run a file as ``python script arguments`` would."""
+    return _run((None, str(script), arguments), folder, timeout)
+
+
+def _run(what: tuple, folder: Path, timeout: float) -> Done:
+    with tempfile.TemporaryDirectory() as made:
+        out, err = Path(made, "out"), Path(made, "err")
+        process = _context.Process(target=_child, args=(*what, str(folder), str(out), str(err)))
+        process.start()
+        process.join(timeout)
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+            raise TimeoutError(f"not done after {timeout} s:\n{err.read_text()}")
+        return Done(process.exitcode, out.read_text(), err.read_text())
+
+
+def _child(
+    code: str | None, script: str | None, arguments: tuple, folder: str, out: str, err: str
+) -> None:
+    os.chdir(folder)
+    for path, descriptor in ((out, 1), (err, 2)):
+        with open(path, "wb") as file:
+            os.dup2(file.fileno(), descriptor)
+    if script is not None:
+        sys.argv = [script, *arguments]
+        sys.path.insert(0, str(Path(script).parent))
+        runpy.run_path(script, run_name="__main__")
+        return
+    sys.argv = ["-c"]
+    sys.path.insert(0, "")
+    main = sys.modules["__main__"] = ModuleType("__main__")
+    exec(code, vars(main))
