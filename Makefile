@@ -33,7 +33,7 @@ demo: $(VENV)/.ready-demo
 fast: $(VENV)/.ready-dev
 	$(BIN)/ruff format --check --quiet .
 	$(BIN)/ruff check --quiet .
-	$(BIN)/python -m pytest -q -n auto --dist worksteal -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest --quick -q -n auto --dist worksteal $(ARGS)
 
 test: $(VENV)/.ready-dev
 	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)

@@ -20,3 +20,24 @@ settings.load_profile("ci" if os.environ.get("CI") else "default")
 os.environ["KVPOLICY_NATIVE"] = "0"
 
 torch.set_num_threads(1)
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--quick",
+        action="store_true",
+        help="leave out what is slow, what needs the CPU kernel to be compiled, and of a test with "
+        "many parameters all but the first and the last",
+    )
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--quick"):
+        return
+    alike = {}
+    for item in items:
+        if not (item.get_closest_marker("slow") or "folder" in item.fixturenames):
+            alike.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    kept = {item for each in alike.values() for item in (each[0], each[-1])}
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = [item for item in items if item in kept]

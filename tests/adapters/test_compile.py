@@ -148,6 +148,7 @@ def test_inductors_code_writes_into_the_slots_themselves(model, steps):
     assert "copy_(" not in source
 
 
+@pytest.mark.slow
 def test_a_number_that_changes_is_what_the_count_finds(model):
     """What the guard is there for: a position that is a number is compiled in, again and again."""
     counter = CompileCounter()

@@ -47,10 +47,11 @@ def run_processes(folder: Path) -> list[dict]:
 def test_processes_decide_as_one_would(tmp_path):
     """One test, because the processes take half a minute to start and to run every policy."""
     assert kvpolicy.create("tova").mixes_heads
+    alone = {name: jobs.results(tiny_models.llama(heads)) for name, heads in MODELS.items()}
     for rank, report in enumerate(run_processes(tmp_path)):
         assert report.keys() == MODELS.keys()
         for name, heads in MODELS.items():
-            check_decisions(report[name]["results"], heads, rank)
+            check_decisions(report[name]["results"], alone[name], heads // RANKS, rank)
             plain, ours = report[name]["collectives"]
             assert ours == plain > 0, "a policy costs no communication"
             assert report[name]["refused"] == (
@@ -60,10 +61,8 @@ def test_processes_decide_as_one_would(tmp_path):
             )
 
 
-def check_decisions(together: dict, heads: int, rank: int) -> None:
+def check_decisions(together: dict, alone: dict, share: int, rank: int) -> None:
     """Tokens are the single process's, and the slots are those of this rank's heads."""
-    alone = jobs.results(tiny_models.llama(heads))
-    share = heads // RANKS
     assert len(alone) == len(jobs.policies()) * len(jobs.SETTINGS) >= 21
     assert together.keys() == alone.keys()
     for job, expected in alone.items():

@@ -115,6 +115,7 @@ def sweep_and_end(wanted: Plan, folder: Path) -> None:
     sweep(wanted, folder)
 
 
+@pytest.mark.slow
 def test_twenty_kills_lose_no_finished_cell_and_none_is_measured_twice(tmp_path):
     diary, folder = tmp_path / "diary", tmp_path / "run"
     # Cells that take no time of their own: kills hit the writing of them.
@@ -202,6 +203,7 @@ def test_killing_the_command_ends_its_workers_and_loses_nothing(tmp_path):
     assert {name: now[name] for name in safe} == safe
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_cleanly_and_says_how_to_go_on(tmp_path, request):
     diary, folder = tmp_path / "diary", tmp_path / "run"
     process = subprocess.Popen(
@@ -295,6 +297,7 @@ def test_a_full_disk_loses_nothing(small_disk, tmp_path):
 # --- Cells that raise, workers that die ---------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("executor", [Inline(), Processes(2)], ids=["inline", "processes"])
 def test_a_cell_that_raises_is_listed_and_tried_again(tmp_path, executor):
     folder, mark = tmp_path / "run", tmp_path / "mark"
@@ -316,6 +319,7 @@ def test_a_cell_that_raises_is_listed_and_tried_again(tmp_path, executor):
     assert max(diary_counts(tmp_path / "diary", "ended").values()) == 1
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_killed_costs_no_result(tmp_path):
     folder, mark = tmp_path / "run", tmp_path / "mark"
     wanted = plan(tmp_path / "diary", options={"kill": "h2o", "mark": str(mark)})
@@ -325,6 +329,7 @@ def test_a_worker_that_is_killed_costs_no_result(tmp_path):
     assert watcher.failures == []
 
 
+@pytest.mark.slow
 def test_a_cell_that_always_kills_its_worker_fails_alone(tmp_path):
     wanted = plan(policies=["h2o", "linear"], budgets=["1/2"], seeds=[0], options={"kill": "h2o!"})
     watcher = sweep(wanted, tmp_path / "run", Processes(1))
@@ -336,6 +341,7 @@ def test_a_cell_that_always_kills_its_worker_fails_alone(tmp_path):
 # --- The same results from everywhere -----------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_processes_and_inline_agree_bit_for_bit(tmp_path):
     wanted = plan(tmp_path / "diary")
     sweep(wanted, tmp_path / "inline")

@@ -252,6 +252,7 @@ def test_there_may_be_more_compiled_contenders_than_torch_compiles_one_function_
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 def test_a_compiled_skip_still_makes_keys_and_values(model):
     """Or what a cache costs would seem to include two products of each layer."""
@@ -683,6 +684,7 @@ def test_steps_are_rounded_up_to_lines():
     assert capacity_of("1/6", layout) == 97
 
 
+@pytest.mark.slow
 def test_the_command_writes_its_files(tmp_path):
     arguments = ["bench", "--layers", "1", "--batch", "1", "--steps", "48", "--rounds", "2"]
     arguments += ["--policies", "linear", "--no-memory", "--out", str(tmp_path)]
@@ -746,6 +748,7 @@ def in_a_process(model, **options) -> PeerSession:
     )
 
 
+@pytest.mark.slow
 def test_a_contender_in_another_process(model):
     run = in_a_process(model)
     try:
@@ -796,6 +799,7 @@ def test_scripts_of_other_projects_code_are_where_a_model_says(model, monkeypatc
     )
 
 
+@pytest.mark.slow
 def test_a_worker_that_fails_says_why(model):
     with pytest.raises(PeerError, match=r"linear ended at 'open'.*nonsense"):
         in_a_process(model, kind="nonsense")

@@ -167,6 +167,7 @@ def test_calibrate_measures_on_items_that_are_kept_aside(tmp_path, monkeypatch):
     assert set(on) == {False}
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_file_that_a_policy_takes(tmp_path):
     out = tmp_path / "budgets.json"
     arguments = ["calibrate", "--subject", "fashion-ar", "--policy", "streaming_llm"]

@@ -235,6 +235,7 @@ def command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_a_plan_from_a_file_gives_every_output(tmp_path):
     plan = """
         subject: toy_subject:Toy
@@ -269,6 +270,7 @@ def test_a_plan_from_a_file_gives_every_output(tmp_path):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_options_make_the_same_plan_and_a_dry_run_writes_nothing(tmp_path):
     done = command(
         *("--subject", "toy_subject:Toy", "--policies", "linear,h2o", "--budgets", "1/2,1/4"),
@@ -307,6 +309,7 @@ def test_wrong_arguments_are_one_line(tmp_path, monkeypatch, capsys, arguments, 
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_failures_are_listed_with_where_their_traceback_is(tmp_path):
     done = command(
         *("--subject", "toy_subject:Toy", "--policies", "h2o", "--budgets", "1/2"),

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import struct
-import subprocess
-import sys
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from support.processes import Done, run_command
 
 import kvpolicy
 
@@ -41,15 +39,8 @@ KEYS = {
 }
 
 
-def command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "kvpolicy", *arguments],
-        cwd=cwd,
-        env=os.environ | {"COLUMNS": "80", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+def command(*arguments: str, cwd: Path) -> Done:
+    return run_command(*arguments, folder=cwd)
 
 
 def test_list_prints_the_registry(tmp_path):

@@ -36,6 +36,7 @@ def found():
     return [json.loads(line) for line in run.stdout.splitlines()]
 
 
+@pytest.mark.slow
 @needs_triton
 def test_against_float64(found):
     assert len(found) == 31
@@ -46,6 +47,7 @@ def test_against_float64(found):
         assert case.get("mass of hidden slots", 0) == 0, case
 
 
+@pytest.mark.slow
 @needs_triton
 def test_float32_is_multiplied_as_such(found):
     """Not as TensorFloat32, whose error is 1e-3 and more."""

@@ -99,6 +99,7 @@ BLOCKS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BLOCKS)
 def test_blocks_run(name, tmp_path, monkeypatch, request):
     if "skinny_gemm" in BLOCKS[name]:

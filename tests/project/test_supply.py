@@ -142,6 +142,7 @@ def test_a_connection_would_be_seen(tmp_path):
     assert "NETWORK" in done.stderr
 
 
+@pytest.mark.slow
 def test_attach_needs_no_network(tmp_path):
     pytest.importorskip("transformers", reason="the adapters need transformers")
     done = offline(ATTACH, tmp_path)

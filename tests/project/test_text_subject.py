@@ -22,6 +22,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 SUBJECT = "text_subject.subject:Alice"
 
 
+@pytest.mark.slow
 def test_an_ablation_of_text_finds_what_a_cache_costs(tmp_path):
     done = subprocess.run(
         [

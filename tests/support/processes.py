@@ -15,7 +15,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from types import ModuleType
 
-__all__ = ["Done", "run_code", "run_script"]
+__all__ = ["Done", "run_code", "run_command", "run_script"]
 
 _PRELOADED = ["transformers.models.llama.modeling_llama", "kvpolicy_adapters", "kvpolicy.testing"]
 _context = get_context("forkserver")
@@ -39,6 +39,18 @@ def run_code(code: str, folder: Path, timeout: float = 300) -> Done:
 def run_script(script: Path, *arguments: str, folder: Path, timeout: float = 300) -> Done:
     """Run a file as ``python script arguments`` would."""
     return _run((None, str(script), arguments), folder, timeout)
+
+
+def run_command(*arguments: str, folder: Path, timeout: float = 600) -> Done:
+    """Run ``kvpolicy arguments`` in a terminal of 80 columns."""
+    code = f"""
+import os, sys
+os.environ["COLUMNS"] = "80"
+sys.argv = {["kvpolicy", *arguments]!r}
+from kvpolicy.__main__ import main
+main()
+"""
+    return run_code(code, folder, timeout)
 
 
 def _run(what: tuple, folder: Path, timeout: float) -> Done:

@@ -33,6 +33,7 @@ def model_driver(monkeypatch):
     monkeypatch.setitem(DRIVERS._items, "transformers", drive_model)
 
 
+@pytest.mark.slow
 def test_a_few_runs_on_streams():
     session = fuzz(seed=3, runs=5)
     assert {on for _, on in session.tallies} == {"core"}
@@ -44,6 +45,7 @@ def test_a_few_runs_on_streams():
     assert "evictions" in session.table()
 
 
+@pytest.mark.slow
 def test_every_policy_is_run_on_whole_models(model_driver):
     for policy in kvpolicy.available():
         session = fuzz(seed=1, runs=8, on=["transformers"], policies=[policy])
@@ -52,6 +54,7 @@ def test_every_policy_is_run_on_whole_models(model_driver):
         assert (tally.evictions > 0) == (tally.decisions > 0) == (policy != "full"), policy
 
 
+@pytest.mark.slow
 def test_it_finds_a_bug_in_the_core_and_tells_how_to_see_it_again(monkeypatch, capsys):
     monkeypatch.setattr(kvpolicy.cache.layer_state, "SlotStore", Shifted)
     assert command.main(["--runs", "20", "--seed", "5", "--model", "core"]) == 1

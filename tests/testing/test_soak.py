@@ -62,6 +62,7 @@ def test_twenty_thousand_steps_grow_by_less_than_a_hundredth():
         assert each["growth"] < MOST_MEMORY, each
 
 
+@pytest.mark.slow
 def test_a_leak_of_a_few_kilobytes_a_step_is_seen():
     sound, leaking = soaked(2_500, "h2o", "leaks")
     assert sound["growth"] < MOST_MEMORY

@@ -112,6 +112,7 @@ def test_streams_have(counts, feature):
     assert counts[feature] >= EVERY[feature], f"{feature}: {counts[feature]} of 300 streams"
 
 
+@pytest.mark.slow
 def test_nothing_is_left_uncounted(counts):
     assert set(counts) == set(EVERY)
 
