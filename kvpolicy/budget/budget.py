@@ -204,7 +204,7 @@ class Uniform(Schedule):
     """Every layer gets the same."""
 
     def weights(self, num_layers: int) -> Sequence[Fraction]:
-        """All equal."""
+        """The same share for every layer."""
         return [Fraction(1)] * num_layers
 
 

@@ -56,7 +56,7 @@ class LayerBudgets(BaseModel):
         return self
 
     def text(self) -> str:
-        """As JSON."""
+        """The file that :func:`read_layer_budgets` reads: JSON."""
         return json.dumps(self.model_dump(), indent=2) + "\n"
 
 

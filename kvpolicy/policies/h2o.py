@@ -36,5 +36,5 @@ class H2O(ScoredPolicy):
         return recent_share(view, self.recent)
 
     def score(self, view: CacheView) -> Tensor:
-        """That mass."""
+        """The attention mass that each token has received so far."""
         return view.mass

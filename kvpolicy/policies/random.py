@@ -38,5 +38,5 @@ class Random(ScoredPolicy):
     seed: Seed = 0
 
     def score(self, view: CacheView) -> Tensor:
-        """The priorities."""
+        """A priority for each token, drawn from ``seed``; see :func:`lots`."""
         return lots(view, self.seed)

@@ -75,7 +75,7 @@ class RKV(ScoredPolicy):
         return (WindowMass(shape, self.window),)
 
     def protect(self, view: CacheView) -> Tensor:
-        """The window."""
+        """The newest ``window`` tokens stay."""
         return recent_tokens(view, self.window)
 
     def score(self, view: CacheView) -> Tensor:

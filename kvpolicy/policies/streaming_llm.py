@@ -27,9 +27,9 @@ class StreamingLLM(ScoredPolicy):
     )
 
     def protect(self, view: CacheView) -> Tensor:
-        """The sinks."""
+        """The first ``sinks`` tokens stay."""
         return anchors(view, self.sinks)
 
     def score(self, view: CacheView) -> Tensor:
-        """The position."""
+        """The position: of the rest, the newest stay."""
         return view.positions

@@ -201,7 +201,7 @@ class _Probe:
         self._fresh = [other.mass.clone() for other in others]
 
     def observe(self, report: AttentionReport) -> None:
-        """Look."""
+        """Write down what the layer holds in the middle of a call."""
         self._spy.look("inside the call")
 
     def forget(self, slots: Tensor) -> None:

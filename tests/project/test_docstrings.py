@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import doctest
 import importlib
 import re
@@ -117,3 +118,27 @@ def test_an_example_that_lies_is_seen():
     wrong = doctest.DocTestParser().get_doctest(">>> 1 + 1\n3\n", {}, "wrong", None, 0)
     assert doctest.DocTestRunner().run(wrong, out=lambda _: None).failed == 1
     assert blocks("Example::\n\n    x = 1 / 0\n\nAnd so on.") == ["x = 1 / 0"]
+
+
+def silent(source: str) -> list[str]:
+    """Docstrings of so few words that they say nothing that the name did not."""
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    told = [
+        ast.get_docstring(node) for node in ast.walk(ast.parse(source)) if isinstance(node, kinds)
+    ]
+    return [text for text in told if text is not None and len(re.findall(r"\w+", text)) < 3]
+
+
+def test_docstrings_say_something():
+    found = {}
+    for folder in ("kvpolicy", "adapters"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            if few := silent(path.read_text(encoding="utf-8")):
+                found[str(path.relative_to(ROOT))] = few
+    assert not found
+
+
+def test_a_docstring_that_says_nothing_is_seen():
+    assert silent('class A:\n    """As it is."""\n\n    def b(self):\n        """One."""\n') == [
+        "One."
+    ]

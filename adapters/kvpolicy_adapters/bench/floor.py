@@ -126,11 +126,11 @@ class FloorLayer(CacheLayerMixin):
         return self.seen + query_length, 0
 
     def get_max_length(self) -> int:
-        """No end."""
+        """-1: it grows with no end."""
         return -1
 
     def get_max_cache_shape(self) -> int:
-        """No end."""
+        """-1: it grows with no end."""
         return -1
 
 

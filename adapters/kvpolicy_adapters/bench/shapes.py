@@ -210,7 +210,7 @@ class BaselineDecoder(LlamaDecoder):
             return self._decode(token, attention_mask=self.unread)
 
     def restart(self, prefix: Tensor) -> None:
-        """Begin anew."""
+        """Begin a new image batch, whose prefix is decoded here."""
         self.seen = 0
         config = self.model.config
         if self.kind == "dynamic":
@@ -264,7 +264,7 @@ class PolicyDecoder(LlamaDecoder):
             self.block.enter_context(compile_decode(self.model, self.cache, **options))
 
     def restart(self, prefix: Tensor) -> None:
-        """Begin anew."""
+        """Begin a new image batch, whose prefix is decoded here."""
         self.cache.reset()
         self.seen = 0
         self.step(prefix)

@@ -89,7 +89,7 @@ class PolicyLayer(CacheLayerMixin):
         return self.layer.seen + query_length, 0
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Forget all tokens, so that a new sequence may begin."""
         self.cache.expected = None
         self.layer.reset()
 

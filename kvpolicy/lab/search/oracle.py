@@ -90,7 +90,7 @@ class Oracle(Linear):
         return made
 
     def score(self, view: CacheView) -> Tensor:
-        """Looked up."""
+        """What was recorded for the positions of this view, ``[B, H, S]``."""
         worth = self._worth[view.layer]
         if worth.shape[0] != view.positions.shape[0]:
             raise ParameterError(

@@ -26,12 +26,12 @@ _SKIP = "no-attention"
 
 
 class NoCache(DynamicCache):
-    """Keeps nothing."""
+    """A cache that keeps no token."""
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """What came."""
+        """Hand back the new keys and values alone."""
         return key_states, value_states
 
 

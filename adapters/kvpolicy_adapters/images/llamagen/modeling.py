@@ -111,7 +111,7 @@ class LlamaGenFeedForward(nn.Module):
 
 
 class LlamaGenBlock(nn.Module):
-    """One layer."""
+    """Attention and feed-forward, each on a normalised input and added to it."""
 
     def __init__(self, config: LlamaGenConfig, layer_idx: int) -> None:
         super().__init__()
@@ -225,7 +225,7 @@ class LlamaGen(PreTrainedModel):
         return self.tok_embeddings
 
     def get_output_embeddings(self) -> nn.Module:
-        """The head."""
+        """The linear layer that makes logits."""
         return self.output
 
     def unconditional(self, condition: Tensor) -> Tensor:
