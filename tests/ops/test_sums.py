@@ -6,12 +6,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.kernel_library import needs_compiler
 
 import kvpolicy
+from kvpolicy.ops import change
 from kvpolicy.ops.cpu import native
 from kvpolicy.ops.key_lengths import lengths
+from kvpolicy.ops.redundancy import cosines
 from kvpolicy.ops.sums import mean_over, sum_over
-from kvpolicy.parts import HeadMean
+from kvpolicy.parts import head_mean
 
 #: Around the ends of vectors and of unrolled loops.
 HELD = [1, 7, 15, 17, 31, 33, 63, 97, 131, 259]
@@ -60,7 +63,7 @@ def test_a_mean_over_heads_ties_equal_tokens(heads, held):
 
     view = View()
     view.mass = mass
-    found = HeadMean().worth(view)
+    found = head_mean(view)
     assert found.shape == mass.shape
     assert (found == found[:, :, :1]).all()
 
@@ -91,6 +94,40 @@ def assert_kinds_tie(found, kind):
 def test_equal_tokens_tie(held, dim):
     tokens, kind = equal_tokens(held, dim)
     assert_kinds_tie(lengths(tokens), kind)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dim", [1, 8, 20, 64, 80, 128])
+@pytest.mark.parametrize("held", HELD)
+def test_the_kernels_compare_equal_tokens_alike(operators, monkeypatch, held, dim):
+    """Products of tokens by torch don't promise that: at their edges they add in another order."""
+    monkeypatch.setattr(native, "operators", lambda: operators)
+    tokens, kind = equal_tokens(held, dim)
+    positions = torch.randperm(held, generator=torch.Generator().manual_seed(1))
+    positions = positions.int().expand(1, 2, held).contiguous()
+    mass = drawn(1, 2, 9, 2, seed=held)[..., kind].contiguous()
+    assert_kinds_tie(change.alone(tokens, mass), kind)
+    nobody = torch.zeros(1, 2, held, dtype=torch.bool)
+    # None are alike here, or else the newest of a kind would be left out.
+    assert_kinds_tie(cosines(tokens, positions, nobody, similar=1.5), kind)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dim", [1, 8, 20, 64, 80, 128])
+@pytest.mark.parametrize("held", HELD)
+def test_the_kernel_attends_to_equal_tokens_alike(operators, held, dim, dtype):
+    """Also to those behind the last whole group that goes by at once."""
+    tokens, kind = equal_tokens(held, dim)
+    tokens = tokens.to(dtype)
+    query = torch.randn(1, 16, 1, dim, generator=torch.Generator().manual_seed(dim)).to(dtype)
+    positions = torch.arange(held, dtype=torch.int32).expand(1, 2, held).contiguous()
+    last = torch.full((1, 2, 1), held - 1)
+    terms = (positions, last, tokens[:, :, -1:].clone(), tokens[:, :, -1:].clone())
+    _, mass, _ = operators.decode.default(
+        query, tokens, tokens.clone(), *terms, held - 1, held, dim**-0.5, True
+    )
+    assert_kinds_tie(mass[:, :, 0], kind)
 
 
 @pytest.mark.usefixtures("backend")
