@@ -21,5 +21,14 @@ def build_kernel(
     It lies in ~/.cache/kvpolicy/kernels, or $KVPOLICY_KERNELS; KVPOLICY_NATIVE=0 turns it off.
     """
     from kvpolicy.ops.cpu import native
+    from kvpolicy.ops.cpu.build import build
 
-    console.print(str(native.build(compiler)), soft_wrap=True, highlight=False)
+    path = build(compiler)
+    console.print(str(path), soft_wrap=True, highlight=False)
+    ratios = native.figures().get("times_as_fast", {})
+    used = ", ".join(f"{name} {ratio:g}" for name, ratio in ratios.items() if native.uses(name))
+    left = ", ".join(f"{name} {ratio:g}" for name, ratio in ratios.items() if not native.uses(name))
+    if ratios:
+        console.print(f"times as fast as torch, one thread: {used}", highlight=False)
+        console.print(f"left to torch: {left or 'nothing'}", highlight=False)
+        console.print(f"skinny products: up to {native.most_rows()} rows", highlight=False)

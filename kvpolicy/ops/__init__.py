@@ -5,3 +5,7 @@ been built (``cpu/``), Triton on a GPU (``triton/``), torch's own operators anyw
 
 Masks are bool, positions int32 ``[B, H, S]`` with -1 in empty slots, scores float32.
 """
+
+from kvpolicy.ops import products
+
+__all__ = ["products"]

@@ -197,7 +197,6 @@ SIDE_DOORS = {
     ("kvpolicy_adapters.transformers.cache", "kvpolicy.cache.layer.LayerCache"),
     ("kvpolicy_adapters.transformers.cache", "kvpolicy.cache.terms.Terms"),
     ("kvpolicy_adapters.transformers.compiled", "kvpolicy.layout.UNBOUND"),
-    ("kvpolicy_adapters.transformers.skinny", "kvpolicy.ops.cpu.native"),
 }
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from kvpolicy import KernelError, ParameterError
-from kvpolicy.ops.cpu import native
+from kvpolicy.ops import products
 
 __all__ = ["skinny_gemm"]
 
@@ -20,8 +20,8 @@ __all__ = ["skinny_gemm"]
 def skinny_gemm(model: nn.Module) -> Iterator[None]:
     """Multiply few rows on a CPU about as fast as weights are read, in a ``with`` block.
 
-    Where the cache is cheap, the model's own products are what a decode step costs; and with 2 to
-    32 sequences, general kernels take up to twice as long for them as reading the weights does.
+    Where the cache is cheap, the model's own products are what a decode step costs; and with a
+    few sequences, general kernels take up to twice as long for them as reading the weights does.
     Inside the block, linear layers in float32 leave such products to the CPU kernel; all others run
     as they always do. It adds in another order than torch does, the same one for every batch size.
 
@@ -37,7 +37,7 @@ def skinny_gemm(model: nn.Module) -> Iterator[None]:
         KernelError: the CPU kernel has not been built.
         ParameterError: the model has no layer that could be served.
     """
-    product = native.linear()
+    product = products.skinny_linear()
     if product is None:
         raise KernelError(
             "skinny_gemm needs the CPU kernel: run `kvpolicy build-kernel` once on this machine"
@@ -69,13 +69,14 @@ def _is_served(module: nn.Module) -> bool:
     )
 
 
-def _with(product: native.Linear) -> Callable[[nn.Linear, Tensor], Tensor]:
+def _with(product: Callable[[Tensor, Tensor, Tensor | None], Tensor]) -> Callable[[nn.Linear, Tensor], Tensor]:
     """``torch.nn.Linear.forward``, few rows by the kernel."""
+    most = products.most_rows()
 
     def forward(self: nn.Linear, input: Tensor) -> Tensor:
         rows = input.numel() // input.shape[-1]
         # One row is read as fast by torch, and many rows are multiplied faster.
-        few = 1 < rows <= native.MOST_ROWS
+        few = 1 < rows <= most
         if few and input.dtype == torch.float32 and not torch.is_grad_enabled():
             return product(input, self.weight, self.bias)
         return functional.linear(input, self.weight, self.bias)

@@ -244,6 +244,11 @@ bool run(
     z.scale = static_cast<float>(scale);
     z.mass = mass;
     const int64_t batch = keys.size(0);
+    for (int64_t at = 0; at < batch * z.heads; ++at) {
+      const int64_t slot = z.where[at / z.heads * z.where_batch + at % z.heads * z.where_head];
+      TORCH_CHECK_INDEX(
+          slot >= 0 && slot < z.slots, "slot ", slot, " is out of range: there are ", z.slots);
+    }
     if (z.dim == z.value_dim && z.dim == 64) finite = attend_all<64>(z, batch);
     else if (z.dim == z.value_dim && z.dim == 128) finite = attend_all<128>(z, batch);
     else finite = attend_all<0>(z, batch);

@@ -1,20 +1,19 @@
 """The CPU kernels: built once on the machine that they are for, and used from then on.
 
-``kvpolicy build-kernel`` (or :func:`build`) compiles the ``*_cpu.cpp`` of this folder with the
-system's C++ compiler into one library in this user's cache folder, whose name carries the sources,
-torch's version and what this processor can do. Whoever decodes then finds it there; without it,
-torch's own operators do the same.
+``kvpolicy build-kernel`` (:mod:`kvpolicy.ops.cpu.build`) compiles the ``*_cpu.cpp`` of this folder
+with the system's C++ compiler into one library in this user's cache folder, whose name carries the
+sources, torch's version and what this processor can do. Whoever decodes then finds it there;
+without it, torch's own operators do the same.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import json
 import os
 import platform
-import shutil
-import subprocess
-import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,19 +25,26 @@ from kvpolicy.errors import KernelError
 
 __all__ = [
     "DTYPES",
-    "MOST_ROWS",
+    "SLOWEST",
+    "SOURCES",
     "Kernel",
-    "build",
     "decoder",
+    "digest",
+    "figures",
+    "flags",
     "library",
     "linear",
+    "most_rows",
     "operators",
     "serves",
     "serving",
     "stepper",
+    "trusted",
+    "uses",
+    "whole",
 ]
 
-_SOURCES = tuple(sorted(Path(__file__).parent.glob("*_cpu.cpp")))
+SOURCES = tuple(sorted(Path(__file__).parent.glob("*_cpu.cpp")))
 _HEADERS = tuple(sorted(Path(__file__).parent.glob("*.h")))
 #: No contraction: which products and sums are fused is written in the sources (see lanes.h).
 _FLAGS = (
@@ -47,6 +53,9 @@ _FLAGS = (
 )
 #: Of the keys and values that kernels read.
 DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
+
+#: A kernel that takes longer than torch, but for noise, is not used.
+SLOWEST = 0.97
 
 #: An operator of torch.
 Kernel = Callable[..., Any]
@@ -57,95 +66,127 @@ Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 def library() -> Path:
-    """Where the library for this machine lies, or would lie."""
+    """Where the library for this machine lies, or would lie.
+
+    Raises:
+        KernelError: nobody knows this user's home folder, and ``$KVPOLICY_KERNELS`` names no other.
+    """
     what = hashlib.sha256()
-    sources = [source.read_text() for source in (*_SOURCES, *_HEADERS)]
-    for part in (*sources, *_flags(), torch.__version__, platform.machine(), _features()):
+    sources = [source.read_text() for source in (*SOURCES, *_HEADERS)]
+    for part in (*sources, *flags(), torch.__version__, platform.machine(), _features()):
         what.update(part.encode())
-    folder = Path(os.environ.get("KVPOLICY_KERNELS", "~/.cache/kvpolicy/kernels")).expanduser()
+    try:
+        folder = Path(os.environ.get("KVPOLICY_KERNELS") or "~/.cache/kvpolicy/kernels")
+        folder = folder.expanduser()
+    except RuntimeError as error:
+        raise KernelError("there is no home folder; name one in $KVPOLICY_KERNELS") from error
     return folder / f"cpu-{what.hexdigest()[:16]}.so"
 
 
-def _flags() -> tuple[str, ...]:
+def flags() -> tuple[str, ...]:
     """For this processor, or the one that ``$KVPOLICY_MARCH`` names, as compilers name them."""
     return (*_FLAGS, f"-march={os.environ.get('KVPOLICY_MARCH') or 'native'}")
 
 
-def build(compiler: str | None = None) -> Path:
-    """Compile the kernels, unless that has been done.
+def trusted(path: Path) -> str | None:
+    """Why code from this file must not be loaded, in words; None if it may.
 
-    Args:
-        compiler: the C++ compiler; by default ``$CXX``, or the first of c++, g++ and clang++.
-
-    Returns:
-        The library. It is used by processes that start decoding from now on.
-
-    Raises:
-        KernelError: there is no compiler, or it fails; the message has what it printed.
+    Whoever can write the file, or its folder, can run code as the user who loads it.
     """
-    into = library()
-    if into.exists():
-        return into
-    found = shutil.which(compiler or os.environ.get("CXX") or "c++") or next(
-        (path for name in ("g++", "clang++") if (path := shutil.which(name))), None
-    )
-    if found is None or (compiler is not None and shutil.which(compiler) is None):
-        wanted = compiler or "c++, g++ or clang++"
-        raise KernelError(f"no C++ compiler ({wanted}) is on the PATH; kvpolicy works without one")
-    torch_folder = Path(torch.__file__).parent
-    headers = [torch_folder / "include", torch_folder / "include/torch/csrc/api/include"]
-    libraries = torch_folder / "lib"
-    # torch's own OpenMP, so that both share its threads; a second one's would fight for the cores.
-    openmp: list[str | Path] = [*sorted(libraries.glob("lib*omp*.so*"))] or ["-fopenmp"]
-    abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"
-    into.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=into.parent) as folder:
-        linked, unit = Path(folder, "linked.so"), Path(folder, "kernels.cpp")
-        # One unit: most of the time goes into torch's headers, once for each.
-        unit.write_text("".join(f'#include "{source}"\n' for source in _SOURCES))
-        include = [f"-I{path}" for path in headers]
-        link: list[str | Path] = [f"-L{libraries}", "-ltorch_cpu", "-lc10", *openmp]
-        _call(found, *_flags(), "-fopenmp", abi, *include, "-shared", unit, *link, "-o", linked)
-        os.replace(linked, into)  # whole or not at all: another process may be looking
-    operators.cache_clear()
-    return into
+    if os.name != "posix":
+        return None
+    for place in (path, path.parent):
+        status = place.stat()
+        if status.st_uid not in (0, os.geteuid()):
+            return f"{place} belongs to another user"
+        if status.st_mode & 0o022:
+            return f"others may write {place}"
+    return None
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@functools.cache
+def figures() -> dict[str, Any]:
+    """What was measured when the library was built; empty where that is not known."""
+    try:
+        path = library().with_suffix(".json")
+        if trusted(path) is not None:
+            return {}
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return {
+            "times_as_fast": dict(found["times_as_fast"]),
+            "most_rows": int(found["most_rows"]),
+            "sha256": str(found["sha256"]),
+        }
+    except (OSError, ValueError, KeyError, TypeError, KernelError):
+        return {}
 
 
 @functools.cache
 def operators() -> Any:
     """The kernels, operators of torch by name; None unless built, or if ``$KVPOLICY_NATIVE`` is 0.
 
-    Raises:
-        KernelError: the library is there and can't be loaded.
+    A library that can't be loaded, or that others could have written, is left alone, with a
+    warning: whatever it would do faster is done by torch.
     """
     if os.environ.get("KVPOLICY_NATIVE", "1") == "0":
         return None
-    path = library()
-    if not path.exists():
-        return None
     try:
-        torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
+        path = library()
+        if not path.exists():
+            return None
+        refused = trusted(path)
+        # Of a file that was cut short, or written over, loading would end the whole process.
+        if refused is None and figures().get("sha256") != digest(path):
+            refused = "they are not what was built"
+        if refused is None:
+            torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
+            return torch.ops.kvpolicy_cpu
+    except KernelError:
+        return None  # no folder: nothing was built
     except OSError as error:
-        raise KernelError(f"{path} can't be loaded: {error}; delete it and build again") from error
-    return torch.ops.kvpolicy_cpu
+        refused = str(error)
+    warnings.warn(
+        f"the CPU kernels in {path} are not used: {refused}; `kvpolicy build-kernel` makes them "
+        f"anew, and KVPOLICY_NATIVE=0 does without",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return None
+
+
+def whole(path: Path) -> bool:
+    """Whether there is a library, bit for bit the one that was built, which may be loaded."""
+    figures.cache_clear()
+    return path.exists() and trusted(path) is None and figures().get("sha256") == digest(path)
+
+
+def uses(name: str) -> bool:
+    """Whether a kernel was the faster one when the library was built, or nobody knows."""
+    ratio: float = figures().get("times_as_fast", {}).get(name, 1.0)
+    return ratio >= SLOWEST
 
 
 def decoder() -> Decoder | None:
     """The kernel that writes a token and attends to it in one pass; None where it is not built."""
     found = operators()
-    return None if found is None else found.decode.default
+    return None if found is None or not uses("decode") else found.decode.default
 
 
 def stepper() -> Callable[..., Tensor] | None:
     """The same for compiled code, whose position is a tensor; None where it is not built."""
     found = operators()
-    return None if found is None else found.decode_step.default
+    return None if found is None or not uses("decode") else found.decode_step.default
 
 
-#: Rows up to which the kernel for skinny products is the faster one. Measured with the weights of
-#: LlamaGen-B (torch 2.13, 2 cores, float32): torch takes 1.0 times as long for 1 row, 1.6 to 1.7
-#: for 4, 1.8 to 2.0 for 8, 1.3 to 1.5 for 16, 1.2 for 32 and 0.9 to 1.0 for 64.
-MOST_ROWS = 32
+def most_rows() -> int:
+    """Rows up to which the kernel for skinny products is the faster one on this machine."""
+    rows: int = figures().get("most_rows", 16)
+    return rows
 
 
 def linear() -> Linear | None:
@@ -162,7 +203,7 @@ def serving(name: str, tensor: Tensor) -> Kernel | None:
     if not tensor.is_cpu or type(tensor) is not Tensor or tensor.requires_grad:
         return None
     found = operators()
-    if found is None or torch.compiler.is_compiling():
+    if found is None or torch.compiler.is_compiling() or not uses(name):
         return None
     kernel: Kernel = getattr(found, name).default
     return kernel
@@ -188,9 +229,3 @@ def _features() -> str:
     except OSError:
         return platform.processor()
     return next((line for line in lines if line.startswith(("flags", "Features"))), "")
-
-
-def _call(compiler: str, *arguments: str | Path) -> None:
-    done = subprocess.run([compiler, *map(str, arguments)], capture_output=True, text=True)
-    if done.returncode:
-        raise KernelError(f"{compiler} failed ({done.returncode}):\n{done.stderr.strip()}")
