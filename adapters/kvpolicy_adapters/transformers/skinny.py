@@ -69,7 +69,9 @@ def _is_served(module: nn.Module) -> bool:
     )
 
 
-def _with(product: Callable[[Tensor, Tensor, Tensor | None], Tensor]) -> Callable[[nn.Linear, Tensor], Tensor]:
+def _with(
+    product: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+) -> Callable[[nn.Linear, Tensor], Tensor]:
     """``torch.nn.Linear.forward``, few rows by the kernel."""
     most = products.most_rows()
 
