@@ -111,7 +111,9 @@ def draw(history: list[dict[str, Any]]) -> None:
         above.axhline(0, color="black", linewidth=0.8)
         below.axhline(1, color="black", linewidth=0.8)
         above.set_title(title, fontsize=9)
-        below.set_xticks(range(len(entries)), [entry["commit"][:8] for entry in entries])
+        below.set_xticks(
+            range(len(entries)), [entry["commit"][:8] + entry["commit"][12:] for entry in entries]
+        )
         below.tick_params(axis="x", rotation=45)
         below.set_xlim(-0.5, len(entries) - 0.5)
     panels[0, 0].set_ylabel("a step above the floor's")
