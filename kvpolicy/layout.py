@@ -340,7 +340,3 @@ class AfterPrompt:
         if bound is not None:
             return bound
         return self.grid.model_copy(update={"prefix": self.grid.prefix + seen + count})
-
-
-#: What a layer holds to until its layout is known: everything is prefix.
-UNBOUND = TextLayout(sinks=2**62)

@@ -7,12 +7,14 @@ is handing the victim's slot to the next token: one scatter a step, no gather, n
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from kvpolicy.errors import ShapeError
+from kvpolicy.errors import CacheStateError, ShapeError
 from kvpolicy.layout import TokenLayout
+from kvpolicy.ops.cpu import native
 
 __all__ = ["SlotShape", "SlotStore"]
 
@@ -40,32 +42,65 @@ class SlotStore:
     """Keys ``[B, H, S, D]``, values ``[B, H, S, Dv]`` and positions ``[B, H, S]`` of one layer.
 
     All tensors are allocated once. ``positions`` (int32, -1 = empty) is the single truth of what
-    is cached. Slots are handed out uniformly: every head of every sequence has handed out the
-    same number of slots at any time (``fresh`` of them are still untouched), though which token
-    lies where differs from head to head.
+    is cached. The store owns room: which slots are fresh (never handed out), which victims have
+    been named and not yet reclaimed, and who gets the next slot. Slots are handed out uniformly:
+    every head of every sequence has handed out the same number of slots at any time, though which
+    token lies where differs from head to head.
 
     Args:
         shape: batch, heads and slots.
         key: a key tensor ``[B, H, *, D]`` whose head dim, dtype and device the store takes.
         value: a value tensor ``[B, H, *, Dv]``, likewise.
+        hides: whether victims are emptied as soon as they are named, not when they are reclaimed.
+
+    Attributes:
+        fresh: slots of each head that have never been handed out.
+        victims: slots named and not yet all reclaimed, int64 ``[B, H, N]``; None for none.
+        reclaimed: how many of those have been handed out again.
+        may_be_empty: whether a slot that has held a token can be empty: hidden victims, padding,
+            tokens behind a sliding window.
+        start: position of each sequence's first real token, int32 ``[B]``, where padding was found
+            before it; None for 0.
+        kernel: the C++ kernel that writes a token and attends to it in one pass, where it serves
+            these tensors; None where it does not.
+        peak: most tokens that a head has held at any instant.
     """
 
-    def __init__(self, shape: SlotShape, key: Tensor, value: Tensor) -> None:
+    def __init__(
+        self, shape: SlotShape, key: Tensor, value: Tensor, *, hides: bool = False
+    ) -> None:
         self.shape = shape
         size = (shape.batch, shape.heads, shape.slots)
         # Zeros, not uninitialised memory: masked slots are multiplied by probability zero, and
-        # zero times NaN is NaN.
-        self.keys = torch.zeros(*size, key.shape[-1], dtype=key.dtype, device=key.device)
-        self.values = torch.zeros(*size, value.shape[-1], dtype=value.dtype, device=value.device)
-        self.positions = torch.full(size, -1, dtype=torch.int32, device=key.device)
-        self.fresh = shape.slots
+        # zero times NaN is NaN. No inference tensors, wherever the first token comes from: later
+        # ones may come from outside of inference_mode, and could not be written into those.
+        with torch.inference_mode(False):
+            self.keys = torch.zeros(*size, key.shape[-1], dtype=key.dtype, device=key.device)
+            self.values = torch.zeros(
+                *size, value.shape[-1], dtype=value.dtype, device=value.device
+            )
+            self.positions = torch.full(size, -1, dtype=torch.int32, device=key.device)
+        self._begin(fresh=shape.slots, hides=hides)
+
+    def _begin(self, *, fresh: int, hides: bool) -> None:
+        """The books of a store whose first ``slots - fresh`` slots hold tokens."""
+        self.fresh = fresh
+        self.victims: Tensor | None = None
+        self.reclaimed = 0
+        self.hides = self.may_be_empty = hides
+        self.start: Tensor | None = None
+        self.peak = self.shape.slots - fresh
+        served = native.serves(self.keys, self.values) and self.keys.is_contiguous()
+        self.kernel = native.decoder() if served else None
+        self._accepted: tuple[Any, ...] = ()
         self._index_heads()
 
     def _index_heads(self) -> None:
         """Indices ``[B, 1, 1]`` and ``[1, H, 1]`` that stand beside slots ``[B, H, T]``."""
         device = self.positions.device
-        self._batch = torch.arange(self.shape.batch, device=device).view(-1, 1, 1)
-        self._head = torch.arange(self.shape.heads, device=device).view(1, -1, 1)
+        with torch.inference_mode(False):
+            self._batch = torch.arange(self.shape.batch, device=device).view(-1, 1, 1)
+            self._head = torch.arange(self.shape.heads, device=device).view(1, -1, 1)
 
     @classmethod
     def holding(cls, shape: SlotShape, key: Tensor, value: Tensor) -> SlotStore:
@@ -74,14 +109,69 @@ class SlotStore:
         store.shape = shape
         store.keys, store.values = key, value
         positions = torch.arange(shape.slots, device=key.device, dtype=torch.int32)
-        store.positions = positions.expand(shape.batch, shape.heads, shape.slots)
-        store.fresh = 0
+        store.positions = positions.repeat(shape.batch, shape.heads, 1)
+        store._begin(fresh=0, hides=False)
         return store
+
+    # -- room ----------------------------------------------------------------------------------
 
     @property
     def handed_out(self) -> int:
         """Slots of each head that have ever held a token."""
         return self.shape.slots - self.fresh
+
+    @property
+    def room(self) -> int:
+        """Slots that can be handed out without a decision: fresh ones, and victims."""
+        return self.fresh + (0 if self.victims is None else self.victims.shape[2] - self.reclaimed)
+
+    @property
+    def held(self) -> int:
+        """Tokens that each head holds now."""
+        return self.shape.slots - (self.room if self.hides else self.fresh)
+
+    def name_victims(self, victims: Tensor) -> None:
+        """Take the slots ``[B, H, N]`` as those that are reclaimed next, in their order.
+
+        Victims of an earlier decision that were not reclaimed stay cached unless named again.
+        """
+        self.victims, self.reclaimed = victims, 0
+        if self.hides:
+            self.clear(victims)
+
+    def take(self, count: int) -> tuple[Tensor, Tensor | None]:
+        """Hand out slots for ``count`` tokens, of which there must be room: fresh ones first.
+
+        Returns:
+            Slots, int64 ``[B, H, count]``; and those among them that held another token, if any.
+        """
+        fresh = min(count, self.fresh)
+        if fresh == count:
+            slots, reclaimed = self._take_fresh(count), None
+        else:
+            assert self.victims is not None  # a decision has seen to it
+            reclaimed = self.victims
+            if reclaimed.shape[2] != count - fresh:
+                reclaimed = reclaimed.narrow(2, self.reclaimed, count - fresh)
+            self.reclaimed += count - fresh
+            slots = reclaimed
+            if fresh:
+                slots = torch.cat([self._take_fresh(fresh), reclaimed], dim=-1)
+        held = self.shape.slots - self.fresh
+        if self.hides and self.victims is not None:
+            held += self.reclaimed - self.victims.shape[2]
+        if held > self.peak:
+            self.peak = held
+        return slots, reclaimed
+
+    def _take_fresh(self, count: int) -> Tensor:
+        """Hand out untouched slots, ``[B, H, count]`` (expanded, not allocated)."""
+        start = self.shape.slots - self.fresh
+        self.fresh -= count
+        slots = torch.arange(start, start + count, device=self.positions.device)
+        return slots.expand(self.shape.batch, self.shape.heads, count)
+
+    # -- tokens --------------------------------------------------------------------------------
 
     def cached(self) -> tuple[Tensor, Tensor, Tensor]:
         """Keys, values and positions of the slots that have ever held a token."""
@@ -89,6 +179,48 @@ class SlotStore:
             return self.keys, self.values, self.positions
         held = self.handed_out
         return self.keys[:, :, :held], self.values[:, :, :held], self.positions[:, :, :held]
+
+    def write(self, slots: Tensor, key: Tensor, value: Tensor, first: int | Tensor) -> None:
+        """Put consecutive tokens into slots, over whatever lay there.
+
+        Args:
+            slots: ``[B, H, T]``, distinct within a head.
+            key: ``[B, H, T, D]``.
+            value: ``[B, H, T, Dv]``.
+            first: position of the first token; of one token it may be an int32 tensor ``[1]``.
+        """
+        # Not scatter_: in bfloat16 on a CPU it copies the whole store to float32 and back.
+        where = (self._batch, self._head, slots)
+        self.keys.index_put_(where, key)
+        self.values.index_put_(where, value)
+        if isinstance(first, Tensor):
+            self.positions.scatter_(2, slots, first.view(1, 1, 1).expand_as(slots))
+        elif slots.shape[2] == 1:
+            self.positions.scatter_(2, slots, first)
+        else:
+            count = slots.shape[2]
+            positions = torch.arange(first, first + count, device=slots.device, dtype=torch.int32)
+            self.positions.scatter_(2, slots, positions.expand_as(slots))
+
+    def clear(self, slots: Tensor) -> None:
+        """Empty slots ``[B, H, N]``: nothing attends to them any more."""
+        self.positions.scatter_(2, slots, -1)
+
+    def clear_some(self, slots: Tensor, dead: Tensor) -> None:
+        """Empty those of the slots ``[B, H, T]`` whose tokens are dead, bool ``[B, 1, T]``."""
+        self.positions.scatter_(2, slots, self.positions.gather(2, slots).masked_fill(dead, -1))
+        self.may_be_empty = True
+
+    def fill_from(self, other: SlotStore, kept: Tensor) -> None:
+        """Take the tokens in the slots ``kept`` ``[B, H, S]`` of another store, in that order."""
+        into = kept.unsqueeze(-1)
+        self.keys.copy_(other.keys.gather(2, into.expand(*kept.shape, other.keys.shape[-1])))
+        self.values.copy_(other.values.gather(2, into.expand(*kept.shape, other.values.shape[-1])))
+        self.positions.copy_(other.positions.gather(2, kept))
+        self.fresh = 0
+        self.peak = max(self.peak, self.shape.slots)
+
+    # -- checks, copies, size ------------------------------------------------------------------
 
     @property
     def nbytes(self) -> int:
@@ -100,12 +232,28 @@ class SlotStore:
         """Bytes of the bookkeeping beside keys and values."""
         return self.positions.nbytes
 
-    def check(self, key: Tensor, value: Tensor) -> None:
-        """Refuse tokens that don't fit this store.
+    def accepts(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
+        """Whether a call is like the one that :meth:`check` has accepted last: most calls are."""
+        if not type(query) is type(key) is type(value) is Tensor:
+            return False
+        return self._accepted == (
+            *(query.shape, key.shape, value.shape),
+            *(query.dtype, key.dtype, value.dtype),
+            *(query.device, key.device, value.device),
+        )
+
+    def check(self, query: Tensor, key: Tensor, value: Tensor, seen: int) -> None:
+        """Refuse tokens that don't fit this store, and remember those that do.
 
         Raises:
-            ShapeError: batch, heads, head dim, dtype or device differ from the store's.
+            CacheStateError: the batch has another size.
+            ShapeError: heads, head dim, dtype or device differ from the store's.
         """
+        if key.shape[0] != self.shape.batch:
+            raise CacheStateError(
+                f"batch changed from {self.shape.batch} to {key.shape[0]} after {seen} tokens; use "
+                f"select_batch() to reorder a batch, reset() to start a new one"
+            )
         for name, new, held in (("key", key, self.keys), ("value", value, self.values)):
             got = (new.shape[0], new.shape[1], new.shape[3])
             want = (held.shape[0], held.shape[1], held.shape[3])
@@ -119,54 +267,19 @@ class SlotStore:
                     f"{name} is {new.dtype} on {new.device}, but the cache holds {held.dtype} on "
                     f"{held.device}"
                 )
-
-    def take_fresh(self, count: int) -> Tensor:
-        """Hand out ``count`` untouched slots; ``[B, H, count]`` (expanded, not allocated)."""
-        start = self.handed_out
-        self.fresh -= count
-        slots = torch.arange(start, start + count, device=self.positions.device)
-        return slots.expand(self.shape.batch, self.shape.heads, count)
-
-    def write(self, slots: Tensor, key: Tensor, value: Tensor, first: int) -> None:
-        """Put consecutive tokens into slots, over whatever lay there.
-
-        Args:
-            slots: ``[B, H, T]``, distinct within a head.
-            key: ``[B, H, T, D]``.
-            value: ``[B, H, T, Dv]``.
-            first: position of the first token.
-        """
-        self.put(slots, key, value)
-        count = slots.shape[-1]
-        if count == 1:
-            self.positions.scatter_(2, slots, first)
-        else:
-            positions = torch.arange(first, first + count, device=slots.device, dtype=torch.int32)
-            self.positions.scatter_(2, slots, positions.expand_as(slots))
-
-    def put(self, slots: Tensor, key: Tensor, value: Tensor) -> None:
-        """Put keys and values into slots; whoever calls sees to the positions."""
-        # Not scatter_: in bfloat16 on a CPU it copies the whole store to float32 and back.
-        where = (self._batch, self._head, slots)
-        self.keys.index_put_(where, key)
-        self.values.index_put_(where, value)
-
-    def clear(self, slots: Tensor) -> None:
-        """Empty slots ``[B, H, N]``: nothing attends to them any more."""
-        self.positions.scatter_(2, slots, -1)
-
-    def fill_from(self, other: SlotStore, kept: Tensor) -> None:
-        """Take the tokens in the slots ``kept`` ``[B, H, S]`` of another store, in that order."""
-        into = kept.unsqueeze(-1)
-        self.keys.copy_(other.keys.gather(2, into.expand(*kept.shape, other.keys.shape[-1])))
-        self.values.copy_(other.values.gather(2, into.expand(*kept.shape, other.values.shape[-1])))
-        self.positions.copy_(other.positions.gather(2, kept))
-        self.fresh = 0
+        self._accepted = (
+            *(query.shape, key.shape, value.shape),
+            *(query.dtype, key.dtype, value.dtype),
+            *(query.device, key.device, value.device),
+        )
 
     def select_batch(self, index: Tensor) -> None:
         """Keep the sequences ``index`` (beam search, batch selection); a sequence may repeat."""
         self.shape = replace(self.shape, batch=index.shape[0])
-        self.keys = self.keys.index_select(0, index)
-        self.values = self.values.index_select(0, index)
-        self.positions = self.positions.index_select(0, index)
+        with torch.inference_mode(False):
+            for name in ("keys", "values", "positions", "victims", "start"):
+                tensor = getattr(self, name)
+                if tensor is not None:
+                    setattr(self, name, tensor.index_select(0, index))
+        self._accepted = ()
         self._index_heads()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,10 +11,19 @@ import torch
 from torch import Tensor
 
 from kvpolicy.budget.budget import Budget, Schedule
-from kvpolicy.cache.layer import LayerCache
+from kvpolicy.cache.checks import under_autocast
+from kvpolicy.cache.compiled_step import CompiledStep, Hide, SlotStep
+from kvpolicy.cache.layer import Layer
+from kvpolicy.cache.plan import LayerPlan
 from kvpolicy.cache.terms import Terms
-from kvpolicy.errors import BudgetError, CacheStateError, ParameterError, ShapeError
-from kvpolicy.layout import UNBOUND, LateLayout, TokenLayout
+from kvpolicy.errors import (
+    BudgetError,
+    CacheStateError,
+    KVPolicyError,
+    ParameterError,
+    ShapeError,
+)
+from kvpolicy.layout import LateLayout, TokenLayout
 from kvpolicy.policy.policy import EvictionPolicy
 from kvpolicy.registry import create
 
@@ -81,6 +91,8 @@ class PolicyCache:
             A layer that can see no more than the budget is left alone: it gets no slots, and the
             others share the budget as if it were not there.
         lent: layers whose tokens other layers attend to as well.
+        first_head: index of head 0 here among all KV heads of a layer: not 0 where processes share
+            a layer's heads (tensor parallelism).
 
     Raises:
         BudgetError: the budget is too small for this policy on this layout.
@@ -99,6 +111,7 @@ class PolicyCache:
         schedule: Schedule | None = None,
         windows: Sequence[int | None] | None = None,
         lent: Collection[int] = (),
+        first_head: int = 0,
     ) -> None:
         self.policy = create(policy) if isinstance(policy, str) else policy
         if not isinstance(self.policy, EvictionPolicy):
@@ -132,25 +145,31 @@ class PolicyCache:
         self._managed = tuple(n for n in range(num_layers) if n not in self._left_alone)
         budgets = {} if known is None or average is None else self._share(known, average)
         self.layers = tuple(
-            LayerCache(
-                self.policy,
-                UNBOUND if known is None else known,
-                layer=layer,
-                num_layers=num_layers,
-                budget=budgets.get(layer, 0),
-                eager=reclaim == "eager",
-                bind=None if late is None else self._bind,
-                window=windows[layer] or None,
-                lent=layer in lent,
+            Layer(
+                LayerPlan(
+                    policy=self.policy,
+                    layer=layer,
+                    num_layers=num_layers,
+                    eager=reclaim == "eager",
+                    window=windows[layer] or None,
+                    lends=layer in lent,
+                    first_head=first_head,
+                    bind=None if late is None else self._bind,
+                ),
+                known,
+                budgets.get(layer, 0),
             )
             for layer in range(num_layers)
         )
+        self._attending = {layer: self.layers[layer] for layer in self._managed}
+        self._first = self.layers[self._managed[0] if self._managed else 0]
+        self._step = CompiledStep(tuple(self._attending.values()))
+        self._stepping = False
 
     @property
     def layout(self) -> TokenLayout | None:
         """Where tokens sit, as the first layer knows it; None while that is unknown."""
-        layout = self._first.layout
-        return None if layout is UNBOUND else layout
+        return self._first.layout
 
     def attend(
         self,
@@ -167,20 +186,21 @@ class PolicyCache:
     ) -> Tensor:
         """Cache T new tokens of one layer and attend from them to what the layer holds.
 
-        T tokens at once give what T calls with one token each give, up to float error. A text
-        prompt longer than the capacity is the exception: its tokens attend to the whole prompt,
-        and what the policy keeps of it is cached.
+        T tokens at once give what T calls with one token each give, up to float error. There are
+        two exceptions. A text prompt longer than the capacity attends to the whole prompt, and what
+        the policy keeps of it is cached. And tokens that see each other's future (a *block*) are
+        cached together before the first of them attends.
 
         Args:
-            layer: index of the layer.
+            layer: index of the layer. Every layer gets the same tokens, one call after the other.
             query: ``[B, G * H, T, D]``, rotation applied.
             key: ``[B, H, T, D]``, rotation applied.
             value: ``[B, H, T, Dv]``.
             scale: factor of the scores; ``1 / sqrt(D)`` by default.
-            visible: bool by position, broadcastable to ``[B, 1, T, seen + T]``: False hides the
-                token at a position (padding, a sliding window) from a query. Causality is
-                implied. None hides nothing. In text, leading tokens that don't see themselves are
-                padding: pinned sinks and anchors are counted from the first token behind them.
+            visible: the model's whole mask by position, bool ``[B|1, 1|H, T, seen + T]``: False
+                hides the token at a position from a query. Nothing is added to it; None is causal.
+                In text, tokens that don't see themselves are padding: they hold no slot, and
+                pinned sinks and anchors are counted from the first token behind leading ones.
             bias: added to the scores, by position, ``[B|1, 1|H|G * H, T, seen + T]`` (ALiBi).
             softcap: scores become ``softcap * tanh(scores / softcap)``.
             sinks: learned logits ``[G * H]`` that take a share of the softmax and give nothing.
@@ -191,13 +211,159 @@ class PolicyCache:
         Raises:
             ShapeError: a tensor has the wrong shape, dtype or device.
             LayoutError: more tokens than the layout has.
-            CacheStateError: the batch size has changed since the last call.
+            BudgetError: a block that the layer can't free slots for.
+            CacheStateError: the batch size has changed since the last call; layers disagree on how
+                many tokens there were; a call was interrupted by an exception; or a gradient would
+                have to go back through an earlier call.
             AttentionError: the attention is NaN, or a score that a decision is made from. One whose
                 policy neither observes attention nor scores keys pays nothing for it, and NaN goes
                 on into the output. (On a GPU it is asserted there, so that nobody waits for it.)
         """
-        terms = Terms(scale=scale, visible=visible, bias=bias, softcap=softcap, sinks=sinks)
-        return self._layer(layer).attend(query, key, value, terms)
+        found = self._attending.get(layer)
+        if found is None:
+            raise self._no_layer(layer)
+        terms = Terms(scale, visible, bias, softcap, sinks)
+        if torch.is_autocast_enabled(query.device.type):
+            return self._under_autocast(found, query, key, value, terms, False)[0]
+        # Layers take turns: each brings the same tokens, the first layer first.
+        if found is not self._first:
+            if found.seen + key.shape[2] != self._first.seen:
+                raise self._disagree(found)
+        else:
+            for other in self._step.layers:
+                if other.seen != found.seen:
+                    raise self._disagree(found)
+        return found.attend(query, key, value, terms)[0]
+
+    def attend_with_weights(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float | None = None,
+        visible: Tensor | None = None,
+        bias: Tensor | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The same, with what each query head gave to each position.
+
+        Returns:
+            Output ``[B, G * H, T, Dv]``, and the weights ``[B, G * H, T, seen + T]``, in which
+            evicted tokens have zero.
+        """
+        terms = Terms(scale, visible, bias, softcap, sinks)
+        found = self._layer(layer)
+        self._check_turn(found, key.shape[2])
+        output, weights = self._under_autocast(found, query, key, value, terms, True)
+        assert weights is not None
+        return output, weights
+
+    def attend_shared(
+        self,
+        layer: int,
+        query: Tensor,
+        *,
+        scale: float | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+        weights: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend from a layer that keeps nothing to what this layer's newest call attended to.
+
+        Args:
+            layer: the layer whose keys and values are borrowed; ``lent`` must have named it.
+            query: ``[B, G * H, T', D]``, of the last T' tokens of that call.
+            scale: factor of the scores; ``1 / sqrt(D)`` by default.
+            softcap: as in :meth:`attend`.
+            sinks: as in :meth:`attend`.
+            weights: whether to return the weights.
+
+        Returns:
+            Output ``[B, G * H, T', Dv]``; weights by position ``[B, G * H, T', seen]``, or None.
+
+        Raises:
+            CacheStateError: the layer does not lend, or its newest call had fewer tokens.
+        """
+        found = self._layer(layer)
+        if found.lending is None:
+            raise CacheStateError(
+                f"layer {layer} does not lend its tokens; say lent=[{layer}] when the cache is made"
+            )
+        (query,) = under_autocast(query)
+        terms = Terms(scale=scale, softcap=softcap, sinks=sinks)
+        return found.lending.attend(query, terms, found.seen, weights=weights)
+
+    def _under_autocast(
+        self, found: Layer, query: Tensor, key: Tensor, value: Tensor, terms: Terms, weights: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend in the dtype that autocast gives attention, and in float32 where we say so."""
+        device = query.device.type
+        query, key, value = under_autocast(query, key, value)
+        self._check_turn(found, key.shape[2])
+        with torch.autocast(device, enabled=False):
+            return found.attend(query, key, value, terms, weights)
+
+    def _check_turn(self, found: Layer, count: int) -> None:
+        """What :meth:`attend` looks at, too."""
+        others = self._step.layers if found is self._first else ()
+        expected = found.seen if found is self._first else self._first.seen - count
+        if any(layer.seen != expected for layer in (found, *others)):
+            raise self._disagree(found)
+
+    def _disagree(self, found: Layer) -> CacheStateError:
+        """Why a layer can't take tokens now."""
+        seen = {layer.plan.layer: layer.seen for layer in self._step.layers}
+        return CacheStateError(
+            f"layer {found.plan.layer} is given tokens out of turn: layers have seen {seen} "
+            f"tokens, but each must see the same ones, the first layer first; after an exception "
+            f"in the middle of a forward pass, reset() the cache"
+        )
+
+    # -- a compiled step -------------------------------------------------------------------------
+
+    @contextmanager
+    def step(self, hide: Hide | None = None) -> Iterator[None]:
+        """Around compiled code that decodes one token, and calls :meth:`attend_step` in each layer.
+
+        Policies decide before the block and observe after it; nothing inside depends on a number
+        that changes (see :mod:`kvpolicy.cache.compiled_step`). If the block raises before a layer
+        has written its token, the cache goes on as if it had not been entered.
+
+        Args:
+            hide: given a layer's store, the slots of padding to hide from every step, bool
+                ``[B, 1, S]``, or None; asked once.
+
+        Raises:
+            CacheStateError: no token has come yet, a step has begun already, or a layer was
+                interrupted.
+            ParameterError: other layers attend to a layer's tokens.
+        """
+        if self._stepping:
+            raise CacheStateError("a step has begun that has not ended")
+        for layer in self._step.layers:
+            if layer.seen != self._first.seen:
+                raise self._disagree(layer)
+        self._step.begin(hide)
+        self._stepping = done = False
+        try:
+            self._stepping = True
+            yield
+            done = True
+        finally:
+            self._stepping = False
+            self._step.end(done)
+
+    @property
+    def stepping(self) -> bool:
+        """Whether a compiled step has begun and not ended."""
+        return self._stepping
+
+    def layer_step(self, layer: int) -> SlotStep:
+        """The tensors of a layer's compiled step; between :meth:`step`'s begin and end only."""
+        return self._step.by_layer[layer]
 
     def _bind(
         self, layer: int, seen: int, count: int, bound: TokenLayout | None
@@ -213,8 +379,8 @@ class PolicyCache:
         if layout is not bound and budget < (floor := self.policy.min_budget(layout)):
             raise BudgetError(
                 f"layer {layer} has a budget of {budget} tokens since {bound!r}, too few for "
-                f"{self._name} on {layout!r}, which follows; the smallest budget that works is "
-                f"{floor}"
+                f"{self.policy.label} on {layout!r}, which follows; the smallest budget that works "
+                f"is {floor}"
             )
         return layout, budget
 
@@ -241,24 +407,20 @@ class PolicyCache:
         )
         return dict(zip(self._managed, budgets, strict=True))
 
-    @property
-    def _name(self) -> str:
-        return self.policy.key or type(self.policy).__name__
+    def _layer(self, layer: int) -> Layer:
+        found = self._attending.get(layer)
+        if found is None:
+            raise self._no_layer(layer)
+        return found
 
-    def _layer(self, layer: int) -> LayerCache:
+    def _no_layer(self, layer: int) -> KVPolicyError:
+        """Why there is no such layer under the policy."""
         if type(layer) is not int or not 0 <= layer < len(self.layers):
-            raise ParameterError(f"layer={layer!r} is not one of the {len(self.layers)} layers")
-        if layer in self._left_alone:
-            raise CacheStateError(
-                f"layer {layer} is left alone: it sees no more tokens than its budget, or keeps "
-                f"none; the layers under the policy are {list(self._managed)}"
-            )
-        return self.layers[layer]
-
-    @property
-    def _first(self) -> LayerCache:
-        """The first layer to see a token."""
-        return self.layers[self._managed[0] if self._managed else 0]
+            return ParameterError(f"layer={layer!r} is not one of the {len(self.layers)} layers")
+        return CacheStateError(
+            f"layer {layer} is left alone: it sees no more tokens than its budget, or keeps "
+            f"none; the layers under the policy are {list(self._managed)}"
+        )
 
     @property
     def seen(self) -> int:
@@ -279,12 +441,12 @@ class PolicyCache:
         stores = [layer.store for layer in self.layers if layer.store is not None]
         readings = [o.mass.nbytes for layer in self.layers for o in layer.observers]
         return CacheStats(
-            policy=self.policy.key or type(self.policy).__name__,
+            policy=self.policy.label,
             budgets=tuple(layer.budget for layer in self.layers),
-            peak_tokens=tuple(layer.peak for layer in self.layers),
+            peak_tokens=tuple(0 if n.store is None else n.store.peak for n in self.layers),
             bytes=sum(store.nbytes for store in stores),
             overhead_bytes=sum(store.overhead_nbytes for store in stores) + sum(readings),
-            evictions=tuple(layer.evictions for layer in self.layers),
+            evictions=tuple(0 if n.store is None else n.seen - n.store.held for n in self.layers),
             reports=tuple(layer.reports for layer in self.layers),
             seen=self.seen,
             left_alone=tuple(sorted(self._left_alone)),
@@ -294,6 +456,7 @@ class PolicyCache:
         """Forget everything: the next token is the first of a new sequence."""
         for layer in self.layers:
             layer.reset()
+        self._stepping = False
 
     def select_batch(self, index: Tensor) -> None:
         """Keep the sequences ``index``, int64 ``[B']``; a sequence may repeat (beam search).
@@ -311,7 +474,6 @@ def _average(
     policy: EvictionPolicy, budget: Budget | None, layout: TokenLayout, goes_on: bool
 ) -> int:
     """Tokens a layer; ``goes_on`` as in :class:`LateLayout`."""
-    name = policy.key or type(policy).__name__
     if budget is None:
         if layout.evictable is None:
             raise BudgetError(
@@ -324,8 +486,8 @@ def _average(
     floor = _floor(policy, layout)
     if average < floor:
         raise BudgetError(
-            f"budget={budget} is {average} tokens per layer, too few for {name} on {layout!r}; "
-            f"the smallest budget that works is {floor}"
+            f"budget={budget} is {average} tokens per layer, too few for {policy.label} on "
+            f"{layout!r}; the smallest budget that works is {floor}"
         )
     return average
 

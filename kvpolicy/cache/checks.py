@@ -2,58 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+import torch
 from torch import Tensor
 
-from kvpolicy.cache.terms import Terms
 from kvpolicy.errors import CacheStateError, ShapeError
-from kvpolicy.slots import SlotStore
 
-__all__ = ["Accepted", "check_tokens"]
-
-
-class Accepted:
-    """What :func:`check_tokens` accepted last: most calls are like the one before."""
-
-    def __init__(self) -> None:
-        self._like: tuple[Any, ...] = ()
-        self._store: SlotStore | None = None
-        self._sizes = (0, 0, 0, 0)
-
-    def check(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        terms: Terms,
-        store: SlotStore | None,
-        seen: int,
-    ) -> int:
-        """Refuse wrong tensors before anything changes; returns T. See :func:`check_tokens`."""
-        like: tuple[Any, ...] = ()
-        if type(query) is type(key) is type(value) is Tensor:
-            like = (
-                *(query.shape, key.shape, value.shape),
-                *(query.dtype, key.dtype, value.dtype),
-                *(query.device, key.device, value.device),
-            )
-        if not like or like != self._like or self._store is not store:
-            count = check_tokens(query, key, value, store, seen)
-            self._like, self._store = like, store
-            self._sizes = key.shape[0], key.shape[1], query.shape[1], count
-        terms.check(*self._sizes, seen + self._sizes[3])
-        return self._sizes[3]
+__all__ = ["check_gradients", "check_tokens", "under_autocast"]
 
 
-def check_tokens(
-    query: Tensor, key: Tensor, value: Tensor, store: SlotStore | None, seen: int
-) -> int:
-    """Refuse wrong tensors before anything changes; returns T.
+def check_tokens(query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Refuse tensors that are no tokens, or don't fit each other.
 
     Raises:
         ShapeError: a tensor has the wrong shape, dtype or device.
-        CacheStateError: the batch is not the one that the store holds.
     """
     for name, tensor in (("key", key), ("query", query), ("value", value)):
         if not isinstance(tensor, Tensor):
@@ -84,11 +45,28 @@ def check_tokens(
         )
     if count == 0:
         raise ShapeError("no tokens: key is " + str(list(key.shape)))
-    if store is not None:
-        if batch != store.shape.batch:
-            raise CacheStateError(
-                f"batch changed from {store.shape.batch} to {batch} after {seen} "
-                f"tokens; use select_batch() to reorder a batch, reset() to start a new one"
-            )
-        store.check(key, value)
-    return count
+
+
+def check_gradients(layer: int, *tokens: Tensor) -> None:
+    """Refuse to go on where gradients would have to go back through an earlier call.
+
+    What that call cached has been overwritten in place since, or is about to be.
+
+    Raises:
+        CacheStateError: one of these tensors wants a gradient.
+    """
+    if any(tensor.requires_grad for tensor in tokens):
+        raise CacheStateError(
+            f"layer {layer}: gradients can't go back through several calls of a cache, whose slots "
+            f"are written in place; decode under torch.no_grad() (generate does), or bring the "
+            f"whole sequence in one call"
+        )
+
+
+def under_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in the dtype that ``torch.autocast`` gives attention; as they are outside it."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(tensor.to(dtype) if tensor.is_floating_point() else tensor for tensor in tensors)

@@ -1,136 +1,159 @@
-"""Making room: before a token comes, the policy names the slots that it and later ones may take."""
+"""Decider: before a token comes, the policy names the slots that it and later ones may take."""
 
 from __future__ import annotations
+
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from kvpolicy.cache.layer_state import QUERY_CHUNK, LayerState
-from kvpolicy.cache.terms import Terms
+from kvpolicy.cache.plan import LayerPlan
 from kvpolicy.errors import BudgetError, ShapeError
-from kvpolicy.layout import UNBOUND
+from kvpolicy.policy.policy import ScoredPolicy
 from kvpolicy.policy.view import CacheView
 from kvpolicy.slots import SlotStore
 
-__all__ = ["ask", "expire", "find_start", "hand_out", "make_room", "run_length"]
+__all__ = ["FORESEEN", "Decider", "DecisionRecorder"]
+
+#: Tokens ahead of which a layer asks, at most, when its next decision is due.
+FORESEEN = 128
 
 
-def make_room(state: LayerState) -> None:
-    """Let the policy decide, if the next token needs more room than there is."""
-    if state.seen >= state.settled:
-        _decide(state)
-        state.settled = state.seen + _calm(state)
+class DecisionRecorder(Protocol):
+    """Told of each decision of a layer; see :mod:`kvpolicy.tracing.recording`."""
+
+    def decided(self, plan: LayerPlan, store: SlotStore, view: CacheView, victims: Tensor) -> None:
+        """A decision has been made, and not yet taken effect."""
+
+    def compressed(
+        self, plan: LayerPlan, store: SlotStore, view: CacheView, victims: Tensor
+    ) -> None:
+        """A prompt is about to lose these tokens at once."""
+
+    def select_batch(self, index: Tensor) -> None:
+        """The batch is reordered."""
+
+    def reset(self) -> None:
+        """A new sequence begins."""
 
 
-def _decide(state: LayerState) -> None:
-    """Ask the policy what it wants free, and for victims if that is not so."""
-    room = state.room
-    store = state.require_store()
-    view = state.view(store, state.seen, room)
-    wanted = _headroom(state, view)
-    if room >= wanted:
-        return
-    count = wanted - store.fresh
-    if count > state.capacity - state.layout.prefix:
-        raise BudgetError(
-            f"{state.name} wants {wanted} free slots at position {state.seen}, but layer "
-            f"{state.layer} may hold only {state.budget} evictable tokens; min_budget must say so"
-        )
-    expire(state, store)
-    victims = ask(state, view, count)
-    if state.recorder is not None:
-        state.recorder.decided(state, view, victims, store.fresh)
-    # Victims of an earlier decision that were not reclaimed stay cached unless chosen again.
-    state.queue, state.reused = victims, 0
-    if state.eager:
-        store.clear(victims)
+class Decider:
+    """Asks one layer's policy, and checks what it says.
 
-
-def _headroom(state: LayerState, view: CacheView) -> int:
-    """What the policy wants free, but never more than the layout still has tokens."""
-    wanted = state.policy.headroom(view)
-    length = state.layout.length
-    return wanted if length is None else min(wanted, length - view.seen)
-
-
-def ask(state: LayerState, view: CacheView, count: int) -> Tensor:
-    """Ask the policy, and refuse an answer of another shape."""
-    victims = state.policy.victims(view, count)
-    expected = (*view.positions.shape[:2], count)
-    if tuple(victims.shape) != expected or victims.dtype != torch.int64:
-        raise ShapeError(
-            f"{state.name}.victims gave {victims.dtype} {list(victims.shape)}; expected int64 "
-            f"{list(expected)}"
-        )
-    return victims
-
-
-def run_length(state: LayerState, limit: int) -> int:
-    """Tokens, at most ``limit``, that can come at once with no decision between them."""
-    make_room(state)
-    return min(limit, state.settled - state.seen)
-
-
-def _calm(state: LayerState) -> int:
-    """Tokens that can come with no decision between them: what a policy wants is known ahead."""
-    room, length = state.room, state.layout.length
-    limit = min(room, QUERY_CHUNK)
-    if length is not None and room >= length - state.seen:
-        return limit
-    view = state.view(state.require_store(), state.seen, room)
-    for ahead in range(1, limit):
-        # One view for all of them: headroom() reads none of what a view remembers.
-        view.seen, view.room = state.seen + ahead, room - ahead
-        if _headroom(state, view) > view.room:
-            return ahead
-    return limit
-
-
-def hand_out(state: LayerState, count: int) -> tuple[Tensor, int]:
-    """Slots for the next tokens, ``[B, H, count]``, and how many of them were fresh."""
-    store = state.require_store()
-    fresh = min(count, store.fresh)
-    if fresh == count:
-        return store.take_fresh(count), fresh
-    assert state.queue is not None  # make_room has seen to it
-    reclaimed = state.queue
-    if reclaimed.shape[2] != count - fresh:
-        reclaimed = reclaimed.narrow(2, state.reused, count - fresh)
-    state.reused += count - fresh
-    if fresh == 0:
-        return reclaimed, 0
-    return torch.cat([store.take_fresh(fresh), reclaimed], dim=-1), fresh
-
-
-def find_start(state: LayerState, terms: Terms, count: int) -> None:
-    """Find the padding before each sequence of text: tokens that don't see themselves.
-
-    Prefix and anchors of a text are counted from its first real token, so that a sequence
-    keeps what it would keep alone. An image's prompt is padded inside its pinned prefix, and
-    the grid that follows begins at one position for the whole batch.
+    Attributes:
+        plan: of the layer.
+        recorder: told of each decision, where somebody wants a trace.
+        settled: the position before which no decision is due.
     """
-    if terms.visible is None or state.layout is UNBOUND or not state.layout.compresses_prompt:
-        return
-    if state.seen > 0 and state.start is None:
-        return
-    own = terms.visible[..., state.seen :]
-    if own.shape[2] > 1:
-        own = own.diagonal(dim1=2, dim2=3)
-    hidden = (~own).flatten(1).view(own.shape[0], -1, count)[:, 0]
-    leading = hidden.to(torch.int32).cumprod(-1).sum(-1, dtype=torch.int32)
-    if state.start is None:
-        state.start = leading
-    else:
-        state.start = torch.where(state.start == state.seen, state.start + leading, state.start)
 
+    def __init__(self, plan: LayerPlan) -> None:
+        self.plan = plan
+        self.recorder: DecisionRecorder | None = None
+        self.settled = 0
 
-def expire(state: LayerState, store: SlotStore) -> None:
-    """Empty the slots of tokens that no query will see again: padding, and behind a window."""
-    if state.window is None and state.start is None:
-        return
-    positions = store.positions
-    if state.window is not None:
-        positions = positions.masked_fill(positions <= state.seen - state.window, -1)
-    if state.start is not None:
-        positions = positions.masked_fill(positions < state.start.view(-1, 1, 1), -1)
-    store.positions = positions
+    def victims(self, store: SlotStore, view: CacheView, block: int) -> Tensor | None:
+        """The slots to reclaim next, so that the next ``block`` tokens have room; None if they do.
+
+        Nothing has changed if this raises, but that tokens behind a window are gone.
+
+        Raises:
+            BudgetError: there can't be so much room.
+            ShapeError: the policy names no slots, or not as many as it was asked for.
+        """
+        wanted = max(self._headroom(view), block)
+        if view.room >= wanted:
+            return None
+        count = wanted - store.fresh
+        if count > view.budget:
+            raise BudgetError(self._too_much(view, wanted, block))
+        self.expire(store, view.seen)
+        victims = self.ask(view, count)
+        if block > 1:
+            self._check_block(view, victims, block)
+        if self.recorder is not None:
+            self.recorder.decided(self.plan, store, view, victims)
+        return victims
+
+    def foresee(self, view: CacheView, room: int, block: int) -> None:
+        """Find out how many tokens can come with no decision between them, at least ``block``.
+
+        What a policy wants is known ahead, as it reads no tensors for it.
+        """
+        seen, length = view.seen, view.layout.length
+        calm = min(room, FORESEEN)
+        if length is None or room < length - seen:
+            for ahead in range(1, calm):
+                # One view for all of them: headroom() reads none of what a view remembers.
+                view.seen, view.room = seen + ahead, room - ahead
+                if self._headroom(view) > view.room:
+                    calm = ahead
+                    break
+        self.settled = seen + max(calm, block)
+
+    def ask(self, view: CacheView, count: int) -> Tensor:
+        """Ask the policy for victims, and refuse an answer that names anything but slots.
+
+        Raises:
+            ShapeError: it has another shape or dtype, or names what is no slot of the view's.
+        """
+        policy = self.plan.policy
+        victims = policy.victims(view, count)
+        expected = (*view.positions.shape[:2], count)
+        if tuple(victims.shape) != expected or victims.dtype != torch.int64:
+            raise ShapeError(
+                f"{policy.label}.victims gave {victims.dtype} {list(victims.shape)}; expected "
+                f"int64 {list(expected)}"
+            )
+        # Our own ranking names slots that there are; who chooses otherwise is looked at.
+        if getattr(type(policy), "victims", None) is not ScoredPolicy.victims:
+            self._check_range(victims, view.handed_out)
+        return victims
+
+    def expire(self, store: SlotStore, seen: int) -> None:
+        """Empty the slots of tokens behind a sliding window: no query will see them again."""
+        if self.plan.window is not None:
+            store.positions.masked_fill_(store.positions <= seen - self.plan.window, -1)
+
+    def _headroom(self, view: CacheView) -> int:
+        """What the policy wants free, but never more than the layout still has tokens."""
+        wanted = self.plan.policy.headroom(view)
+        length = view.layout.length
+        return wanted if length is None else min(wanted, length - view.seen)
+
+    def _check_range(self, victims: Tensor, held: int) -> None:
+        """Refuse slots that hold no token: kernels trust what comes behind this."""
+        least, most = victims.aminmax()
+        if victims.device.type != "cpu":
+            torch._assert_async((least >= 0) & (most < held))
+        elif int(least) < 0 or int(most) >= held:
+            raise ShapeError(
+                f"{self.plan.policy.label}.victims named slot {int(least if least < 0 else most)}; "
+                f"slots are 0 to {held - 1} (places in the view's tensors, not positions)"
+            )
+
+    def _check_block(self, view: CacheView, victims: Tensor, block: int) -> None:
+        """Refuse to give up protected tokens for a block that is too large for what is left.
+
+        Raises:
+            BudgetError: among the victims are tokens that the policy protects.
+        """
+        kept, policy = view.pinned, self.plan.policy
+        said = policy.protect(view) if isinstance(policy, ScoredPolicy) else None
+        if said is not None:
+            kept = kept | said
+        if bool((kept & ~view.empty).gather(2, victims).any()):
+            raise BudgetError(self._too_much(view, block, block))
+
+    def _too_much(self, view: CacheView, wanted: int, block: int) -> str:
+        """Why so many slots can't be free at once."""
+        name, where = self.plan.policy.label, f"position {view.seen} of layer {view.layer}"
+        if block > 1:
+            return (
+                f"{block} tokens from {where} see each other, so they must be cached together, but "
+                f"{name} with {view.budget} evictable tokens can't free so many slots; give a "
+                f"larger budget, or bring them in the first call"
+            )
+        return (
+            f"{name} wants {wanted} free slots at {where}, which may hold only {view.budget} "
+            f"evictable tokens; min_budget must say so"
+        )

@@ -1,251 +1,523 @@
-"""LayerCache: one layer of a generation, a token's way from key and value to output and report.
+"""Layer: one layer of a generation, a token's way from key and value to output and report.
 
-The policy makes room if it must, the key and value are written into slots, the query attends over
-the slots, and what it attended to is reported to the policy's observers. There is no other way in
-or out.
+What comes is checked; if room must be made, the policy decides; key and value are written into a
+slot, the query attends over the slots, and what it attended to is reported to the observers. One
+token goes through :meth:`Layer._token`; several go through :func:`attend_beside`, which lets each
+query see what the later ones replace. There is no other way in or out.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from kvpolicy.cache.decider import find_start, hand_out, make_room, run_length
-from kvpolicy.cache.layer_state import LayerState
-from kvpolicy.cache.prefill import compress_prompt, follow, hold_all
-from kvpolicy.cache.step import Step
-from kvpolicy.cache.terms import Terms, by_slot
-from kvpolicy.errors import CacheStateError, ParameterError
-from kvpolicy.layout import UNBOUND
-from kvpolicy.observers import Need
-from kvpolicy.ops.cpu import native
-from kvpolicy.slots import SlotStore
+from kvpolicy.cache.beside import attend_beside
+from kvpolicy.cache.blocks import block_ends
+from kvpolicy.cache.checks import check_gradients, check_tokens
+from kvpolicy.cache.decider import Decider
+from kvpolicy.cache.lending import Lending, by_position
+from kvpolicy.cache.plan import LayerPlan
+from kvpolicy.cache.terms import Terms
+from kvpolicy.errors import AttentionError, CacheStateError, LayoutError
+from kvpolicy.layout import TextLayout, TokenLayout
+from kvpolicy.observers import AttentionObserver, AttentionReport, Need
+from kvpolicy.ops.attend import write_and_attend
+from kvpolicy.policy.view import CacheView
+from kvpolicy.slots import SlotShape, SlotStore
 
-__all__ = ["LayerCache"]
+__all__ = ["Layer"]
+
+#: All but a scale.
+_NO_TERMS = (None, None, None, None)
+#: Positions are int32.
+_MOST = 2**31 - 1
 
 
-class LayerCache(LayerState):
-    """One layer of a generation: caches tokens, and attends from them."""
+class Layer:
+    """One layer of a generation: caches tokens, and attends from them.
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, terms: Terms) -> Tensor:
-        """Cache T tokens and attend from them; see :meth:`PolicyCache.attend`."""
-        if self.step is not None:
-            return self.step.attend(query, key, value, terms)
-        count = self.accepted.check(query, key, value, terms, self.store, self.seen)
-        follow(self, count)
-        self.check_length(count)
-        find_start(self, terms, count)
-        self.newest.forget()
-        if self.layout is UNBOUND:
-            return hold_all(self, query, key, value, terms)
-        if self.seen == 0 and count > self.capacity and self.layout.compresses_prompt:
-            return compress_prompt(self, query, key, value, terms)
+    Args:
+        plan: what is fixed about it.
+        layout: where tokens sit; None while that is not known.
+        budget: evictable tokens that a head may hold.
+
+    Attributes:
+        plan: see above.
+        layout: see above.
+        budget: see above.
+        store: its slots; None before the first token.
+        observers: who is told what attention did.
+        most: tokens that there can be at all.
+        need_mass: whether one of them wants to know.
+        seen: tokens of the sequence so far.
+        reports: attention reports that reached the observers.
+        decider: asks the policy.
+        lending: what the newest call attended to, where other layers borrow it.
+        whole: False from the first change of a call to its last: an exception between them leaves a
+            layer that nobody can tell the state of.
+    """
+
+    def __init__(self, plan: LayerPlan, layout: TokenLayout | None, budget: int) -> None:
+        self.plan = plan
+        self._place(layout, budget)
+        self.decider = Decider(plan)
+        self.lending = Lending(plan.layer) if plan.lends else None
+        self.reset()
+
+    def reset(self) -> None:
+        """Back to the state before the first token."""
+        if self.plan.bind is not None:
+            self._place(None, 0)
+        self.store: SlotStore | None = None
+        self.observers: Sequence[AttentionObserver] = ()
+        self.need_mass = False
+        self.seen = self.reports = self.decider.settled = 0
+        if self.decider.recorder is not None:
+            self.decider.recorder.reset()
+        if self.lending is not None:
+            self.lending.passes = []
+        self.whole = True
+
+    @property
+    def capacity(self) -> int:
+        """Slots of a head: pinned prefix + budget."""
+        return (0 if self.layout is None else self.layout.prefix) + self.budget
+
+    def require_store(self) -> SlotStore:
+        """The slots.
+
+        Raises:
+            CacheStateError: no token has come yet.
+        """
         if self.store is None:
-            self.watch(self.allocate(key, value).shape)
-        if count == 1:
-            make_room(self)
-            return self._run(query, key, value, terms)
-        outputs = []
-        done = 0
-        while done < count:
-            run = run_length(self, count - done)
-            part = slice(done, done + run)
-            done += run
-            rows = terms.rows(part).places(slice(0, self.seen + run))
-            outputs.append(self._run(query[:, :, part], key[:, :, part], value[:, :, part], rows))
-            if run == 1 and done < count:
-                self.newest.copy_slots()
-        return torch.cat(outputs, dim=2)
+            raise CacheStateError(f"layer {self.plan.layer} has not seen a token yet")
+        return self.store
 
-    # -- a run of tokens without a decision ----------------------------------------------------
+    # -- a call ------------------------------------------------------------------------------------
 
-    def _run(self, query: Tensor, key: Tensor, value: Tensor, terms: Terms) -> Tensor:
-        """Write consecutive tokens and attend from them."""
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, terms: Terms, weights: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Cache T tokens and attend from them; see :meth:`PolicyCache.attend`."""
+        if not self.whole:
+            raise self.interrupted()
+        store = self.store
+        if store is None or not store.accepts(query, key, value):
+            check_tokens(query, key, value)
+            if store is not None:
+                store.check(query, key, value, self.seen)
+        if terms[1:] != _NO_TERMS:
+            terms.check(key, query.shape[1], self.seen)
         count = key.shape[2]
-        before = self.require_store().handed_out
-        slots, fresh = hand_out(self, count)
-        finite: bool | None = None
-        if count > 1:
-            output, mass = self._several(query, key, value, terms, slots, before)
-        elif self._one_pass(query, key, value, terms):
-            output, mass, finite = self._by_kernel(query, key, value, terms, slots)
-        else:
-            output, mass = self._one(query, key, value, terms, slots)
-        first = self.seen
-        self.seen += count
-        self.peak = max(self.peak, self.held())
-        if fresh < count:
-            reclaimed = slots if fresh == 0 else slots[:, :, fresh:]
+        wants_gradient = query.requires_grad or key.requires_grad or value.requires_grad
+        if wants_gradient and self.seen:
+            check_gradients(self.plan.layer, query, key, value)
+        if self.plan.bind is not None:
+            self._follow(count)
+        layout = self.layout
+        if self.seen + count > self.most:
+            raise self._too_long(count)
+        if self.lending is not None:
+            self.lending.passes = []
+        if layout is None:
+            return self._hold_all(query, key, value, terms, weights)
+        if self.store is None:
+            if count > self.capacity and layout.compresses_prompt:
+                return self._compress(query, key, value, terms, weights)
+            self._watch(self._allocate(key, value).shape)
+        if count > 1 or weights or wants_gradient:
+            return self._tokens(query, key, value, terms, weights)
+        if self.seen >= self.decider.settled:
+            self._decide(1)
+        self.whole = False
+        output = self._token(query, key, value, terms)
+        self.whole = True
+        return output, None
+
+    def _token(self, query: Tensor, key: Tensor, value: Tensor, terms: Terms) -> Tensor:
+        """Write a token for which there is room, attend from it, and report."""
+        store, first = self.require_store(), self.seen
+        slots, reclaimed = store.take(1)
+        output, mass, finite = write_and_attend(
+            store.kernel,
+            store.write,
+            query,
+            store.keys,
+            store.values,
+            store.positions,
+            slots,
+            key,
+            value,
+            first,
+            store.shape.slots - store.fresh,
+            scale=terms.scale,
+            visible=terms.visible,
+            bias=terms.bias,
+            softcap=terms.softcap,
+            sinks=terms.sinks,
+            need_mass=self.need_mass,
+            may_be_empty=store.may_be_empty,
+        )
+        self.seen = first + 1
+        if terms.visible is not None:
+            self._bury(store, slots, terms, first)
+        if self.lending is not None:
+            self.lending.keep(store, terms)
+        if reclaimed is not None:
             for observer in self.observers:
                 observer.forget(reclaimed)
-        self.observe(mass, first, self.room, finite)
+        if mass is not None:
+            self._report(mass, first, store.room, finite)
         return output
 
-    def _one(
-        self, query: Tensor, key: Tensor, value: Tensor, terms: Terms, slots: Tensor
+    def _tokens(
+        self, query: Tensor, key: Tensor, value: Tensor, terms: Terms, weights: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """Write a token, then attend from it."""
-        store = self.require_store()
-        store.write(slots, key, value, self.seen)
-        keys, values, positions = store.cached()
-        return self.attend_over(
-            query,
-            keys,
-            values,
-            terms,
-            self._visible(terms.visible, positions),
-            None if terms.bias is None else by_slot(terms.bias, positions),
-            positions,
-        )
+        """Several tokens: runs of whole blocks with no decision within."""
+        count, first = key.shape[2], self.seen
+        ends = block_ends(terms.visible, first, count)
+        outputs: list[Tensor] = []
+        given: list[Tensor] = []
+        done = 0
+        while done < count:
+            if self.seen >= self.decider.settled or ends[done] - done > 1:
+                self._decide(ends[done] - done)
+            run = ends[done]
+            while run < count and ends[run] - done <= self.decider.settled - self.seen:
+                run = ends[run]
+            self.whole = False
+            part = slice(done, run)
+            new = query[:, :, part], key[:, :, part], value[:, :, part]
+            if run - done == 1 and not (weights or query.requires_grad):
+                outputs.append(self._token(*new, terms.rows(part)))
+                if self.lending is not None and run < count:
+                    self.lending.copy_slots()
+            else:
+                output, weight = self._run(
+                    *new, terms.rows(part), [e - done for e in ends[part]], weights, first + count
+                )
+                outputs.append(output)
+                given += [] if weight is None else [weight]
+            done = run
+        self.whole = True
+        output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+        return output, torch.cat(given, dim=2) if weights else None
 
-    def _one_pass(self, query: Tensor, key: Tensor, value: Tensor, terms: Terms) -> bool:
-        """Whether the CPU kernel serves this token: nothing is hidden or added."""
-        return (
-            self.decoder is not None
-            and terms.plain
-            and not self.eager
-            and not self.newest.wanted
-            and native.serves(query, key, value)
-        )
-
-    def _by_kernel(
-        self, query: Tensor, key: Tensor, value: Tensor, terms: Terms, slots: Tensor
-    ) -> tuple[Tensor, Tensor | None, bool]:
-        """Write a token and attend from it in one pass; also tells whether that was finite."""
-        store = self.require_store()
-        assert self.decoder is not None
-        output, mass, finite = self.decoder(
-            *(query, store.keys, store.values, store.positions, slots, key, value),
-            *(self.seen, store.handed_out),
-            1 / math.sqrt(query.shape[3]) if terms.scale is None else terms.scale,
-            self.need is not Need.NONE,
-        )
-        return output, None if self.need is Need.NONE else mass, finite
-
-    def _several(
+    def _run(
         self,
         query: Tensor,
         key: Tensor,
         value: Tensor,
         terms: Terms,
-        slots: Tensor,
-        before: int,
+        ends: list[int],
+        weights: bool,
+        length: int,
     ) -> tuple[Tensor, Tensor | None]:
-        """Attend from tokens, the first of which still see what the last of them replace.
-
-        Token i reclaims its slot when its turn comes, so the queries before it still see the
-        victim: attend to the slots as they were, and to the new tokens beside them.
-        """
-        store = self.require_store()
-        count = key.shape[2]
-        seen_by = self._visible_to_run(terms.visible, before, slots)
-        bias = None
-        if terms.bias is not None:
-            old = by_slot(terms.bias, store.positions[:, :, :before])
-            new = terms.bias[..., self.seen : self.seen + count]
-            bias = torch.cat([old, new.expand(*old.shape[:3], count)], dim=-1)
-        output, beside = self.attend_over(
+        """Attend from tokens that come with no decision between them, then write them."""
+        store, first, count = self.require_store(), self.seen, key.shape[2]
+        old = store.cached()
+        slots, reclaimed = store.take(count)
+        if reclaimed is not None:
+            for observer in self.observers:
+                observer.forget(reclaimed)
+        parts = attend_beside(
             query,
-            torch.cat([store.keys[:, :, :before], key], dim=2),
-            torch.cat([store.values[:, :, :before], value], dim=2),
+            key,
+            value,
             terms,
-            seen_by,
-            bias,
-            store.positions[:, :, :before],
+            ends,
+            seen=first,
+            old=old,
+            slots=slots,
+            need_mass=self.need_mass,
+            weights=weights,
         )
-        store.write(slots, key, value, self.seen)
-        if beside is None:
-            return output, None
-        mass = beside.new_zeros(*beside.shape[:3], store.handed_out)
-        mass[..., :before] = beside[..., :before]
-        into = slots.unsqueeze(2).expand(*beside.shape[:3], count)
-        return output, mass.scatter_(3, into, beside[..., before:])
+        outputs, given, before = [], [], old[2].shape[2]
+        for part in parts:
+            outputs.append(part.output)
+            if part.weights is not None:
+                given.append(by_position(part.weights, part.attended.positions, length))
+            if self.lending is not None:
+                self.lending.passes.append(part.attended)
+            if part.mass is not None:
+                mass = part.mass.new_zeros(*part.mass.shape[:3], store.handed_out)
+                mass[..., :before] = part.mass[..., :before]
+                # What is given to victims by those who still saw them is nobody's any more.
+                into = slots[..., : part.mass.shape[3] - before].unsqueeze(2)
+                new = part.mass[..., before:]
+                mass.scatter_(3, into.expand_as(new), new)
+                if new.shape[3] < count:
+                    rest = slots[..., new.shape[3] :].unsqueeze(2)
+                    mass.scatter_(3, rest.expand(*new.shape[:3], -1), 0.0)
+                self._report(mass, first + part.begin, store.room + count - part.end)
+        store.write(slots, key.detach(), value.detach(), first)
+        self.seen = first + count
+        if terms.visible is not None:
+            self._bury(store, slots, terms, first)
+        return torch.cat(outputs, dim=2), torch.cat(given, dim=2) if weights else None
 
-    # -- a step in three parts, the middle one compiled -------------------------------------------
+    def _report(self, mass: Tensor, first: int, room: int, finite: bool | None = None) -> None:
+        """Hand mass to the observers, after refusing NaN; ``finite`` where that is known."""
+        if mass.device.type != "cpu":
+            torch._assert_async(mass.sum().isfinite())
+        elif not (math.isfinite(mass.sum().item()) if finite is None else finite):
+            raise AttentionError(
+                f"layer {self.plan.layer}: attention from position {first} is NaN; the model's "
+                f"queries or keys are not finite; reset() the cache, which has lost its place"
+            )
+        assert self.layout is not None
+        report = AttentionReport(mass=mass, first=first, room=room, layout=self.layout)
+        for observer in self.observers:
+            observer.observe(report)
+        self.reports += 1
 
-    def begin_step(self, hide: Callable[[SlotStore], Tensor | None] | None = None) -> None:
-        """Decide for the next token, and say where it goes (see :mod:`kvpolicy.cache.step`).
+    # -- room --------------------------------------------------------------------------------------
 
-        Args:
-            hide: asked once for the slots of padding, bool ``[B, 1, S]``, that are to be hidden
-                from every step; None for none.
+    def prepare(self, count: int) -> None:
+        """Decide, if it is due, for one of ``count`` tokens that a compiled step will write.
 
         Raises:
-            CacheStateError: no token has come yet, or a step has begun and not ended.
-            ParameterError: other layers attend to this layer's tokens.
+            LayoutError: the layout has fewer tokens.
         """
-        if self.step is not None:
-            raise CacheStateError(f"layer {self.layer}: a step has begun that has not ended")
-        if self.newest.lent:
-            raise ParameterError(
-                f"layer {self.layer} lends its tokens to other layers, which a compiled step does "
-                f"not serve; decode without compile_decode"
-            )
-        store = self.require_store()
-        follow(self, 1)
-        self.check_length(1)
-        make_room(self)
-        if self._step is None or self._step.store is not store:
-            need_mass = self.need is not Need.NONE
-            self._step = Step(
-                store,
-                need_mass=need_mass,
-                window=self.window,
-                start=self.start,
-                hidden=None if hide is None else hide(store),
-            )
-        self.begun_with = store.fresh, self.reused
-        slots, fresh = hand_out(self, 1)
-        self.reclaims = fresh == 0
-        self._step.aim(slots, self.seen)
-        self.step = self._step
+        if self.plan.bind is not None:
+            self._follow(count)
+        if self.seen + count > self.most:
+            raise self._too_long(count)
+        if self.seen >= self.decider.settled:
+            self._decide(1)
 
-    def end_step(self, done: bool = True) -> None:
-        """Account for the token, and report what it attended to.
-
-        Args:
-            done: whether the model has run; if not, the slot is taken back.
-        """
-        step, self.step = self.step, None
-        if step is None:
-            return
-        if not done:
-            step.store.fresh, self.reused = self.begun_with
-            return
-        first = self.seen
-        self.seen += 1
-        self.peak = max(self.peak, self.held())
-        if self.reclaims:
+    def account(self, reclaimed: Tensor | None, mass: Tensor | None) -> None:
+        """Account for a token that a compiled step has written; see :meth:`_token`."""
+        store, first = self.require_store(), self.seen
+        self.seen = first + 1
+        if reclaimed is not None:
             for observer in self.observers:
-                observer.forget(step.slots)
-        mass = step.mass
+                observer.forget(reclaimed)
         if mass is not None:
-            mass = mass[..., : step.store.handed_out]
-        self.observe(mass, first, self.room)
+            self._report(mass[..., : store.handed_out], first, store.room)
+        self.whole = True
 
-    def _visible(self, by_position: Tensor | None, positions: Tensor) -> Tensor | None:
-        """Which slots one query may see, ``[B, H, 1, S]``; None for all."""
-        if by_position is not None:
-            return by_slot(by_position, positions) & (positions >= 0).unsqueeze(2)
-        return (positions >= 0).unsqueeze(2) if self.eager else None
-
-    def _visible_to_run(self, by_position: Tensor | None, before: int, slots: Tensor) -> Tensor:
-        """Which old slots and new tokens T queries may see, ``[B, H, T, before + T]``."""
+    def _decide(self, block: int) -> None:
+        """Let the policy make room for ``block`` tokens that are written together."""
         store = self.require_store()
-        batch, heads, count = slots.shape
-        device = slots.device
-        positions = store.positions[:, :, :before]
-        turn = torch.arange(count, device=device)
-        # The turn at which each old slot is reclaimed; `count` for those that are not.
-        gone_at = torch.full((batch, heads, store.shape.slots), count, device=device)
-        gone_at.scatter_(2, slots, turn.expand_as(slots))
-        old = turn[:, None] < gone_at[:, :, None, :before]
-        old = old & (positions >= 0).unsqueeze(2)
-        new = (turn[None, :] <= turn[:, None]).expand(batch, heads, count, count)
-        if by_position is not None:
-            old = old & by_slot(by_position, positions)
-            new = new & by_position[..., self.seen : self.seen + count]
-        return torch.cat([old, new], dim=-1)
+        view = self.view(store, store.room)
+        victims = self.decider.victims(store, view, block)
+        if victims is not None:
+            before, self.whole = self.whole, False
+            store.name_victims(victims)
+            self.whole = before
+        self.decider.foresee(view, store.room, block)
+
+    def view(self, store: SlotStore, room: int) -> CacheView:
+        """What the policy may read, just before the next token is written."""
+        assert self.layout is not None
+        return CacheView(
+            store,
+            self.observers,
+            seen=self.seen,
+            room=room,
+            layer=self.plan.layer,
+            num_layers=self.plan.num_layers,
+            budget=self.budget,
+            layout=self.layout,
+            may_be_empty=store.may_be_empty,
+            start=store.start,
+            first_head=self.plan.first_head,
+        )
+
+    def _bury(self, store: SlotStore, slots: Tensor, terms: Terms, first: int) -> None:
+        """Empty the slots of padding: new tokens of a text that the mask hides from themselves.
+
+        Pinned sinks and anchors of a text are counted from its first real token, so that a sequence
+        keeps what it would keep alone. An image's prompt is padded inside its pinned prefix, whose
+        slots are no one else's, and the grid that follows begins at one position for all.
+        """
+        if terms.visible is None or self.layout is None or not self.layout.compresses_prompt:
+            return
+        count = slots.shape[2]
+        own = terms.visible[:, 0, :, first : first + count].diagonal(dim1=1, dim2=2)
+        dead = (~own).expand(store.shape.batch, count)
+        if first == 0 or store.start is not None:
+            leading = dead.to(torch.int32).cumprod(-1).sum(-1, dtype=torch.int32)
+            start = leading if store.start is None else store.start
+            store.start = torch.where(start == first, start + leading, start) if first else leading
+        store.clear_some(slots, dead.unsqueeze(1))
+
+    # -- the first call ----------------------------------------------------------------------------
+
+    def _shape(self, key: Tensor, slots: int) -> SlotShape:
+        """The shape of a store that takes such keys."""
+        batch, heads = key.shape[:2]
+        # Where everything is prefix no observer asks for the layout.
+        layout = self.layout or TextLayout(sinks=slots)
+        return SlotShape(batch, heads, slots, key.device, layout)
+
+    def _allocate(self, key: Tensor, value: Tensor) -> SlotStore:
+        """Allocate the slots, for such keys and values."""
+        shape = self._shape(key, self.capacity)
+        self.store = SlotStore(shape, key, value, hides=self.plan.eager)
+        self.store.may_be_empty |= self.plan.window is not None
+        return self.store
+
+    def _watch(self, shape: SlotShape) -> None:
+        """Make the observers of a store of this shape."""
+        with torch.inference_mode(False):  # their readings outlive this call; see SlotStore
+            self.observers = tuple(self.plan.policy.observers(shape))
+        self.need_mass = any(observer.needs is not Need.NONE for observer in self.observers)
+
+    def _compress(
+        self, query: Tensor, key: Tensor, value: Tensor, terms: Terms, weights: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend over a prompt longer than the slots, then keep what the policy does not evict."""
+        count = key.shape[2]
+        prompt = SlotStore.holding(self._shape(key, count), key.detach(), value.detach())
+        every = torch.arange(count, device=key.device).expand(*key.shape[:2], count)
+        self.whole = False
+        self._watch(prompt.shape)
+        output, given = self._attend_all(query, key, value, terms, None, weights)
+        self.seen = count
+        if terms.visible is not None:
+            self._bury(prompt, every, terms, 0)
+        self.decider.expire(prompt, count)
+        prompt.may_be_empty |= self.plan.window is not None
+        view = self.view(prompt, 0)
+        victims = self.decider.ask(view, count - self.capacity)
+        if self.decider.recorder is not None:
+            self.decider.recorder.compressed(self.plan, prompt, view, victims)
+        gone = torch.zeros_like(prompt.positions, dtype=torch.bool).scatter_(2, victims, True)
+        # A stable sort of the flags lists the survivors first, in the order of their positions.
+        kept = gone.to(torch.int8).argsort(dim=-1, stable=True)[:, :, : self.capacity]
+        store = self._allocate(key, value)
+        store.fill_from(prompt, kept)
+        store.start, store.may_be_empty = prompt.start, store.may_be_empty or prompt.may_be_empty
+        with torch.inference_mode(False):
+            for observer in self.observers:
+                observer.mass = observer.mass.gather(2, kept)
+        self.whole = True
+        return output, given
+
+    def _hold_all(
+        self, query: Tensor, key: Tensor, value: Tensor, terms: Terms, weights: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend while the layout is unknown: every token is prefix, so every token is kept."""
+        old = None if self.store is None else self.store.cached()
+        output, given = self._attend_all(query, key, value, terms, old, weights)
+        key, value = key.detach(), value.detach()
+        if old is not None:
+            key = torch.cat([old[0], key], dim=2)
+            value = torch.cat([old[1], value], dim=2)
+        self.whole = False
+        self.store = SlotStore.holding(self._shape(key, key.shape[2]), key, value)
+        self.seen = key.shape[2]
+        self.whole = True
+        return output, given
+
+    def _attend_all(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        terms: Terms,
+        old: tuple[Tensor, Tensor, Tensor] | None,
+        weights: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend from new tokens to all there are; nothing is reclaimed, nothing written."""
+        first, count = self.seen, key.shape[2]
+        ends = block_ends(terms.visible, first, count)
+        outputs, given = [], []
+        for part in attend_beside(
+            query,
+            key,
+            value,
+            terms,
+            ends,
+            seen=first,
+            old=old,
+            slots=None,
+            need_mass=self.need_mass,
+            weights=weights,
+        ):
+            outputs.append(part.output)
+            if part.weights is not None:
+                given.append(by_position(part.weights, part.attended.positions, first + count))
+            if self.lending is not None:
+                self.lending.passes.append(part.attended)
+            if part.mass is not None:
+                self._report(part.mass, first + part.begin, count - part.end)
+        return torch.cat(outputs, dim=2), torch.cat(given, dim=2) if weights else None
+
+    def _follow(self, count: int) -> None:
+        """Take the layout that is known before the next tokens, and allocate the slots for it.
+
+        Nothing that was seen before has to be observed again: it is prefix, which no policy may
+        evict.
+        """
+        bound = self.layout
+        assert self.plan.bind is not None
+        known = self.plan.bind(self.plan.layer, self.seen, count, bound)
+        if known is None or known[0] is bound:
+            return
+        layout, budget = known
+        if bound is not None and layout.prefix != bound.prefix:
+            raise LayoutError(
+                f"{layout!r} can't follow {bound!r}: slots have been allocated for "
+                f"{bound.prefix} pinned tokens; keep the prefix, and say what comes behind it"
+            )
+        if bound is None and self.seen > layout.prefix:
+            raise LayoutError(
+                f"{layout!r} came after {self.seen} tokens, but its prefix has {layout.prefix}: "
+                f"say where tokens sit before the first token behind the prefix is cached"
+            )
+        self.whole = False
+        self.decider.settled = 0  # what was foreseen was another layout's
+        self._place(layout, budget if bound is None else self.budget)
+        if bound is None:
+            prefix = self.store
+            if prefix is not None:
+                store = self._allocate(prefix.keys, prefix.values)
+                slots, _ = store.take(self.seen)
+                store.write(slots, prefix.keys, prefix.values, 0)
+                self._watch(store.shape)
+        self.whole = True
+
+    # -- what is refused, and batches --------------------------------------------------------------
+
+    def _place(self, layout: TokenLayout | None, budget: int) -> None:
+        """Say where tokens sit, and how many of them may be held."""
+        self.layout, self.budget = layout, budget
+        length = None if layout is None else layout.length
+        self.most = _MOST if length is None else length
+
+    def _too_long(self, count: int) -> LayoutError:
+        """More tokens than the layout has, or than positions can count."""
+        where = "what int32 can count" if self.most == _MOST else f"{self.layout!r}"
+        return LayoutError(
+            f"position {self.seen + count - 1} is outside {where}, which has {self.most} tokens; "
+            f"reset() the cache for a new sequence, or give the layout its real size"
+        )
+
+    def interrupted(self) -> CacheStateError:
+        """What every call says after an exception in the middle of one."""
+        return CacheStateError(
+            f"layer {self.plan.layer} was interrupted by an exception while it took tokens in at "
+            f"position {self.seen}, so what it holds can't be told; reset() the cache"
+        )
+
+    def select_batch(self, index: Tensor) -> None:
+        """Keep the sequences ``index``."""
+        if self.store is None:
+            return
+        if not self.whole:
+            raise self.interrupted()
+        self.whole = False
+        index = index.to(self.store.keys.device)
+        self.store.select_batch(index)
+        if self.decider.recorder is not None:
+            self.decider.recorder.select_batch(index)
+        with torch.inference_mode(False):
+            for observer in self.observers:
+                observer.mass = observer.mass.index_select(0, index)
+        self.whole = True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kvpolicy.cache.cache import CacheStats, PolicyCache
-from kvpolicy.cache.layer import LayerCache
+from kvpolicy.cache.layer import Layer
 from kvpolicy.errors import KVPolicyError
 from kvpolicy.observers import AttentionObserver, AttentionReport, Need
 from kvpolicy.policy.policy import CacheView, EvictionPolicy, ScoredPolicy
@@ -213,7 +213,7 @@ class _Probe:
                 self._spy.trace.stale.append(
                     StaleReading(
                         step=self._spy.step,
-                        layer=self._spy.layer.layer,
+                        layer=self._spy.layer.plan.layer,
                         observer=type(other).__name__,
                         slots=slots.clone(),
                         reading=reading,
@@ -225,7 +225,7 @@ class _Probe:
 class _Spy:
     """Stands between one layer and its policy, passes everything on and writes it down."""
 
-    def __init__(self, policy: EvictionPolicy, layer: LayerCache, trace: Trace) -> None:
+    def __init__(self, policy: EvictionPolicy, layer: Layer, trace: Trace) -> None:
         self.policy = policy
         self.layer = layer
         self.trace = trace
@@ -238,11 +238,9 @@ class _Spy:
         """Write down what the layer holds now."""
         store = self.layer.store
         if store is not None:
-            self.trace.instants.append(
-                Snapshot(
-                    self.step, self.layer.layer, self.layer.seen, moment, store.positions.clone()
-                )
-            )
+            layer = self.layer.plan.layer
+            held = store.positions.clone()
+            self.trace.instants.append(Snapshot(self.step, layer, self.layer.seen, moment, held))
 
     def observers(self, shape: SlotShape) -> Sequence[AttentionObserver]:
         """The policy's own, and a probe that is told after them."""
@@ -264,7 +262,7 @@ class _Spy:
         self.trace.decisions.append(
             Decision(
                 step=self.step,
-                layer=self.layer.layer,
+                layer=self.layer.plan.layer,
                 seen=view.seen,
                 count=count,
                 handed_out=handed_out,
@@ -326,7 +324,7 @@ def drive(
             cache.reset()
         spies = [_Spy(policy, layer, trace) for layer in cache.layers]
         for layer, spy in zip(cache.layers, spies, strict=True):
-            layer.policy = cast(EvictionPolicy, spy)
+            layer.plan = layer.decider.plan = replace(layer.plan, policy=cast(EvictionPolicy, spy))
         outputs: list[list[Tensor]] = [[] for _ in spies]
         for step, size in enumerate(stream.sizes()):
             part = slice(first, first + size)
@@ -334,7 +332,7 @@ def drive(
                 cache.select_batch(reorder[1])
                 tokens = tokens.selected(reorder[1])
             for spy in spies:
-                at = spy.layer.layer
+                at = spy.layer.plan.layer
                 spy.step = step
                 outputs[at].append(
                     cache.attend(
@@ -386,11 +384,11 @@ def _told_of(error: Exception) -> str:
     return f"{told} (raised in {last.name}, {file} line {last.lineno}: {last.line})"
 
 
-def _snapshot(layer: LayerCache, step: int) -> Snapshot:
+def _snapshot(layer: Layer, step: int) -> Snapshot:
     store = layer.require_store()
     return Snapshot(
         step=step,
-        layer=layer.layer,
+        layer=layer.plan.layer,
         seen=layer.seen,
         moment="after the call",
         positions=store.positions.clone(),

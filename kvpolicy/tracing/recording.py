@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from kvpolicy.cache.cache import PolicyCache
-from kvpolicy.cache.layer_state import LayerState
+from kvpolicy.cache.layer import Layer
+from kvpolicy.cache.plan import LayerPlan
 from kvpolicy.errors import CacheStateError, ParameterError
 from kvpolicy.policy.policy import ScoredPolicy
 from kvpolicy.policy.view import CacheView
+from kvpolicy.slots import SlotStore
 from kvpolicy.tracing.trace import STAYS, LayerTrace, Trace
 
 __all__ = ["Recording", "trace"]
@@ -32,9 +34,9 @@ class Recording:
     def __init__(self, cache: PolicyCache, samples: Sequence[int] | None, *, scores: bool) -> None:
         self._cache = cache
         self._recorders = {
-            layer.layer: _Recorder(samples, scores=scores)
+            layer.plan.layer: _Recorder(samples, scores=scores)
             for layer in cache.layers
-            if layer.layer not in cache.stats().left_alone
+            if layer.plan.layer not in cache.stats().left_alone
         }
         for index, recorder in self._recorders.items():
             if cache.layers[index].seen:
@@ -42,14 +44,14 @@ class Recording:
                     f"layer {index} has seen {cache.layers[index].seen} tokens already; a trace "
                     f"begins before the first one: reset() the cache, or trace it from the start"
                 )
-            if cache.layers[index].recorder is not None:
+            if cache.layers[index].decider.recorder is not None:
                 raise CacheStateError("this cache is being traced already")
-            cache.layers[index].recorder = recorder
+            cache.layers[index].decider.recorder = recorder
 
     def stop(self) -> None:
         """Record nothing any more."""
         for index in self._recorders:
-            self._cache.layers[index].recorder = None
+            self._cache.layers[index].decider.recorder = None
 
     def finish(self, images: Tensor | None = None) -> Trace:
         """The trace so far.
@@ -162,54 +164,56 @@ class _Recorder:
                 if tensor is not None:
                     setattr(decision, name, tensor.index_select(0, index.to(tensor.device)))
 
-    def decided(self, layer: LayerState, view: CacheView, victims: Tensor, fresh: int) -> None:
+    def decided(self, plan: LayerPlan, store: SlotStore, view: CacheView, victims: Tensor) -> None:
         """A decision is about to take the place of the one before.
 
         Args:
-            layer: the layer, its queue still the one before.
+            plan: of the layer.
+            store: its slots; the victims named there are still those of the decision before.
             view: what the policy saw.
             victims: the slots that it chose, ``[B, H, N]``.
-            fresh: slots that will be used before any of those.
         """
-        self._close(layer)
+        self._close(store)
         positions = view.positions
         scores = places = None
-        if self.scores and isinstance(layer.policy, ScoredPolicy):
+        if self.scores and isinstance(plan.policy, ScoredPolicy):
             places = self._rows(positions).to(torch.int32).clone()
-            scores = self._rows(layer.policy.score(view)).to(torch.float16).clone()
+            scores = self._rows(plan.policy.score(view)).to(torch.float16).clone()
         self.decisions.append(
             _Decision(
                 seen=view.seen,
                 after=view.seen + 1,
-                fresh=fresh,
+                fresh=store.fresh,
                 victims=self._rows(positions.gather(2, victims)).clone(),
                 places=places,
                 scores=scores,
-                window=layer.window,
-                start=None if layer.start is None else self._rows(layer.start).clone(),
-                eager=layer.eager,
+                window=plan.window,
+                start=None if store.start is None else self._rows(store.start).clone(),
+                eager=plan.eager,
             )
         )
 
-    def compressed(self, layer: LayerState, view: CacheView, victims: Tensor) -> None:
+    def compressed(
+        self, plan: LayerPlan, store: SlotStore, view: CacheView, victims: Tensor
+    ) -> None:
         """A prompt has been compressed: all victims are gone at once."""
-        self.decided(layer, view, victims, 0)
+        self.decided(plan, store, view, victims)
         # As if they were hidden: no slot of theirs is left to reclaim.
         self.decisions[-1].eager = True
         self.decisions[-1].after = view.seen
 
-    def _close(self, layer: LayerState) -> None:
+    def _close(self, store: SlotStore) -> None:
         """Note how many of the newest decision's victims have been reclaimed."""
         if self.decisions:
-            self.decisions[-1].reclaimed = layer.reused
+            self.decisions[-1].reclaimed = store.reclaimed
 
     def _rows(self, tensor: Tensor) -> Tensor:
         return tensor if self.samples is None else tensor[list(self.samples)]
 
-    def finish(self, layer: LayerState) -> LayerTrace:
+    def finish(self, layer: Layer) -> LayerTrace:
         """The layer's trace so far."""
         store = layer.require_store()
-        self._close(layer)
+        self._close(store)
         positions = self._rows(store.positions)
         batch, heads = positions.shape[:2]
         gone = positions.new_full((batch, heads, layer.seen), STAYS, dtype=torch.int32)
