@@ -102,6 +102,7 @@ def attach(
     say_if_newer(stacklevel=3)  # this generator, contextlib, and whoever attaches
     kept = kept_by(model)
     layout = layout_of(model) if layout is None else layout
+    split = HeadSplit.of(model)
     policy_cache = PolicyCache(
         policy,
         budget,
@@ -111,11 +112,9 @@ def attach(
         schedule=schedule,
         windows=kept.windows,
         lent=kept.lent,
+        first_head=split.first_head(model),
     )
-    split = HeadSplit.of(model)
     split.check(policy_cache.policy)
-    for layer in policy_cache.layers:
-        layer.first_head = split.first_head(model)
     cache = TransformersCache(policy_cache, model, kept.layers)
     entered = _enter(model)
     try:

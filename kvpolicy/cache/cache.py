@@ -225,13 +225,13 @@ class PolicyCache:
         terms = Terms(scale, visible, bias, softcap, sinks)
         if torch.is_autocast_enabled(query.device.type):
             return self._under_autocast(found, query, key, value, terms, False)[0]
-        # Layers take turns: each brings the same tokens, the first layer first.
+        # Layers take turns: each gets the same tokens, the first layer first; some get none at all.
         if found is not self._first:
             if found.seen + key.shape[2] != self._first.seen:
                 raise self._disagree(found)
         else:
             for other in self._step.layers:
-                if other.seen != found.seen:
+                if other.seen != found.seen and other.seen:
                     raise self._disagree(found)
         return found.attend(query, key, value, terms)[0]
 
@@ -308,9 +308,11 @@ class PolicyCache:
 
     def _check_turn(self, found: Layer, count: int) -> None:
         """What :meth:`attend` looks at, too."""
-        others = self._step.layers if found is self._first else ()
-        expected = found.seen if found is self._first else self._first.seen - count
-        if any(layer.seen != expected for layer in (found, *others)):
+        if found is not self._first:
+            wrong = found.seen + count != self._first.seen
+        else:
+            wrong = any(layer.seen not in (0, found.seen) for layer in self._step.layers)
+        if wrong:
             raise self._disagree(found)
 
     def _disagree(self, found: Layer) -> CacheStateError:
@@ -361,8 +363,30 @@ class PolicyCache:
         """Whether a compiled step has begun and not ended."""
         return self._stepping
 
+    def attend_step(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float | None = None,
+        bias: Tensor | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        """Cache one token and attend from it, inside of :meth:`step`.
+
+        Args and returns are those of :meth:`attend`, with one token; masks are made by slot.
+
+        Raises:
+            ParameterError: the model adds a bias by position.
+        """
+        terms = Terms(scale=scale, bias=bias, softcap=softcap, sinks=sinks)
+        return self._step.by_layer[layer].attend(query, key, value, terms)
+
     def layer_step(self, layer: int) -> SlotStep:
-        """The tensors of a layer's compiled step; between :meth:`step`'s begin and end only."""
+        """The tensors of a layer's step, inside of :meth:`step`."""
         return self._step.by_layer[layer]
 
     def _bind(
@@ -426,6 +450,24 @@ class PolicyCache:
     def seen(self) -> int:
         """Tokens of the sequence so far (in the first layer, which is the first to see them)."""
         return self._first.seen
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the model, those that are left alone included."""
+        return len(self.layers)
+
+    @property
+    def batch(self) -> int | None:
+        """Sequences of the batch; None before the first token."""
+        return None if self._first.store is None else self._first.store.shape.batch
+
+    def seen_by(self, layer: int) -> int:
+        """Tokens of the sequence so far in one layer: in a forward pass, those above are behind."""
+        return self._layer(layer).seen
+
+    def lends(self, layer: int) -> bool:
+        """Whether other layers may attend to this layer's tokens (:meth:`attend_shared`)."""
+        return self._layer(layer).lending is not None
 
     def positions(self, layer: int) -> Tensor:
         """Positions that a layer holds, int64 ``[B, H, S]``, -1 = empty (a copy).

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -324,7 +324,7 @@ def drive(
             cache.reset()
         spies = [_Spy(policy, layer, trace) for layer in cache.layers]
         for layer, spy in zip(cache.layers, spies, strict=True):
-            layer.plan = layer.decider.plan = replace(layer.plan, policy=cast(EvictionPolicy, spy))
+            layer.replace_policy(cast(EvictionPolicy, spy))
         outputs: list[list[Tensor]] = [[] for _ in spies]
         for step, size in enumerate(stream.sizes()):
             part = slice(first, first + size)

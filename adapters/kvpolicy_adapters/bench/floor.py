@@ -20,7 +20,7 @@ from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
 from kvpolicy import SlotShape, SlotStore, TextLayout
-from kvpolicy.cache.step import Step
+from kvpolicy.cache.compiled_step import SlotStep
 from kvpolicy.cache.terms import Terms
 from kvpolicy.ops.cpu import native
 
@@ -49,7 +49,7 @@ class FloorLayer(CacheLayerMixin):
         self.seen = 0
         # In the middle of compiled code, where the number of tokens is a tensor.
         self.compiled = False
-        self.compiled_step: Step | None = None
+        self.compiled_step: SlotStep | None = None
         self.position: Tensor | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -103,9 +103,7 @@ class FloorLayer(CacheLayerMixin):
         if self.position is None:
             self.position = torch.zeros(1, dtype=torch.int32, device=self.store.keys.device)
             if self.slots:
-                self.compiled_step = Step(
-                    self.store, need_mass=False, window=None, start=None, hidden=None
-                )
+                self.compiled_step = SlotStep(self.store)
         if self.compiled_step is not None:
             where = torch.full_like(self.compiled_step.slots, self.slot)
             self.compiled_step.aim(where, self.seen)

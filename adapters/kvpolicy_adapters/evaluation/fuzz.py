@@ -118,7 +118,7 @@ def drive_model(policy: EvictionPolicy, seed: int) -> Tally:
     with attach(model, policy=policy, budget=budget, layout=layout, reclaim=reclaim) as cache:
         counting = _Counting(policy)
         for layer in cache.policy_cache.layers:
-            layer.policy = cast(EvictionPolicy, counting)
+            layer.replace_policy(cast(EvictionPolicy, counting))
         first = _feed(model, cache, tokens, calls, prefix, what)
         held = _held(cache)
         stats, decisions = cache.stats(), counting.decisions

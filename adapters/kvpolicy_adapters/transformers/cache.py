@@ -20,8 +20,6 @@ from transformers.cache_utils import CacheLayerMixin
 from transformers.utils import output_capturing
 
 from kvpolicy import CacheStateError, CacheStats, ModelError, PolicyCache
-from kvpolicy.cache.layer import LayerCache
-from kvpolicy.cache.terms import Terms
 from kvpolicy_adapters.transformers.cache_argument import as_argument
 
 __all__ = ["TransformersCache", "policy_attention"]
@@ -36,10 +34,11 @@ class PolicyLayer(CacheLayerMixin):
     is_sliding = False
     is_croppable = False
 
-    def __init__(self, cache: TransformersCache, layer: LayerCache) -> None:
+    def __init__(self, cache: TransformersCache, index: int) -> None:
         super().__init__()
         self.cache = weakref.proxy(cache)
-        self.layer = layer
+        self.policy_cache = cache.policy_cache
+        self.index = index
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to do: the store allocates itself when the first token comes."""
@@ -52,7 +51,7 @@ class PolicyLayer(CacheLayerMixin):
         Raises:
             ModelError: the keys of the layer before never came to an attention function.
         """
-        if self.layer.step is not None:  # traced by a compiler: begin_step has looked
+        if self.policy_cache.stepping:  # traced by a compiler: the step's beginning has looked
             return _mark(key_states, self), value_states
         self.cache.expect(self)
         return _mark(key_states, self), value_states
@@ -63,13 +62,14 @@ class PolicyLayer(CacheLayerMixin):
         In the middle of a compiled step it is a tensor, as that of a static cache of transformers
         is: models add it to other tensors, and a number would be compiled in.
         """
-        step = self.layer.step
-        return self.layer.seen if step is None else step.position  # type: ignore[return-value]
+        if self.policy_cache.stepping:
+            return self.policy_cache.layer_step(self.index).position  # type: ignore[return-value]
+        return self.policy_cache.seen_by(self.index)
 
     def get_max_length(self) -> int:
         """Tokens that the layout has, or -1 where it has no end."""
-        length = self.layer.layout.length
-        return -1 if length is None else length
+        layout = self.policy_cache.layout
+        return -1 if layout is None or layout.length is None else layout.length
 
     def get_max_cache_shape(self) -> int:
         """The former name of :meth:`get_max_length`."""
@@ -83,31 +83,13 @@ class PolicyLayer(CacheLayerMixin):
         """
         if query_length == 0:
             raise CacheStateError(
-                f"this cache has seen {self.layer.seen} tokens, and the input has no others; "
-                f"reset() the cache for a new sequence, or pass the whole sequence so far and more"
+                f"this cache has seen {self.policy_cache.seen_by(self.index)} tokens, and the "
+                f"input has no others; reset() the cache for a new sequence, or pass the whole sequence so far and more"
             )
-        return self.layer.seen + query_length, 0
+        return self.policy_cache.seen_by(self.index) + query_length, 0
 
     def reset(self) -> None:
-        """Forget all tokens, so that a new sequence may begin."""
-        self.cache.expected = None
-        self.layer.reset()
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Follow the beams."""
-        self.layer.select_batch(beam_idx)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep some sequences."""
-        if indices.dtype == torch.bool:
-            indices = indices.nonzero().flatten()
-        self.layer.select_batch(indices)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat each sequence."""
-        if self.layer.store is not None:
-            batch = torch.arange(self.layer.store.shape.batch)
-            self.layer.select_batch(batch.repeat_interleave(repeats))
+        """Nothing to do: :meth:`TransformersCache.reset` forgets all layers at once."""
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take the newest tokens back.
@@ -147,8 +129,8 @@ class TransformersCache(Cache):
         left_alone = policy_cache.stats().left_alone
         super().__init__(
             layers=[
-                own[index] if index in left_alone else PolicyLayer(self, layer)
-                for index, layer in enumerate(policy_cache.layers)
+                own[index] if index in left_alone else PolicyLayer(self, index)
+                for index in range(policy_cache.num_layers)
             ]
         )
 
@@ -168,7 +150,7 @@ class TransformersCache(Cache):
             ModelError: those of the layer before never arrived.
         """
         if self.expected is not None:
-            lost, self.expected = self.expected.layer.layer, None
+            lost, self.expected = self.expected.index, None
             raise ModelError(
                 f"the keys of layer {lost} never came to the policy's attention: use this cache on "
                 f"the {self._name} that attach() was given, and on no other object; if that is so, "
@@ -209,6 +191,36 @@ class TransformersCache(Cache):
                 f"that has a layer {layer_idx}; attach() that model and use the cache it gives"
             )
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.expected = None
+        self.policy_cache.reset()
+        self._of_others("reset")
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Follow the beams."""
+        self.policy_cache.select_batch(beam_idx)
+        self._of_others("reorder_cache", beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some sequences."""
+        chosen = indices.nonzero().flatten() if indices.dtype == torch.bool else indices
+        self.policy_cache.select_batch(chosen)
+        self._of_others("batch_select_indices", indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each sequence."""
+        if self.policy_cache.batch is not None:
+            batch = torch.arange(self.policy_cache.batch)
+            self.policy_cache.select_batch(batch.repeat_interleave(repeats))
+        self._of_others("batch_repeat_interleave", repeats)
+
+    def _of_others(self, method: str, *arguments: Any) -> None:
+        """Do the same to the layers that the policy leaves alone."""
+        for layer in self.layers:
+            if not isinstance(layer, PolicyLayer):
+                getattr(layer, method)(*arguments)
 
     def positions(self, layer: int) -> Tensor:
         """Positions that a layer holds, int64 ``[B, H, S]``, -1 = empty."""
@@ -279,15 +291,20 @@ def policy_attention(
     """
     layer = marked_layer(key)
     assert layer is not None
-    step = layer.layer.step
-    if step is not None:
-        terms = Terms(
+    cache, index = layer.policy_cache, layer.index
+    softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
+    if cache.stepping:
+        output = cache.attend_step(
+            index,
+            query,
+            key,
+            value,
             scale=scaling,
             bias=kwargs.get("position_bias"),
-            softcap=kwargs.get("softcap"),
-            sinks=kwargs.get("s_aux"),
+            softcap=softcap,
+            sinks=sinks,
         )
-        return step.attend(query, key, value, terms).transpose(1, 2).contiguous(), None
+        return output.transpose(1, 2).contiguous(), None
     layer.cache.check_owner(module)
     visible, bias = attention_mask, kwargs.get("position_bias")
     if visible is not None and visible.dtype != torch.bool:
@@ -300,25 +317,29 @@ def policy_attention(
             f"{type(module).__name__} masks each query head in its own way, while query heads "
             f"share the slots of their KV head; kvpolicy can't serve this model"
         )
-    terms = Terms(
-        scale=scaling,
-        visible=visible,
-        bias=bias,
-        softcap=kwargs.get("softcap"),
-        sinks=kwargs.get("s_aux"),
-    )
     asked = bool(kwargs.get("output_attentions")) or _collected()
+    weights = None
     if layer.cache.expected is layer:
         layer.cache.expected = None
-        layer.layer.newest.watched = asked
-        output = layer.layer.attend(query, key, value, terms)
-    elif layer.layer.newest.lent:
-        output = layer.layer.newest.attend_again(query, terms)
+        terms: dict[str, Any] = {
+            "scale": scaling,
+            "visible": visible,
+            "bias": bias,
+            "softcap": softcap,
+            "sinks": sinks,
+        }
+        if asked:
+            output, weights = cache.attend_with_weights(index, query, key, value, **terms)
+        else:
+            output = cache.attend(index, query, key, value, **terms)
+    elif cache.lends(index):
+        output, weights = cache.attend_shared(
+            index, query, scale=scaling, softcap=softcap, sinks=sinks, weights=asked
+        )
     else:
         raise ModelError(
-            f"{type(module).__name__} attends more than once to the keys of layer "
-            f"{layer.layer.layer}, and its configuration does not say that layers share them "
-            f"(kv_sharing_modes); kvpolicy can't serve this model"
+            f"{type(module).__name__} attends more than once to the keys of layer {index}, and its "
+            f"configuration does not say that layers share them (kv_sharing_modes); kvpolicy can't "
+            f"serve this model"
         )
-    weights = layer.layer.newest.weights(query, terms, layer.layer.seen) if asked else None
     return output.transpose(1, 2).contiguous(), weights

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvpolicy import CacheStateError, ParameterError, SlotStore
-from kvpolicy.layout import UNBOUND
+from kvpolicy import CacheStateError, ParameterError, PolicyCache, SlotStore
 from kvpolicy_adapters.transformers.cache import PolicyLayer, TransformersCache
 from kvpolicy_adapters.transformers.cache_argument import brings
 
@@ -29,7 +28,7 @@ def compile_decode(
     Calls with one token a sequence and this cache run compiled: the whole model in one graph, with
     static shapes, compiled once for a whole image. The first call (the prompt) and all other calls
     run as they always do. What a policy decides, and what its observers are told, happens before
-    and after the compiled code (see :mod:`kvpolicy.cache.step`).
+    and after the compiled code (see :meth:`kvpolicy.PolicyCache.step`).
 
     Example::
 
@@ -73,23 +72,14 @@ def compile_decode(
         nonlocal calls, brought, compiled
         calls += 1
         brought += brings(cache, args, kwargs)
-        if not _decodes(layers, cache, args, kwargs):
+        if not _decodes(cache, args, kwargs):
             return eager(*args, **kwargs)
         if cache.closed:
             raise CacheStateError("this cache's attach() block has ended; attach the model again")
-        hide = functools.partial(_hidden, layers, kwargs.get("attention_mask"))
-        begun = []
-        done = False
-        try:
-            for layer in layers:
-                begun.append(layer.layer)
-                layer.layer.begin_step(hide)
+        hide = functools.partial(_hidden, cache.policy_cache, kwargs.get("attention_mask"))
+        with cache.policy_cache.step(hide):
             output = step(*args, **{**kwargs, "attention_mask": unread})
-            done = True
-            compiled += 1
-        finally:
-            for each in begun:
-                each.end_step(done)
+        compiled += 1
         return output
 
     model.forward = forward
@@ -110,9 +100,7 @@ def compile_decode(
         )
 
 
-def _decodes(
-    layers: list[PolicyLayer], cache: TransformersCache, args: tuple[Any, ...], kwargs: Any
-) -> bool:
+def _decodes(cache: TransformersCache, args: tuple[Any, ...], kwargs: Any) -> bool:
     """Whether a call brings one token a sequence behind what this cache holds."""
     if not brings(cache, args, kwargs):
         return False
@@ -121,21 +109,20 @@ def _decodes(
         tokens = kwargs.get("inputs_embeds")
     if tokens is None or tokens.shape[1] != 1:
         return False
-    return all(
-        layer.layer.store is not None and layer.layer.layout is not UNBOUND for layer in layers
-    )
+    return cache.policy_cache.batch is not None and cache.policy_cache.layout is not None
 
 
-def _hidden(layers: list[PolicyLayer], mask: Any, store: SlotStore) -> Tensor | None:
+def _hidden(cache: PolicyCache, mask: Any, store: SlotStore) -> Tensor | None:
     """Slots of padding, bool ``[B, 1, S]``; None where there is none.
 
-    Padding of an image's prompt lies in its prefix, which never moves. That of a text is hidden by
-    its position, because its slots are reclaimed.
+    Padding of an image's prompt lies in its prefix, which never moves. That of a text holds no
+    slot.
 
     Raises:
         ParameterError: the mask does not say which tokens are padding.
     """
-    if mask is None or layers[0].layer.start is not None:
+    layout = cache.layout
+    if mask is None or layout is None or layout.compresses_prompt:
         return None
     if not isinstance(mask, Tensor) or mask.ndim != 2:
         raise ParameterError(
@@ -148,5 +135,4 @@ def _hidden(layers: list[PolicyLayer], mask: Any, store: SlotStore) -> Tensor | 
     positions = store.positions[:, :1].to(torch.int64)
     looked_up = positions.clamp(0, mask.shape[1] - 1)
     found = hides[:, None].expand(len(positions), 1, -1).gather(2, looked_up)
-    prefix = layers[0].layer.layout.prefix
-    return found & (positions >= 0) & (positions < prefix)
+    return found & (positions >= 0) & (positions < layout.prefix)

@@ -210,7 +210,7 @@ class _Attachment:
         """
         if input_pos is None:
             return original(x, freqs_cis, input_pos, mask)
-        seen, count = self.cache.layers[index].seen, x.shape[1]
+        seen, count = self.cache.seen_by(index), x.shape[1]
         if index == 0:
             self.check(input_pos, seen, count)
         kv_width = attention.n_kv_head * attention.head_dim
