@@ -158,7 +158,7 @@ class LineMass(_SlotMass):
     def observe(self, report: AttentionReport) -> None:
         """Add the queries' mass, starting from zero where a line begins."""
         mass = report.mass
-        for query in reversed(range(report.count)):
+        for query in reversed(range(mass.shape[2])):
             if report.layout.is_line_start(report.first + query):
                 self.mass.zero_()
                 mass = mass[:, :, query:]

@@ -206,9 +206,24 @@ class SlotStore:
         """Empty slots ``[B, H, N]``: nothing attends to them any more."""
         self.positions.scatter_(2, slots, -1)
 
-    def clear_some(self, slots: Tensor, dead: Tensor) -> None:
-        """Empty those of the slots ``[B, H, T]`` whose tokens are dead, bool ``[B, 1, T]``."""
-        self.positions.scatter_(2, slots, self.positions.gather(2, slots).masked_fill(dead, -1))
+    def peek(self, slots: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Copies of the keys, values and positions in slots ``[B, H, T]``."""
+        where = (self._batch, self._head, slots)
+        return self.keys[where], self.values[where], self.positions[where]
+
+    def put_back(self, slots: Tensor, before: tuple[Tensor, Tensor, Tensor], dead: Tensor) -> None:
+        """Undo what was written into slots ``[B, H, T]`` for dead tokens, bool ``[B, 1, T]``.
+
+        Args:
+            slots: where the tokens were written.
+            before: what :meth:`peek` gave before that.
+            dead: tokens that nobody will see: what they replaced stays, and an empty slot empty.
+        """
+        where = (self._batch, self._head, slots)
+        there = dead.unsqueeze(-1)
+        self.keys.index_put_(where, torch.where(there, before[0], self.keys[where]))
+        self.values.index_put_(where, torch.where(there, before[1], self.values[where]))
+        self.positions.index_put_(where, torch.where(dead, before[2], self.positions[where]))
         self.may_be_empty = True
 
     def fill_from(self, other: SlotStore, kept: Tensor) -> None:

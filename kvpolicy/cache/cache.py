@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from kvpolicy.cache.checks import under_autocast
 from kvpolicy.cache.compiled_step import CompiledStep, Hide, SlotStep
 from kvpolicy.cache.layer import Layer
 from kvpolicy.cache.plan import LayerPlan
+from kvpolicy.cache.saving import check_alike, load_layer, save_layer
 from kvpolicy.cache.terms import Terms
 from kvpolicy.errors import (
     BudgetError,
@@ -499,6 +500,46 @@ class PolicyCache:
         for layer in self.layers:
             layer.reset()
         self._stepping = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """The cache in tensors, numbers and text, for ``torch.save``; tensors are its own.
+
+        Example:
+            >>> import io, torch, kvpolicy
+            >>> def make():
+            ...     return kvpolicy.PolicyCache(
+            ...         "h2o", 4, layout=kvpolicy.TextLayout(sinks=1), num_layers=1
+            ...     )
+            >>> cache, again, file = make(), make(), io.BytesIO()
+            >>> _ = cache.attend(0, *torch.randn(3, 1, 1, 9, 8))
+            >>> torch.save(cache.state_dict(), file)
+            >>> again.load_state_dict(torch.load(io.BytesIO(file.getvalue()), weights_only=True))
+            >>> token = torch.randn(3, 1, 1, 1, 8)
+            >>> bool((again.attend(0, *token) == cache.attend(0, *token)).all())
+            True
+
+        Raises:
+            CacheStateError: a call was interrupted by an exception, or a compiled step has begun.
+            ParameterError: a layout or an observer of third parties can't be written down.
+        """
+        if self._stepping:
+            raise CacheStateError("a step has begun that has not ended; save the cache after it")
+        return {**self._made_with(), "layers": [save_layer(layer) for layer in self.layers]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state that :meth:`state_dict` gave; tensors are copied.
+
+        Raises:
+            CacheStateError: the state is that of another kind of cache.
+        """
+        check_alike(state, self._made_with())
+        for layer, saved in zip(self.layers, state["layers"], strict=True):
+            load_layer(layer, saved)
+
+    def _made_with(self) -> dict[str, Any]:
+        """What a cache must have in common with one whose state it takes."""
+        policy = {"name": self.policy.label, **self.policy.model_dump(mode="json")}
+        return {"policy": policy, "reclaim": self.reclaim, "num_layers": len(self.layers)}
 
     def select_batch(self, index: Tensor) -> None:
         """Keep the sequences ``index``, int64 ``[B']``; a sequence may repeat (beam search).

@@ -30,6 +30,9 @@ class DecisionRecorder(Protocol):
     ) -> None:
         """A prompt is about to lose these tokens at once."""
 
+    def padded(self, first: int, dead: Tensor) -> None:
+        """Of the tokens from position ``first`` on, these are padding, bool ``[B, T]``."""
+
     def select_batch(self, index: Tensor) -> None:
         """The batch is reordered."""
 

@@ -32,6 +32,8 @@ from kvpolicy.slots import SlotShape, SlotStore
 
 __all__ = ["Layer"]
 
+#: Keys, values and positions of some slots, and every observer's reading of them.
+_Before = tuple[tuple[Tensor, Tensor, Tensor], list[Tensor]]
 #: All but a scale.
 _NO_TERMS = (None, None, None, None)
 #: Positions are int32.
@@ -64,7 +66,7 @@ class Layer:
 
     def __init__(self, plan: LayerPlan, layout: TokenLayout | None, budget: int) -> None:
         self.plan = plan
-        self._place(layout, budget)
+        self.place(layout, budget)
         self.decider = Decider(plan)
         self.lending = Lending(plan.layer) if plan.lends else None
         self.reset()
@@ -72,7 +74,7 @@ class Layer:
     def reset(self) -> None:
         """Back to the state before the first token."""
         if self.plan.bind is not None:
-            self._place(None, 0)
+            self.place(None, 0)
         self.store: SlotStore | None = None
         self.observers: Sequence[AttentionObserver] = ()
         self.need_mass = False
@@ -119,10 +121,11 @@ class Layer:
             terms.check(key, query.shape[1], self.seen)
         count = key.shape[2]
         wants_gradient = query.requires_grad or key.requires_grad or value.requires_grad
-        if wants_gradient and self.seen:
+        if wants_gradient and self.seen and torch.is_grad_enabled():
             check_gradients(self.plan.layer, query, key, value)
         if self.plan.bind is not None:
             self._follow(count)
+            store = self.store
         layout = self.layout
         if self.seen + count > self.most:
             raise self._too_long(count)
@@ -130,23 +133,28 @@ class Layer:
             self.lending.passes = []
         if layout is None:
             return self._hold_all(query, key, value, terms, weights)
-        if self.store is None:
+        if store is None:
             if count > self.capacity and layout.compresses_prompt:
                 return self._compress(query, key, value, terms, weights)
-            self._watch(self._allocate(key, value).shape)
+            store = self.allocate(key, value)
+            self.watch(store.shape)
         if count > 1 or weights or wants_gradient:
-            return self._tokens(query, key, value, terms, weights)
+            return self._tokens(query, key, value, terms, weights, wants_gradient)
         if self.seen >= self.decider.settled:
             self._decide(1)
         self.whole = False
-        output = self._token(query, key, value, terms)
+        output = self._token(store, query, key, value, terms)
         self.whole = True
         return output, None
 
-    def _token(self, query: Tensor, key: Tensor, value: Tensor, terms: Terms) -> Tensor:
+    def _token(
+        self, store: SlotStore, query: Tensor, key: Tensor, value: Tensor, terms: Terms
+    ) -> Tensor:
         """Write a token for which there is room, attend from it, and report."""
-        store, first = self.require_store(), self.seen
+        first = self.seen
         slots, reclaimed = store.take(1)
+        dead = None if terms.visible is None else self._dead(terms, store, 1)
+        before = None if dead is None else self._peek(store, slots)
         output, mass, finite = write_and_attend(
             store.kernel,
             store.write,
@@ -168,8 +176,6 @@ class Layer:
             may_be_empty=store.may_be_empty,
         )
         self.seen = first + 1
-        if terms.visible is not None:
-            self._bury(store, slots, terms, first)
         if self.lending is not None:
             self.lending.keep(store, terms)
         if reclaimed is not None:
@@ -177,10 +183,18 @@ class Layer:
                 observer.forget(reclaimed)
         if mass is not None:
             self._report(mass, first, store.room, finite)
+        if dead is not None and before is not None:
+            self._bury(store, slots, dead, before)
         return output
 
     def _tokens(
-        self, query: Tensor, key: Tensor, value: Tensor, terms: Terms, weights: bool
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        terms: Terms,
+        weights: bool,
+        wants_gradient: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """Several tokens: runs of whole blocks with no decision within."""
         count, first = key.shape[2], self.seen
@@ -197,8 +211,8 @@ class Layer:
             self.whole = False
             part = slice(done, run)
             new = query[:, :, part], key[:, :, part], value[:, :, part]
-            if run - done == 1 and not (weights or query.requires_grad):
-                outputs.append(self._token(*new, terms.rows(part)))
+            if run - done == 1 and not (weights or wants_gradient):
+                outputs.append(self._token(self.require_store(), *new, terms.rows(part)))
                 if self.lending is not None and run < count:
                     self.lending.copy_slots()
             else:
@@ -226,6 +240,8 @@ class Layer:
         store, first, count = self.require_store(), self.seen, key.shape[2]
         old = store.cached()
         slots, reclaimed = store.take(count)
+        dead = self._dead(terms, store, count)
+        before = None if dead is None else self._peek(store, slots)
         if reclaimed is not None:
             for observer in self.observers:
                 observer.forget(reclaimed)
@@ -241,7 +257,7 @@ class Layer:
             need_mass=self.need_mass,
             weights=weights,
         )
-        outputs, given, before = [], [], old[2].shape[2]
+        outputs, given, held = [], [], old[2].shape[2]
         for part in parts:
             outputs.append(part.output)
             if part.weights is not None:
@@ -250,10 +266,10 @@ class Layer:
                 self.lending.passes.append(part.attended)
             if part.mass is not None:
                 mass = part.mass.new_zeros(*part.mass.shape[:3], store.handed_out)
-                mass[..., :before] = part.mass[..., :before]
+                mass[..., :held] = part.mass[..., :held]
                 # What is given to victims by those who still saw them is nobody's any more.
-                into = slots[..., : part.mass.shape[3] - before].unsqueeze(2)
-                new = part.mass[..., before:]
+                into = slots[..., : part.mass.shape[3] - held].unsqueeze(2)
+                new = part.mass[..., held:]
                 mass.scatter_(3, into.expand_as(new), new)
                 if new.shape[3] < count:
                     rest = slots[..., new.shape[3] :].unsqueeze(2)
@@ -261,8 +277,8 @@ class Layer:
                 self._report(mass, first + part.begin, store.room + count - part.end)
         store.write(slots, key.detach(), value.detach(), first)
         self.seen = first + count
-        if terms.visible is not None:
-            self._bury(store, slots, terms, first)
+        if dead is not None and before is not None:
+            self._bury(store, slots, dead, before)
         return torch.cat(outputs, dim=2), torch.cat(given, dim=2) if weights else None
 
     def _report(self, mass: Tensor, first: int, room: int, finite: bool | None = None) -> None:
@@ -334,41 +350,57 @@ class Layer:
             first_head=self.plan.first_head,
         )
 
-    def _bury(self, store: SlotStore, slots: Tensor, terms: Terms, first: int) -> None:
-        """Empty the slots of padding: new tokens of a text that the mask hides from themselves.
+    def _dead(self, terms: Terms, store: SlotStore, count: int) -> Tensor | None:
+        """New tokens of a text that the mask hides from themselves, bool ``[B, 1, T]``: padding.
 
-        Pinned sinks and anchors of a text are counted from its first real token, so that a sequence
-        keeps what it would keep alone. An image's prompt is padded inside its pinned prefix, whose
-        slots are no one else's, and the grid that follows begins at one position for all.
+        Where they come first in a sequence, ``store.start`` moves behind them: pinned sinks and
+        anchors of a text are counted from its first real token, so that a sequence keeps what it
+        would keep alone. None where there is no padding to look for: without a mask, and in an
+        image, whose prompt is padded inside its pinned prefix, where nobody else's slots are.
         """
         if terms.visible is None or self.layout is None or not self.layout.compresses_prompt:
-            return
-        count = slots.shape[2]
+            return None
+        first = self.seen
         own = terms.visible[:, 0, :, first : first + count].diagonal(dim1=1, dim2=2)
         dead = (~own).expand(store.shape.batch, count)
         if first == 0 or store.start is not None:
             leading = dead.to(torch.int32).cumprod(-1).sum(-1, dtype=torch.int32)
-            start = leading if store.start is None else store.start
-            store.start = torch.where(start == first, start + leading, start) if first else leading
-        store.clear_some(slots, dead.unsqueeze(1))
+            if store.start is not None:
+                leading = torch.where(store.start == first, store.start + leading, store.start)
+            store.start = leading
+        if self.decider.recorder is not None:
+            self.decider.recorder.padded(first, dead)
+        return dead.unsqueeze(1)
+
+    def _peek(self, store: SlotStore, slots: Tensor) -> _Before:
+        """What slots hold, and what is known of it."""
+        return store.peek(slots), [observer.mass.gather(2, slots) for observer in self.observers]
+
+    def _bury(self, store: SlotStore, slots: Tensor, dead: Tensor, before: _Before) -> None:
+        """Undo what padding has done: it holds no slot that a live token could have."""
+        held, readings = before
+        store.put_back(slots, held, dead)
+        for observer, reading in zip(self.observers, readings, strict=True):
+            now = observer.mass.gather(2, slots)
+            observer.mass.scatter_(2, slots, torch.where(dead, reading, now))
 
     # -- the first call ----------------------------------------------------------------------------
 
-    def _shape(self, key: Tensor, slots: int) -> SlotShape:
+    def shape(self, key: Tensor, slots: int) -> SlotShape:
         """The shape of a store that takes such keys."""
         batch, heads = key.shape[:2]
         # Where everything is prefix no observer asks for the layout.
         layout = self.layout or TextLayout(sinks=slots)
         return SlotShape(batch, heads, slots, key.device, layout)
 
-    def _allocate(self, key: Tensor, value: Tensor) -> SlotStore:
+    def allocate(self, key: Tensor, value: Tensor) -> SlotStore:
         """Allocate the slots, for such keys and values."""
-        shape = self._shape(key, self.capacity)
+        shape = self.shape(key, self.capacity)
         self.store = SlotStore(shape, key, value, hides=self.plan.eager)
         self.store.may_be_empty |= self.plan.window is not None
         return self.store
 
-    def _watch(self, shape: SlotShape) -> None:
+    def watch(self, shape: SlotShape) -> None:
         """Make the observers of a store of this shape."""
         with torch.inference_mode(False):  # their readings outlive this call; see SlotStore
             self.observers = tuple(self.plan.policy.observers(shape))
@@ -379,14 +411,15 @@ class Layer:
     ) -> tuple[Tensor, Tensor | None]:
         """Attend over a prompt longer than the slots, then keep what the policy does not evict."""
         count = key.shape[2]
-        prompt = SlotStore.holding(self._shape(key, count), key.detach(), value.detach())
-        every = torch.arange(count, device=key.device).expand(*key.shape[:2], count)
+        prompt = SlotStore.holding(self.shape(key, count), key.detach(), value.detach())
         self.whole = False
-        self._watch(prompt.shape)
+        self.watch(prompt.shape)
         output, given = self._attend_all(query, key, value, terms, None, weights)
+        dead = self._dead(terms, prompt, count)
+        if dead is not None:
+            prompt.positions.masked_fill_(dead, -1)
+            prompt.may_be_empty = True
         self.seen = count
-        if terms.visible is not None:
-            self._bury(prompt, every, terms, 0)
         self.decider.expire(prompt, count)
         prompt.may_be_empty |= self.plan.window is not None
         view = self.view(prompt, 0)
@@ -396,7 +429,7 @@ class Layer:
         gone = torch.zeros_like(prompt.positions, dtype=torch.bool).scatter_(2, victims, True)
         # A stable sort of the flags lists the survivors first, in the order of their positions.
         kept = gone.to(torch.int8).argsort(dim=-1, stable=True)[:, :, : self.capacity]
-        store = self._allocate(key, value)
+        store = self.allocate(key, value)
         store.fill_from(prompt, kept)
         store.start, store.may_be_empty = prompt.start, store.may_be_empty or prompt.may_be_empty
         with torch.inference_mode(False):
@@ -416,7 +449,7 @@ class Layer:
             key = torch.cat([old[0], key], dim=2)
             value = torch.cat([old[1], value], dim=2)
         self.whole = False
-        self.store = SlotStore.holding(self._shape(key, key.shape[2]), key, value)
+        self.store = SlotStore.holding(self.shape(key, key.shape[2]), key, value)
         self.seen = key.shape[2]
         self.whole = True
         return output, given
@@ -479,19 +512,19 @@ class Layer:
             )
         self.whole = False
         self.decider.settled = 0  # what was foreseen was another layout's
-        self._place(layout, budget if bound is None else self.budget)
+        self.place(layout, budget if bound is None else self.budget)
         if bound is None:
             prefix = self.store
             if prefix is not None:
-                store = self._allocate(prefix.keys, prefix.values)
+                store = self.allocate(prefix.keys, prefix.values)
                 slots, _ = store.take(self.seen)
                 store.write(slots, prefix.keys, prefix.values, 0)
-                self._watch(store.shape)
+                self.watch(store.shape)
         self.whole = True
 
     # -- what is refused, and batches --------------------------------------------------------------
 
-    def _place(self, layout: TokenLayout | None, budget: int) -> None:
+    def place(self, layout: TokenLayout | None, budget: int) -> None:
         """Say where tokens sit, and how many of them may be held."""
         self.layout, self.budget = layout, budget
         length = None if layout is None else layout.length

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from kvpolicy.ops.sums import mean_over
 from kvpolicy.ops.triton import decode
 
 __all__ = ["attend", "attend_with_weights", "by_slot", "write_and_attend"]
@@ -25,7 +26,7 @@ Kernel = Callable[..., tuple[Tensor, Tensor, bool]]
 Write = Callable[[Tensor, Tensor, Tensor, int], None]
 
 #: Parts in which half precision keys are widened, so that no copy of all of them is ever made.
-_PARTS = 8
+_PARTS = 10
 
 
 def attend(
@@ -245,17 +246,8 @@ def _by_products(
 
 
 def _mass(shares: Tensor, visible: Tensor | None) -> Tensor:
-    """Probabilities ``[B, H, G, T, S]`` averaged over the group, in one order for every slot.
-
-    Not ``mean``: how torch orders a sum over heads depends on where a slot lies among its
-    neighbours, and tokens that are worth the same would differ in a last bit.
-    """
-    group = shares.shape[2]
-    mass = shares[:, :, 0]
-    for head in range(1, group):
-        mass = mass + shares[:, :, head]
-    if group > 1:
-        mass = mass.mul_(1 / group)
+    """Probabilities ``[B, H, G, T, S]`` averaged over the group, ``[B, H, T, S]``."""
+    mass = shares[:, :, 0] if shares.shape[2] == 1 else mean_over(shares, 2)
     return mass if visible is None else mass.masked_fill(~visible, 0.0)
 
 

@@ -32,7 +32,7 @@ def find_unknown(keys: Tensor, reading: Tensor, unknown: int) -> None:
     if served is not None:
         served(keys, reading)
     elif 4 * unknown > reading.shape[2]:
-        reading.copy_(lengths(keys))
+        reading[:] = lengths(keys)
     elif unknown:
         # The unknown are the lowest. Not argmin: to it, NaN is lower.
         slots = reading.topk(unknown, dim=-1, largest=False).indices

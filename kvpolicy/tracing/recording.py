@@ -135,7 +135,6 @@ class _Decision:
     places: Tensor | None
     scores: Tensor | None
     window: int | None
-    start: Tensor | None
     eager: bool
     reclaimed: int = 0
 
@@ -147,10 +146,13 @@ class _Recorder:
     samples: Sequence[int] | None
     scores: bool
     decisions: list[_Decision] = field(default_factory=list)
+    #: Position of the first of some tokens, and which of them are padding, bool ``[B, T]``.
+    padding: list[tuple[int, Tensor]] = field(default_factory=list)
 
     def reset(self) -> None:
         """Forget everything: a new sequence begins."""
         self.decisions.clear()
+        self.padding.clear()
 
     def select_batch(self, index: Tensor) -> None:
         """Follow a batch whose sequences are reordered."""
@@ -159,10 +161,17 @@ class _Recorder:
                 "a trace of some samples can't follow a batch that is reordered; trace them all"
             )
         for decision in self.decisions:
-            for name in ("victims", "places", "scores", "start"):
+            for name in ("victims", "places", "scores"):
                 tensor = getattr(decision, name)
                 if tensor is not None:
                     setattr(decision, name, tensor.index_select(0, index.to(tensor.device)))
+        self.padding = [
+            (first, dead.index_select(0, index.to(dead.device))) for first, dead in self.padding
+        ]
+
+    def padded(self, first: int, dead: Tensor) -> None:
+        """Some new tokens are padding: they are never cached, and replace nothing."""
+        self.padding.append((first, self._rows(dead)))
 
     def decided(self, plan: LayerPlan, store: SlotStore, view: CacheView, victims: Tensor) -> None:
         """A decision is about to take the place of the one before.
@@ -188,7 +197,6 @@ class _Recorder:
                 places=places,
                 scores=scores,
                 window=plan.window,
-                start=None if store.start is None else self._rows(store.start).clone(),
                 eager=plan.eager,
             )
         )
@@ -217,8 +225,13 @@ class _Recorder:
         positions = self._rows(store.positions)
         batch, heads = positions.shape[:2]
         gone = positions.new_full((batch, heads, layer.seen), STAYS, dtype=torch.int32)
+        dead = torch.zeros(batch, layer.seen + 1, dtype=torch.bool, device=gone.device)
+        for first, padding in self.padding:
+            dead[:, first : first + padding.shape[1]] = padding
         for decision in self.decisions:
-            self._apply(decision, gone)
+            self._apply(decision, gone, dead)
+        came = torch.arange(1, layer.seen + 1, device=gone.device, dtype=torch.int32)
+        gone = torch.where(dead[:, None, :-1], came, gone)
         device = gone.device
         nothing = torch.zeros(batch, heads, 0, dtype=torch.int32, device=device)
         scored = [d for d in self.decisions if d.places is not None]
@@ -238,14 +251,12 @@ class _Recorder:
         )
         return LayerTrace(**{name: tensor.cpu() for name, tensor in vars(traced).items()})
 
-    def _apply(self, decision: _Decision, gone: Tensor) -> None:
+    def _apply(self, decision: _Decision, gone: Tensor, padding: Tensor) -> None:
         """Enter what a decision removed."""
         places = torch.arange(gone.shape[2], device=gone.device, dtype=torch.int32)
         dead = torch.zeros_like(gone, dtype=torch.bool)
         if decision.window is not None:
             dead |= places <= decision.seen - decision.window
-        if decision.start is not None:
-            dead |= places < decision.start.view(-1, 1, 1)
         gone.copy_(torch.where(dead & (gone == STAYS), decision.after, gone))
         victims = decision.victims
         turn = torch.arange(victims.shape[2], device=gone.device, dtype=torch.int32)
@@ -255,6 +266,8 @@ class _Recorder:
             # Fresh slots are used first, then the victims in their order, one a token.
             victims = victims[..., : decision.reclaimed]
             moment = (turn + decision.fresh + decision.after)[: decision.reclaimed]
+            # The token that took its slot came right before; padding takes none.
+            victims = torch.where(padding[:, None, moment.long() - 1], -1, victims)
         # Slots that were empty go to a column of their own.
         column = torch.where(victims >= 0, victims, gone.shape[2]).to(torch.int64)
         wider = torch.nn.functional.pad(gone, (0, 1), value=STAYS)

@@ -117,16 +117,3 @@ def test_generate_reports_weights_too():
     for mine, eager in zip([*given.attentions, first], [*expected, expected[0]], strict=True):
         for layer in range(3):
             torch.testing.assert_close(mine[layer], eager[layer])
-
-
-def test_nothing_is_kept_where_nobody_asks():
-    model = tiny_models.llama()
-    with torch.inference_mode(), attach(model, IMAGE) as cache:
-        model(tokens(), **as_argument(cache))
-        layers = cache.policy_cache.layers
-        assert not any(layer.newest.passes for layer in layers)
-        cache.reset()
-        attentions(model, cache, [tokens(20)])
-        assert all(layer.newest.passes for layer in layers)
-        model(tokens(1), **as_argument(cache))
-        assert not any(layer.newest.passes for layer in layers)

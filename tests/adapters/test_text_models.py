@@ -304,7 +304,7 @@ def test_padding_is_found_in_a_prompt_that_comes_in_chunks(llama, size):
                 position_ids=places,
                 **as_argument(cache),
             )
-        start = cache.policy_cache.layers[0].start
+        start = cache.policy_cache.layers[0].store.start
         assert start.tolist() == [5, 0]
         assert cache.policy_cache.layers[0].seen == 12
 
@@ -316,11 +316,11 @@ def test_padding_follows_its_sequence():
     visible[1, :, :, :3] = False
     cache = kvpolicy.PolicyCache("h2o", 8, layout=kvpolicy.TextLayout(sinks=1), num_layers=1)
     cache.attend(0, query, key, value, visible=visible)
-    assert cache.layers[0].start.tolist() == [0, 3]
+    assert cache.layers[0].store.start.tolist() == [0, 3]
     cache.select_batch(torch.tensor([1, 1, 0]))
-    assert cache.layers[0].start.tolist() == [3, 3, 0]
+    assert cache.layers[0].store.start.tolist() == [3, 3, 0]
     cache.reset()
-    assert cache.layers[0].start is None
+    assert cache.layers[0].store.start is None
 
 
 # -- models that can't be served -------------------------------------------------------------------

@@ -44,7 +44,9 @@ def test_nan_is_refused_before_a_decision_is_made_from_it(policy, prompt, reclai
     with pytest.raises(kvpolicy.AttentionError, match=rf"layer 1: {name} scores .* position \d+;"):
         for first in (0, *range(prompt, 12)):
             part = slice(first, prompt if first == 0 else first + 1)
-            cache.attend(1, key[:, :, part].nan_to_num(), key[:, :, part], key[:, :, part])
+            clean = key[:, :, part].nan_to_num()
+            cache.attend(0, clean, clean, clean)
+            cache.attend(1, clean, key[:, :, part], key[:, :, part])
     store = cache.layers[1].store
     if store is not None:  # a prompt that is refused leaves nothing
         assert (store.positions == 0).any(-1).all(), "the sink went"

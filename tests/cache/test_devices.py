@@ -64,7 +64,8 @@ def test_a_layers_tensors_lie_where_the_layer_lies(name, layout, reclaim):
         for layer, device in zip(cache.layers, gpus, strict=True):
             tensors = [layer.store.keys, layer.store.values, layer.store.positions]
             tensors += [observer.mass for observer in layer.observers]
-            tensors += [tensor for tensor in (layer.queue, layer.start) if tensor is not None]
+            books = (layer.store.victims, layer.store.start)
+            tensors += [tensor for tensor in books if tensor is not None]
             assert {tensor.device for tensor in tensors} == {device}
-            assert cache.positions(layer.layer).device == device
+            assert cache.positions(layer.plan.layer).device == device
     assert cache.stats().seen == 25

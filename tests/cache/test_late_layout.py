@@ -112,14 +112,14 @@ def test_until_it_is_bound_everything_is_prefix():
 
 def test_a_long_unbound_prompt_attends_in_chunks_and_respects_what_is_hidden():
     tensors = stream(300, heads=1)
-    hidden = torch.ones(2, 1, 1, 300, dtype=torch.bool)
+    hidden = torch.ones(2, 1, 300, 300, dtype=torch.bool).tril()
     hidden[0, ..., :40] = False
     outputs = []
     for layout in (AtLast(KNOWN, 400), kvpolicy.RasterLayout(rows=1, cols=300)):
         cache = kvpolicy.PolicyCache("full", layout=layout, num_layers=1)
         parts = [
-            cache.attend(0, *(t[:, :, :200] for t in tensors), visible=hidden[..., :200]),
-            cache.attend(0, *(t[:, :, 200:] for t in tensors), visible=hidden),
+            cache.attend(0, *(t[:, :, :200] for t in tensors), visible=hidden[:, :, :200, :200]),
+            cache.attend(0, *(t[:, :, 200:] for t in tensors), visible=hidden[:, :, 200:]),
         ]
         outputs.append(torch.cat(parts, dim=2)[:, :, 40:])
     torch.testing.assert_close(*outputs, atol=1e-5, rtol=0)

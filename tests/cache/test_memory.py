@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import kvpolicy
-from kvpolicy.cache.layer import LayerCache
-from kvpolicy.cache.layer_state import QUERY_CHUNK
+from kvpolicy.cache.beside import QUERY_CHUNK
+from kvpolicy.cache.layer import Layer
 from kvpolicy.ops.portions import NEAR
 
 LAYERS, BATCH, HEADS, GROUP = 2, 2, 2, 2
@@ -194,16 +194,16 @@ def test_keys_and_values_never_move(name):
 
 
 def test_the_guard_bites_a_cache_that_concatenates(monkeypatch):
-    whole = LayerCache._run
+    whole = Layer._token
 
-    def run(self, *args, **named):
+    def token(self, *args, **named):
         store = self.store
         store.keys = torch.cat([store.keys[:, :, 1:], store.keys[:, :, :1]], dim=2)
         return whole(self, *args, **named)
 
     cache = cache_of("random")
     feed(cache, BUDGET + 1, 32, torch.float32)
-    monkeypatch.setattr(LayerCache, "_run", run)
+    monkeypatch.setattr(Layer, "_token", token)
     with Allocations() as allocated:
         feed(cache, 1, 32, torch.float32)
     assert allocated.largest >= keys_of_a_layer(cache)

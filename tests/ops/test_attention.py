@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kvpolicy
-from kvpolicy.cache.terms import by_slot
+from kvpolicy.ops.attend import by_slot
 
 HEADS, SLOTS, DIM = 2, 7, 8
 
@@ -156,30 +156,26 @@ def test_another_layer_attends_to_the_same_tokens():
 
     def run(sizes):
         cache = kvpolicy.PolicyCache("h2o", 8, layout=layout, num_layers=1, lent={0})
-        owner, outputs, seen = cache.layers[0], [], 0
+        outputs, seen = [], 0
         for size in sizes:
             part = slice(seen, seen + size)
             seen += size
             cache.attend(0, query[:, :, part], key[:, :, part], value[:, :, part])
-            outputs.append(
-                owner.newest.attend_again(other[:, :, part], kvpolicy.cache.terms.Terms())
-            )
+            outputs.append(cache.attend_shared(0, other[:, :, part])[0])
         return torch.cat(outputs, dim=2)
 
     # The owner's own queries, lent to itself, give what it got.
     cache = kvpolicy.PolicyCache("h2o", 8, layout=layout, num_layers=1, lent={0})
     first = cache.attend(0, query, key, value)
-    again = cache.layers[0].newest.attend_again(query, kvpolicy.cache.terms.Terms())
+    again = cache.attend_shared(0, query)[0]
     torch.testing.assert_close(again, first, atol=1e-6, rtol=1e-6)
     expected = run([1] * length)
     for sizes in ([24], [10, 1, 7, 6]):
         torch.testing.assert_close(run(sizes), expected, atol=1e-5, rtol=1e-5)
     # A model may drop all but the last tokens before it borrows (Gemma 4 does).
     for last in (1, 5, 13):
-        some = cache.layers[0].newest.attend_again(
-            query[:, :, -last:], kvpolicy.cache.terms.Terms()
-        )
+        some = cache.attend_shared(0, query[:, :, -last:])[0]
         torch.testing.assert_close(some, first[:, :, -last:], atol=1e-6, rtol=1e-6)
     more = torch.cat([query, query], dim=2)
     with pytest.raises(kvpolicy.CacheStateError, match="lends its tokens to 48 queries"):
-        cache.layers[0].newest.attend_again(more, kvpolicy.cache.terms.Terms())
+        cache.attend_shared(0, more)

@@ -167,7 +167,7 @@ def test_checker_catches_the_package_itself(source):
         ("kvpolicy.policies.pyramid", "from kvpolicy.policies.snapkv import SnapKV"),
         (
             "kvpolicy.cache.cache",
-            "from kvpolicy import errors, slots\nfrom .layer import LayerCache",
+            "from kvpolicy import errors, slots\nfrom .layer import Layer",
         ),
         ("kvpolicy.lab.run.plan", "import kvpolicy, matplotlib.pyplot, rich, transformers"),
         ("kvpolicy.cli", "import typer\nfrom kvpolicy.lab.run import demo"),

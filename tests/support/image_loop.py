@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import kvpolicy
-from kvpolicy.cache.layer import LayerCache
+from kvpolicy.cache.layer import Layer
 
 #: Recomputed scores may differ by rounding.
 CLOSE = 1e-5
@@ -59,14 +59,14 @@ class _Query:
 class _LayerWatch:
     """Stands before and behind one layer."""
 
-    def __init__(self, watch: Watch, layer: LayerCache) -> None:
+    def __init__(self, watch: Watch, layer: Layer) -> None:
         self.watch = watch
         self.layer = layer
-        self.policy = layer.policy
+        self.policy = layer.plan.policy
         self.attend = layer.attend
         self._restart()
         layer.attend = self.watched  # type: ignore[method-assign]
-        layer.policy = self  # type: ignore[assignment]
+        layer.replace_policy(self)  # type: ignore[arg-type]
 
     def _restart(self) -> None:
         self.keys: Tensor | None = None
@@ -79,7 +79,7 @@ class _LayerWatch:
 
     # -- a call ------------------------------------------------------------------------------------
 
-    def watched(self, query, key, value, terms):
+    def watched(self, query, key, value, terms, weights=False):
         first = self.layer.seen
         if first == 0:
             self._restart()
@@ -87,7 +87,7 @@ class _LayerWatch:
         self.values = value if first == 0 else torch.cat([self.values, value], dim=2)
         visible, scale = terms.visible, terms.scale
         self.visible, self.scale = visible, scale or 1 / math.sqrt(query.shape[-1])
-        output = self.attend(query, key, value, terms)
+        given = self.attend(query, key, value, terms, weights)
         assert self.layer.seen == first + key.shape[2]
         self.look(first)
         held = self.layer.store.positions.clone()
@@ -98,8 +98,8 @@ class _LayerWatch:
         layout = self.layer.layout
         seen = self.layer.seen
         if seen > layout.prefix and layout.is_line_start(seen):
-            self.watch.line_ends.append((self.layer.layer, layout.line(seen - 1), held))
-        return output
+            self.watch.line_ends.append((self.layer.plan.layer, layout.line(seen - 1), held))
+        return given
 
     def look(self, first: int) -> None:
         """Invariants 1 to 5, after a call."""

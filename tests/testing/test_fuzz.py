@@ -7,9 +7,9 @@ import random
 import pytest
 
 import kvpolicy
-import kvpolicy.cache.layer_state
+import kvpolicy.cache.layer
 from kvpolicy import ParameterError, SlotStore, TextLayout
-from kvpolicy.cache.layer import LayerCache
+from kvpolicy.cache.layer import Layer
 from kvpolicy.registry import POLICIES
 from kvpolicy.testing import INVARIANTS, Case, Stream
 from kvpolicy.testing import fuzz as command
@@ -56,7 +56,7 @@ def test_every_policy_is_run_on_whole_models(model_driver):
 
 @pytest.mark.slow
 def test_it_finds_a_bug_in_the_core_and_tells_how_to_see_it_again(monkeypatch, capsys):
-    monkeypatch.setattr(kvpolicy.cache.layer_state, "SlotStore", Shifted)
+    monkeypatch.setattr(kvpolicy.cache.layer, "SlotStore", Shifted)
     assert command.main(["--runs", "20", "--seed", "5", "--model", "core"]) == 1
     said = capsys.readouterr().out
     assert "Invariant 'truth'" in said
@@ -79,9 +79,9 @@ def test_it_finds_a_bug_in_the_core_and_tells_how_to_see_it_again(monkeypatch, c
 def test_it_finds_a_bug_under_a_model(model_driver, monkeypatch, planted, words):
     if planted == "capacity":
         larger = property(lambda self: self.layout.prefix + self.budget + 1)
-        monkeypatch.setattr(LayerCache, "capacity", larger)
+        monkeypatch.setattr(Layer, "capacity", larger)
     elif planted == "reset":
-        whole = LayerCache.watch
+        whole = Layer.watch
 
         def watch(self, shape):
             kept = self.__dict__.get("kept", ())
@@ -91,9 +91,9 @@ def test_it_finds_a_bug_under_a_model(model_driver, monkeypatch, planted, words)
                     observer.mass = old.mass
             self.kept = self.observers
 
-        monkeypatch.setattr(LayerCache, "watch", watch)
+        monkeypatch.setattr(Layer, "watch", watch)
     else:
-        monkeypatch.setattr(LayerCache, "select_batch", lambda self, index: None)
+        monkeypatch.setattr(Layer, "select_batch", lambda self, index: None)
     with pytest.raises(Violation, match=words) as raised:
         fuzz(seed=0, runs=200, on=["transformers"])
     seed = raised.value.seed
@@ -132,7 +132,7 @@ def test_a_steep_schedule_does_not_make_the_check_of_lossless_take_all_memory(mo
             slots.append(shape.slots)
             super().__init__(shape, key, value)
 
-    monkeypatch.setattr(kvpolicy.cache.layer_state, "SlotStore", Watched)
+    monkeypatch.setattr(kvpolicy.cache.layer, "SlotStore", Watched)
     policy = kvpolicy.create("pyramid", beta=1e6, window=3, interval=3, kernel=1)
     stream = Stream(TextLayout(sinks=4, line_length=3), tokens=29, budget=36, layers=2)
     INVARIANTS["lossless"](Case(policy, stream))

@@ -15,11 +15,13 @@ from pydantic import Field
 from support import invariants_page
 
 import kvpolicy
-import kvpolicy.cache.decider
+import kvpolicy.cache.beside
+import kvpolicy.cache.cache
 import kvpolicy.cache.layer
-import kvpolicy.cache.layer_state
+import kvpolicy.cache.lending
 from kvpolicy import CumulativeMass, FadingMass, LineMass, Need, SlotStore
-from kvpolicy.cache.layer import LayerCache
+from kvpolicy.cache.layer import Layer
+from kvpolicy.cache.lending import Pass
 from kvpolicy.policies import (
     H2O,
     RKV,
@@ -112,8 +114,8 @@ def understates_its_min_budget(patch):
 class _OneMore(SlotStore):
     """A store with a slot more than it says."""
 
-    def __init__(self, shape, key, value):
-        super().__init__(shape, key, value)
+    def __init__(self, shape, key, value, **named):
+        super().__init__(shape, key, value, **named)
         self.add()
 
     def add(self):
@@ -145,7 +147,7 @@ def holds_more_in_mid_line_only(patch):
                 self.positions[:, :, -1] = -1
             super().write(slots, key, value, first)
 
-    patch.setattr(kvpolicy.cache.layer_state, "SlotStore", MidLine)
+    patch.setattr(kvpolicy.cache.layer, "SlotStore", MidLine)
     return Random()
 
 
@@ -158,22 +160,20 @@ def holds_more_in_mid_step_only(patch):
             self.positions[:, :, -1:] = self.positions.gather(2, slots[..., :1])
             super().write(slots, key, value, first)
 
-    def run(self, *args, **named):
+    def attend(self, *args, **named):
         output = whole(self, *args, **named)
         self.store.positions[:, :, -1] = -1
         return output
 
-    whole = LayerCache._run
-    patch.setattr(kvpolicy.cache.layer_state, "SlotStore", MidStep)
-    patch.setattr(LayerCache, "_run", run)
+    whole = Layer.attend
+    patch.setattr(kvpolicy.cache.layer, "SlotStore", MidStep)
+    patch.setattr(Layer, "attend", attend)
     return Random()
 
 
 @caught_by("budget")
 def has_one_slot_too_many(patch):
-    patch.setattr(
-        LayerCache, "capacity", property(lambda self: self.layout.prefix + self.budget + 1)
-    )
+    patch.setattr(Layer, "capacity", property(lambda self: self.layout.prefix + self.budget + 1))
     return Random()
 
 
@@ -249,8 +249,8 @@ def resurrects(patch):
     class Undead(SlotStore):
         """Every fifth token, the victim of the token before takes the place of another."""
 
-        def __init__(self, shape, key, value):
-            super().__init__(shape, key, value)
+        def __init__(self, shape, key, value, **named):
+            super().__init__(shape, key, value, **named)
             self.grave = None
 
         def write(self, slots, key, value, first):
@@ -265,7 +265,7 @@ def resurrects(patch):
             if (where >= 0).all():
                 self.grave = (*buried, where)
 
-    patch.setattr(kvpolicy.cache.layer_state, "SlotStore", Undead)
+    patch.setattr(kvpolicy.cache.layer, "SlotStore", Undead)
     return Random()
 
 
@@ -278,7 +278,7 @@ def holds_a_position_twice(patch):
                 other = (slots[..., :1] + 1) % self.shape.slots
                 super().write(other, key[:, :, :1], value[:, :, :1], first)
 
-    patch.setattr(kvpolicy.cache.layer_state, "SlotStore", Double)
+    patch.setattr(kvpolicy.cache.layer, "SlotStore", Double)
     return Random()
 
 
@@ -291,7 +291,7 @@ def writes_the_key_of_another_token(patch):
         def write(self, slots, key, value, first):
             super().write(slots, key.roll(1, 2), value, first)
 
-    patch.setattr(kvpolicy.cache.layer_state, "SlotStore", Shifted)
+    patch.setattr(kvpolicy.cache.layer, "SlotStore", Shifted)
     return H2O()
 
 
@@ -301,7 +301,7 @@ def writes_the_value_of_the_neighbour_in_the_batch(patch):
         def write(self, slots, key, value, first):
             super().write(slots, key, value.roll(1, 0), first)
 
-    patch.setattr(kvpolicy.cache.layer_state, "SlotStore", Crossed)
+    patch.setattr(kvpolicy.cache.layer, "SlotStore", Crossed)
     return H2O()
 
 
@@ -314,7 +314,7 @@ def keeps_the_victims_value(patch):
             if self.fresh == 0:
                 self.values = old
 
-    patch.setattr(kvpolicy.cache.layer_state, "SlotStore", Stale)
+    patch.setattr(kvpolicy.cache.layer, "SlotStore", Stale)
     return StreamingLLM(sinks=1)
 
 
@@ -324,7 +324,7 @@ def stores_in_half_precision(patch):
         def write(self, slots, key, value, first):
             super().write(slots, key.bfloat16().to(key.dtype), value, first)
 
-    patch.setattr(kvpolicy.cache.layer_state, "SlotStore", Rounded)
+    patch.setattr(kvpolicy.cache.layer, "SlotStore", Rounded)
     return Random()
 
 
@@ -369,32 +369,36 @@ def compresses_a_prompt_out_of_order(patch):
 @caught_by("lossless")
 def has_one_slot_too_few(patch):
     patch.setattr(
-        LayerCache,
+        Layer,
         "capacity",
         property(lambda self: self.layout.prefix + max(self.budget - 1, 1)),
     )
     return StreamingLLM(sinks=0)
 
 
+def _change_queries(patch, change):
+    """Of one token, and of several."""
+    one, several = kvpolicy.cache.layer.write_and_attend, kvpolicy.cache.lending.attend
+
+    def write_and_attend(kernel, write, query, *args, **named):
+        return one(kernel, write, change(query), *args, **named)
+
+    def attend(query, *args, **named):
+        return several(change(query), *args, **named)
+
+    patch.setattr(kvpolicy.cache.layer, "write_and_attend", write_and_attend)
+    patch.setattr(kvpolicy.cache.lending, "attend", attend)
+
+
 @caught_by("lossless")
 def attends_with_another_scale(patch):
-    whole = kvpolicy.cache.layer_state.attend
-
-    def attend(query, keys, values, **named):
-        return whole(query * 0.9, keys, values, **named)
-
-    patch.setattr(kvpolicy.cache.layer_state, "attend", attend)
+    _change_queries(patch, lambda query: query * 0.9)
     return Full()
 
 
 @caught_by("lossless")
 def mixes_up_query_groups(patch):
-    whole = kvpolicy.cache.layer_state.attend
-
-    def attend(query, keys, values, **named):
-        return whole(query.flip(1), keys, values, **named)
-
-    patch.setattr(kvpolicy.cache.layer_state, "attend", attend)
+    _change_queries(patch, lambda query: query.flip(1))
     return Full()
 
 
@@ -544,16 +548,13 @@ def decides_within_the_line(patch):
 
 @caught_by("full use")
 def hides_victims_at_once(patch):
-    whole = kvpolicy.cache.decider.make_room
+    whole = SlotStore.name_victims
 
-    def make_room(layer):
-        before = layer.queue
-        whole(layer)
-        if layer.queue is not before:
-            layer.store.clear(layer.queue)
+    def name_victims(self, victims):
+        whole(self, victims)
+        self.clear(victims)
 
-    for module in (kvpolicy.cache.layer, kvpolicy.cache.decider):
-        patch.setattr(module, "make_room", make_room)
+    patch.setattr(SlotStore, "name_victims", name_victims)
     return Linear(**SMALL_LINEAR)
 
 
@@ -565,7 +566,7 @@ def leaves_a_slot_empty(patch):
             if self.fresh == 0:
                 self.clear((slots[..., :1] + 1) % self.shape.slots)
 
-    patch.setattr(kvpolicy.cache.layer_state, "SlotStore", Wasteful)
+    patch.setattr(kvpolicy.cache.layer, "SlotStore", Wasteful)
     return Random()
 
 
@@ -604,14 +605,14 @@ def counts_reports_instead_of_queries(patch):
 
 @caught_by("chunks")
 def lets_a_chunk_see_its_own_future(patch):
-    whole = LayerCache._visible_to_run
+    whole = Pass.attend
 
-    def visible(self, by_position, before, slots):
-        allowed = whole(self, by_position, before, slots)
-        allowed[..., before:] = True
-        return allowed
+    def attend(self, *args, **named):
+        allowed = self.visible.clone()
+        allowed[..., -self.queries :] = True
+        return whole(self._replace(visible=allowed), *args, **named)
 
-    patch.setattr(LayerCache, "_visible_to_run", visible)
+    patch.setattr(Pass, "attend", attend)
     return Pyramid(window=2, interval=3, kernel=3)
 
 
@@ -631,7 +632,7 @@ def lets_mass_fade_by_reports_instead_of_queries(patch):
 
 @caught_by("reset")
 def keeps_its_observers_when_reset(patch):
-    whole = LayerCache.watch
+    whole = Layer.watch
 
     def watch(self, shape):
         kept = getattr(self, "kept", None)
@@ -642,7 +643,7 @@ def keeps_its_observers_when_reset(patch):
                     observer.mass = old.mass
         self.kept = self.observers
 
-    patch.setattr(LayerCache, "watch", watch)
+    patch.setattr(Layer, "watch", watch)
     return H2O()
 
 
@@ -650,27 +651,29 @@ def keeps_its_observers_when_reset(patch):
 def leaves_observers_behind_when_a_batch_is_reordered(patch):
     def select_batch(self, index):
         self.store.select_batch(index)
-        if self.queue is not None:
-            self.queue = self.queue.index_select(0, index)
 
-    patch.setattr(LayerCache, "select_batch", select_batch)
+    patch.setattr(Layer, "select_batch", select_batch)
     return H2O()
 
 
 @caught_by("reorder")
 def forgets_its_queue_when_a_batch_is_reordered(patch):
-    def select_batch(self, index):
-        self.store.select_batch(index)
-        for observer in self.observers:
-            observer.mass = observer.mass.index_select(0, index)
+    whole = SlotStore.select_batch
 
-    patch.setattr(LayerCache, "select_batch", select_batch)
+    def select_batch(self, index):
+        victims = self.victims
+        whole(self, index)
+        self.victims = victims
+
+    patch.setattr(SlotStore, "select_batch", select_batch)
     return Linear(**SMALL_LINEAR)
 
 
 @caught_by("stats")
 def understates_its_peak(patch):
-    patch.setattr(LayerCache, "held", lambda self: self.layout.prefix + self.budget // 2)
+    patch.setattr(
+        SlotStore, "peak", property(lambda self: self.shape.slots // 2, lambda self, peak: None)
+    )
     return Random()
 
 
@@ -694,6 +697,108 @@ def loses_a_parameter_in_json(patch):
         salt: int = Field(0, exclude=True)
 
     return Secretive(salt=3)
+
+
+# -- copies, interruptions, masks ------------------------------------------------------------------
+
+
+@caught_by("copies")
+def loads_a_cache_without_what_was_observed(patch):
+    whole = kvpolicy.cache.cache.load_layer
+
+    def load_layer(layer, state):
+        whole(layer, state)
+        for observer in layer.observers:
+            observer.mass.zero_()
+
+    patch.setattr(kvpolicy.cache.cache, "load_layer", load_layer)
+    return H2O()
+
+
+@caught_by("copies")
+def shares_its_slots_with_a_copy(patch):
+    patch.setattr(SlotStore, "__deepcopy__", lambda self, memo: self, raising=False)
+    return StreamingLLM(sinks=1)
+
+
+@caught_by("copies")
+def saves_victims_that_were_reclaimed_already(patch):
+    whole = kvpolicy.cache.cache.save_layer
+
+    def save_layer(layer):
+        state = whole(layer)
+        if state["store"] is not None:
+            state["store"]["reclaimed"] = 0
+        return state
+
+    patch.setattr(kvpolicy.cache.cache, "save_layer", save_layer)
+    return Linear(**SMALL_LINEAR)
+
+
+@caught_by("interruption")
+def goes_on_after_whatever_happened(patch):
+    patch.setattr(Layer, "whole", property(lambda self: True, lambda self, whole: None), False)
+    return Linear(**SMALL_LINEAR)
+
+
+@caught_by("interruption")
+def says_once_that_it_can_not_go_on(patch):
+    whole = Layer.interrupted
+
+    def interrupted(self):
+        self.whole = True
+        return whole(self)
+
+    patch.setattr(Layer, "interrupted", interrupted)
+    return H2O()
+
+
+@caught_by("interruption")
+def counts_a_token_before_it_is_written(patch):
+    """A layer that believes to be whole in the middle of a token."""
+    whole = SlotStore.take
+
+    def take(self, count):
+        taken = whole(self, count)
+        self.layer.whole = True
+        return taken
+
+    allocate = Layer.allocate
+
+    def allocated(self, key, value):
+        store = allocate(self, key, value)
+        store.layer = self
+        return store
+
+    patch.setattr(SlotStore, "take", take)
+    patch.setattr(Layer, "allocate", allocated)
+    return StreamingLLM(sinks=1)
+
+
+@caught_by("masks")
+def puts_a_causal_triangle_over_the_mask(patch):
+    whole = Pass.attend
+
+    def attend(self, *args, **named):
+        new = min(self.queries, self.visible.shape[3])
+        allowed = self.visible.clone()
+        allowed[..., -new:] &= torch.ones(self.queries, new, dtype=torch.bool).tril()
+        return whole(self._replace(visible=allowed), *args, **named)
+
+    patch.setattr(Pass, "attend", attend)
+    return Full()
+
+
+@caught_by("masks")
+def shows_old_tokens_that_the_mask_hides(patch):
+    patch.setattr(
+        kvpolicy.cache.beside,
+        "by_slot",
+        lambda term, positions: torch.ones(
+            *positions.shape[:2], term.shape[2], positions.shape[2], dtype=torch.bool
+        ),
+    )
+    return Full()
 
 
 # -- the tests -------------------------------------------------------------------------------------

@@ -163,10 +163,10 @@ def test_it_follows_a_reordered_batch_and_begins_anew_after_a_reset():
 def test_nothing_is_recorded_after_the_block():
     cache = kvpolicy.PolicyCache("h2o", 8, layout=RASTER, num_layers=1)
     with kvpolicy.trace(cache):
-        assert cache.layers[0].recorder is not None
+        assert cache.layers[0].decider.recorder is not None
         with pytest.raises(kvpolicy.CacheStateError, match="already"):
             kvpolicy.trace(cache).__enter__()
-    assert cache.layers[0].recorder is None
+    assert cache.layers[0].decider.recorder is None
     list(feed(cache, [3]))
     with (
         pytest.raises(kvpolicy.CacheStateError, match=r"seen 3 tokens already.*reset"),

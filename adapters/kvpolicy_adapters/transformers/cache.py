@@ -84,7 +84,8 @@ class PolicyLayer(CacheLayerMixin):
         if query_length == 0:
             raise CacheStateError(
                 f"this cache has seen {self.policy_cache.seen_by(self.index)} tokens, and the "
-                f"input has no others; reset() the cache for a new sequence, or pass the whole sequence so far and more"
+                f"input has no others; reset() the cache for a new sequence, or pass the whole "
+                f"sequence so far and more"
             )
         return self.policy_cache.seen_by(self.index) + query_length, 0
 

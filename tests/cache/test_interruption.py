@@ -1,0 +1,263 @@
+"""An exception anywhere in a call: the cache goes on exactly, or says that it can't."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import kvpolicy
+from kvpolicy import CacheStateError, PolicyCache
+from kvpolicy.testing.faults import Interrupt, Interrupted
+
+HOUSE = str(Path(kvpolicy.__file__).parent)
+SMALL = {
+    "linear": {"anchors": 2},
+    "linear2d": {"anchors": 2},
+    "snapkv": {"window": 2, "interval": 3, "kernel": 3},
+    "pyramid": {"window": 2, "interval": 3, "kernel": 3},
+    "rkv": {"window": 2, "interval": 3, "kernel": 3},
+}
+NAMES = [name for name in kvpolicy.available() if name != "compose"]
+RASTER = kvpolicy.RasterLayout(rows=5, cols=4, prefix=1)
+TEXT = kvpolicy.TextLayout(sinks=1, length=24)
+LAYERS = 2
+
+
+class AtLine:
+    """Raises KeyboardInterrupt at one of the lines of kvpolicy that run, as Ctrl-C would.
+
+    Args:
+        at: which, counted from 0; None to count them only.
+    """
+
+    def __init__(self, at: int | None = None) -> None:
+        self.at = at
+        self.count = 0
+
+    def __enter__(self) -> AtLine:
+        sys.settrace(self._call)
+        return self
+
+    def __exit__(self, *_) -> None:
+        sys.settrace(None)
+
+    def _call(self, frame, event, argument):
+        return self._line if frame.f_code.co_filename.startswith(HOUSE) else None
+
+    def _line(self, frame, event, argument):
+        if event == "line":
+            self.count += 1
+            if self.count - 1 == self.at:
+                sys.settrace(None)
+                raise KeyboardInterrupt
+        return self._line
+
+
+class Run:
+    """A stream, a cache for it, and the calls that bring it."""
+
+    def __init__(self, name: str, layout, sizes: list[int]) -> None:
+        self.policy = kvpolicy.create(name, **SMALL.get(name, {}))
+        self.layout, self.sizes = layout, sizes
+        self.budget = None if name == "full" else max(self.policy.min_budget(layout), 6)
+        torch.manual_seed(3)
+        self.query = torch.randn(LAYERS, 1, 2, sum(sizes), 4)
+        self.key, self.value = torch.randn(2, LAYERS, 1, 1, sum(sizes), 4)
+
+    def cache(self) -> PolicyCache:
+        return PolicyCache(self.policy, self.budget, layout=self.layout, num_layers=LAYERS)
+
+    def call(self, cache: PolicyCache, step: int) -> list[torch.Tensor]:
+        first = sum(self.sizes[:step])
+        part = slice(first, first + self.sizes[step])
+        return [
+            cache.attend(
+                n, self.query[n, :, :, part], self.key[n, :, :, part], self.value[n, :, :, part]
+            )
+            for n in range(LAYERS)
+        ]
+
+    def all(self, cache: PolicyCache, first: int = 0) -> list[torch.Tensor]:
+        return [out for step in range(first, len(self.sizes)) for out in self.call(cache, step)]
+
+
+def check(run: Run, step: int, interrupted: Callable[[int | None], object], every: int) -> int:
+    """Interrupt one call at every place; how often the cache said that it can't go on."""
+    expected = run.cache()
+    run.all(expected)
+    with interrupted(None) as counter:
+        cache = run.cache()
+        for before in range(step):
+            run.call(cache, before)
+    skip = counter.count
+    with interrupted(None) as counter:
+        run.call(cache, step)
+    assert counter.count > 0
+    refusals = 0
+    for place in range(0, counter.count, every):
+        cache = run.cache()
+        for before in range(step):
+            run.call(cache, before)
+        with pytest.raises((Interrupted, KeyboardInterrupt)), interrupted(place):
+            run.call(cache, step)
+        try:
+            run.all(cache, step)
+        except CacheStateError:
+            refusals += 1
+            for _ in range(2):
+                with pytest.raises(CacheStateError, match=r"reset\(\)"):
+                    run.call(cache, step)
+            cache.reset()
+            run.all(cache)
+        for layer in range(LAYERS):
+            assert torch.equal(cache.positions(layer), expected.positions(layer)), place
+            mine, theirs = cache.layers[layer].store, expected.layers[layer].store
+            assert torch.equal(mine.keys, theirs.keys)
+            assert torch.equal(mine.values, theirs.values)
+            for a, b in zip(
+                cache.layers[layer].observers, expected.layers[layer].observers, strict=True
+            ):
+                assert torch.equal(a.mass, b.mass), place
+        assert cache.stats() == expected.stats()
+    assert skip >= 0
+    return refusals
+
+
+#: A step that decides, one that does not, several tokens, and a prompt that is compressed.
+CALLS = {
+    "a token": (RASTER, [9] + [1] * 12, 8),
+    "a line begins": (RASTER, [9] + [1] * 12, 4),
+    "several tokens": (RASTER, [9, 6, 6], 1),
+    "a long prompt": (TEXT, [17, 1, 1], 0),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("name", NAMES)
+def test_at_every_operation(name, call):
+    layout, sizes, step = CALLS[call]
+    for behind in (False, True):
+        run = Run(name, layout, sizes)
+        check(run, step, lambda at, behind=behind: Interrupt(at, behind=behind), every=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("name", NAMES)
+def test_at_every_line(name, call):
+    """Ctrl-C comes between operations, too."""
+    layout, sizes, step = CALLS[call]
+    check(Run(name, layout, sizes), step, AtLine, every=1 if name == "linear" else 3)
+
+
+def test_most_of_what_a_decision_asks_may_be_asked_again():
+    """A policy that raises has changed nothing: the same token may come again."""
+    run = Run("linear", RASTER, [9] + [1] * 12)
+    cache = run.cache()
+    for step in range(4):
+        run.call(cache, step)
+    calls = 0
+
+    class Tired(type(run.policy)):
+        def score(self, view):
+            nonlocal calls
+            calls += 1
+            if calls == 1:
+                raise MemoryError("out of memory")
+            return super().score(view)
+
+    cache.layers[0].replace_policy(Tired(**run.policy.model_dump()))
+    with pytest.raises(MemoryError):
+        run.call(cache, 4)
+    expected = run.cache()
+    run.all(expected)
+    run.all(cache, 4)
+    assert calls >= 2
+    assert torch.equal(cache.positions(0), expected.positions(0))
+
+
+def test_layers_that_disagree_are_noticed_at_the_next_call():
+    run = Run("h2o", RASTER, [9] + [1] * 12)
+    cache = run.cache()
+    run.call(cache, 0)
+    # The model fails behind layer 0, whatever the reason: layer 1 never sees this token.
+    cache.attend(0, *(t[0, :, :, 9:10] for t in (run.query, run.key, run.value)))
+    for layer in (0, 1):
+        with pytest.raises(CacheStateError, match=r"out of turn: layers have seen \{0: 10, 1: 9\}"):
+            part = slice(10, 11)
+            cache.attend(
+                layer,
+                run.query[layer, :, :, part],
+                run.key[layer, :, :, part],
+                run.value[layer, :, :, part],
+            )
+            if layer == 1:  # it may catch up; then all agree again
+                raise AssertionError
+        if layer == 0:
+            cache.attend(1, *(t[1, :, :, 9:10] for t in (run.query, run.key, run.value)))
+            break
+    cache.attend(0, *(t[0, :, :, 10:11] for t in (run.query, run.key, run.value)))
+
+
+def test_nan_leaves_a_cache_that_says_so():
+    """The library's own error comes when the token has been written."""
+    run = Run("h2o", RASTER, [9] + [1] * 12)
+    cache = run.cache()
+    run.call(cache, 0)
+    nan = torch.full((1, 2, 1, 4), torch.nan)
+    with pytest.raises(kvpolicy.AttentionError, match=r"NaN.*reset\(\)"):
+        cache.attend(0, nan, nan[:, :1], nan[:, :1])
+    with pytest.raises(CacheStateError, match=r"layer 0 was interrupted.*reset\(\)"):
+        run.call(cache, 1)
+
+
+def test_a_compiled_step_that_breaks_off():
+    run = Run("linear", RASTER, [9] + [1] * 12)
+    terms: dict = {}
+
+    def inside(cache, step, layers):
+        first = sum(run.sizes[:step])
+        for n in layers:
+            part = slice(first, first + 1)
+            cache.attend_step(
+                n,
+                run.query[n, :, :, part],
+                run.key[n, :, :, part],
+                run.value[n, :, :, part],
+                **terms,
+            )
+
+    expected = run.cache()
+    run.all(expected)
+    # Before anything is written: as if it had not begun.
+    cache = run.cache()
+    for step in range(3):
+        run.call(cache, step)
+    with pytest.raises(KeyboardInterrupt), cache.step():
+        raise KeyboardInterrupt
+    run.all(cache, 3)
+    assert torch.equal(cache.positions(1), expected.positions(1))
+    # Behind the first layer: it has lost its place.
+    cache = run.cache()
+    for step in range(3):
+        run.call(cache, step)
+    with pytest.raises(KeyboardInterrupt), cache.step():
+        inside(cache, 3, [0])
+        raise KeyboardInterrupt
+    with pytest.raises(CacheStateError, match="layer 0 was interrupted"):
+        run.call(cache, 3)
+    with pytest.raises(CacheStateError, match="layer 0 was interrupted"), cache.step():
+        pass
+    # Whole: the same as ever.
+    cache = run.cache()
+    for step in range(3):
+        run.call(cache, step)
+    for step in range(3, len(run.sizes)):
+        with cache.step():
+            inside(cache, step, range(LAYERS))
+    assert torch.equal(cache.positions(1), expected.positions(1))
+    assert cache.stats() == expected.stats()
