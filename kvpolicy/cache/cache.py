@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kvpolicy.budget.budget import Budget, Schedule
-from kvpolicy.cache.checks import under_autocast
+from kvpolicy.cache.checks import check_tokens, under_autocast
 from kvpolicy.cache.compiled_step import CompiledStep, Hide, SlotStep
 from kvpolicy.cache.layer import Layer
 from kvpolicy.cache.plan import LayerPlan
@@ -32,6 +32,8 @@ __all__ = ["CacheStats", "PolicyCache", "Reclaim"]
 
 Reclaim = Literal["lazy", "eager"]
 
+#: Devices on which tensors may be under autocast; others refuse the question.
+_AUTOCASTS = ("cpu", "cuda", "mps", "xpu", "hpu", "mtia")
 _INTEGERS = (torch.int64, torch.int32)
 
 
@@ -164,6 +166,7 @@ class PolicyCache:
         )
         self._attending = {layer: self.layers[layer] for layer in self._managed}
         self._first = self.layers[self._managed[0] if self._managed else 0]
+        self._last = self.layers[self._managed[-1] if self._managed else 0]
         self._step = CompiledStep(tuple(self._attending.values()))
         self._stepping = False
 
@@ -220,20 +223,25 @@ class PolicyCache:
                 policy neither observes attention nor scores keys pays nothing for it, and NaN goes
                 on into the output. (On a GPU it is asserted there, so that nobody waits for it.)
         """
-        found = self._attending.get(layer)
+        found = self._attending.get(layer) if type(layer) is int else None
         if found is None:
             raise self._no_layer(layer)
+        if not isinstance(query, Tensor) or not isinstance(key, Tensor) or key.ndim != 4:
+            check_tokens(query, key, value)
         terms = Terms(scale, visible, bias, softcap, sinks)
-        if torch.is_autocast_enabled(query.device.type):
+        if query.device.type in _AUTOCASTS and torch.is_autocast_enabled(query.device.type):
             return self._under_autocast(found, query, key, value, terms, False)[0]
-        # Layers take turns: each gets the same tokens, the first layer first; some get none at all.
+        # Layers take turns: each gets the same tokens, the first layer first. Some layers, though
+        # never the last, may get none at all (cross-attention where there is no image).
         if found is not self._first:
             if found.seen + key.shape[2] != self._first.seen:
                 raise self._disagree(found)
         else:
             for other in self._step.layers:
-                if other.seen != found.seen and other.seen:
+                if other.seen != found.seen and (other.seen or other is self._last):
                     raise self._disagree(found)
+                if not other.whole:
+                    raise other.interrupted()
         return found.attend(query, key, value, terms)[0]
 
     def attend_with_weights(
@@ -255,9 +263,9 @@ class PolicyCache:
             Output ``[B, G * H, T, Dv]``, and the weights ``[B, G * H, T, seen + T]``, in which
             evicted tokens have zero.
         """
-        terms = Terms(scale, visible, bias, softcap, sinks)
         found = self._layer(layer)
-        self._check_turn(found, key.shape[2])
+        check_tokens(query, key, value)
+        terms = Terms(scale, visible, bias, softcap, sinks)
         output, weights = self._under_autocast(found, query, key, value, terms, True)
         assert weights is not None
         return output, weights
@@ -293,7 +301,8 @@ class PolicyCache:
             raise CacheStateError(
                 f"layer {layer} does not lend its tokens; say lent=[{layer}] when the cache is made"
             )
-        (query,) = under_autocast(query)
+        if query.device.type in _AUTOCASTS:
+            (query,) = under_autocast(query)
         terms = Terms(scale=scale, softcap=softcap, sinks=sinks)
         return found.lending.attend(query, terms, found.seen, weights=weights)
 
@@ -302,6 +311,9 @@ class PolicyCache:
     ) -> tuple[Tensor, Tensor | None]:
         """Attend in the dtype that autocast gives attention, and in float32 where we say so."""
         device = query.device.type
+        if device not in _AUTOCASTS:
+            self._check_turn(found, key.shape[2])
+            return found.attend(query, key, value, terms, weights)
         query, key, value = under_autocast(query, key, value)
         self._check_turn(found, key.shape[2])
         with torch.autocast(device, enabled=False):
@@ -312,7 +324,12 @@ class PolicyCache:
         if found is not self._first:
             wrong = found.seen + count != self._first.seen
         else:
-            wrong = any(layer.seen not in (0, found.seen) for layer in self._step.layers)
+            for layer in self._step.layers:
+                if not layer.whole:
+                    raise layer.interrupted()
+            wrong = self._last.seen != found.seen or any(
+                layer.seen not in (0, found.seen) for layer in self._step.layers
+            )
         if wrong:
             raise self._disagree(found)
 
@@ -433,7 +450,7 @@ class PolicyCache:
         return dict(zip(self._managed, budgets, strict=True))
 
     def _layer(self, layer: int) -> Layer:
-        found = self._attending.get(layer)
+        found = self._attending.get(layer) if type(layer) is int else None
         if found is None:
             raise self._no_layer(layer)
         return found

@@ -304,14 +304,16 @@ def test_wrong_uses(model):
     with attach(model, policy=policy("linear"), budget=18, layout=LAYOUT) as cache:
         with pytest.raises(ParameterError, match="not Linear and TransformersCache"):
             compile_decode(torch.nn.Linear(2, 2), cache).__enter__()
-        layer = cache.policy_cache.layers[0]
-        with pytest.raises(CacheStateError, match="has not seen a token"):
-            layer.begin_step()
+        with (
+            pytest.raises(CacheStateError, match="has not seen a token"),
+            cache.policy_cache.step(),
+        ):
+            pass
         with torch.inference_mode(), compile_decode(model, cache, backend="eager"):
             model(tokens()[:, :2], **as_argument(cache))
-            layer.begin_step()
-            with pytest.raises(CacheStateError, match="has begun"):
+            with cache.policy_cache.step(), pytest.raises(CacheStateError, match="has begun"):
                 model(tokens()[:, 2:3], **as_argument(cache))
+            model(tokens()[:, 2:3], **as_argument(cache))
 
 
 def decode_past_the_compiled_call(model):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pytest
 import torch
 
@@ -226,7 +227,8 @@ def test_a_window_within_the_capacity_of_its_own_accord_is_lossless():
     layout = kvpolicy.RasterLayout(rows=10, cols=4)
     cache = kvpolicy.PolicyCache("knorm", 11, layout=layout, num_layers=1, windows=[12])
     full = kvpolicy.PolicyCache("knorm", 12, layout=layout, num_layers=1)
-    full.layers[0].window = window  # what windows=[12] would leave alone
+    layer = full.layers[0]  # windows=[12] would leave it alone
+    layer.plan = layer.decider.plan = dataclasses.replace(layer.plan, window=window)
     outputs = [
         full.attend(
             0,
@@ -320,6 +322,7 @@ def test_padding_follows_its_sequence():
     cache.select_batch(torch.tensor([1, 1, 0]))
     assert cache.layers[0].store.start.tolist() == [3, 3, 0]
     cache.reset()
+    cache.attend(0, query, key, value)
     assert cache.layers[0].store.start is None
 
 

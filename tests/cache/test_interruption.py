@@ -97,15 +97,20 @@ def check(run: Run, step: int, interrupted: Callable[[int | None], object], ever
     with interrupted(None) as counter:
         run.call(cache, step)
     assert counter.count > 0
-    refusals = 0
+    refusals, sizes = 0, run.sizes
     for place in range(0, counter.count, every):
         cache = run.cache()
         for before in range(step):
             run.call(cache, before)
         with pytest.raises((Interrupted, KeyboardInterrupt)), interrupted(place):
             run.call(cache, step)
+        # The last token may have been taken whole, with only its output lost: seen says so.
+        taken = all(layer.seen == sum(sizes[: step + 1]) for layer in cache.layers)
         try:
-            run.all(cache, step)
+            run.all(cache, step + taken)
+            assert cache.seen == sum(sizes)
+            if step + taken == len(sizes):  # nothing has been asked of it yet
+                assert all(layer.whole for layer in cache.layers)
         except CacheStateError:
             refusals += 1
             for _ in range(2):
