@@ -11,7 +11,8 @@ from kvpolicy import policies
 from kvpolicy.budget.budget import Arithmetic, Budget, PerLayer, Schedule, Uniform
 from kvpolicy.budget.calibrated import Calibrated
 from kvpolicy.budget.span import HalfLife, PositiveSpan, Span
-from kvpolicy.cache.cache import CacheStats, PolicyCache
+from kvpolicy.cache.cache import CacheStats, PolicyCache, Reclaim
+from kvpolicy.cache.compiled_step import SlotStep
 from kvpolicy.errors import (
     AttentionError,
     BudgetError,
@@ -47,7 +48,7 @@ from kvpolicy.parts import available_parts, register_part
 from kvpolicy.parts.compose import compose
 from kvpolicy.policy.policy import EvictionPolicy, ScoredPolicy
 from kvpolicy.policy.view import CacheView
-from kvpolicy.registry import PolicySpec, available, create, register, spec
+from kvpolicy.registry import PolicySpec, Registry, available, create, register, spec
 from kvpolicy.slots import SlotShape, SlotStore
 from kvpolicy.tracing.recording import Recording, trace
 from kvpolicy.tracing.trace import LayerTrace, Trace, load_trace
@@ -83,12 +84,15 @@ __all__ = [
     "PolicySpec",
     "PositiveSpan",
     "RasterLayout",
+    "Reclaim",
     "Recording",
+    "Registry",
     "Schedule",
     "ScoredPolicy",
     "SequenceLayout",
     "ShapeError",
     "SlotShape",
+    "SlotStep",
     "SlotStore",
     "Span",
     "TextLayout",

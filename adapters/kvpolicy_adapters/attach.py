@@ -28,10 +28,10 @@ from kvpolicy import (
     LateLayout,
     ParameterError,
     PolicyCache,
+    Reclaim,
     Schedule,
     TokenLayout,
 )
-from kvpolicy.cache.cache import Reclaim
 from kvpolicy_adapters.images.families import layout_of
 from kvpolicy_adapters.images.llamagen import official
 from kvpolicy_adapters.images.token_reader import telling

@@ -32,6 +32,9 @@ __all__ = ["CompiledStep", "Hide", "SlotStep"]
 #: Given a layer's store: slots of padding that are hidden from every step, bool ``[B, 1, S]``.
 Hide = Callable[[SlotStore], Tensor | None]
 
+#: Nothing but a scale of one over the root of the head dim.
+_PLAIN = Terms()
+
 
 class SlotStep:
     """The tensors of one layer's next token, and what is done with them.
@@ -78,7 +81,7 @@ class SlotStep:
         self.slots.copy_(slots)
         self.position.fill_(position)
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, terms: Terms) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, terms: Terms = _PLAIN) -> Tensor:
         """Cache one token and attend from it; nothing here depends on a Python number that changes.
 
         Args:

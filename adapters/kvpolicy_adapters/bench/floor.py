@@ -19,10 +19,7 @@ from torch.nn import functional
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
-from kvpolicy import SlotShape, SlotStore, TextLayout
-from kvpolicy.cache.compiled_step import SlotStep
-from kvpolicy.cache.terms import Terms
-from kvpolicy.ops.cpu import native
+from kvpolicy import SlotShape, SlotStep, SlotStore, TextLayout
 
 __all__ = ["FloorCache", "fastest", "floor_attention", "skip_attention"]
 
@@ -175,7 +172,7 @@ def floor_attention(
     if layer is None:  # a prefix
         output = _fused(query, key, value)
     elif layer.compiled and layer.compiled_step is not None:
-        output = layer.compiled_step.attend(query, key, value, Terms())
+        output = layer.compiled_step.attend(query, key, value)
     else:
         case = (*query.shape, *key.shape, layer.slots, query.dtype, query.device)
         if case not in _FASTEST:
@@ -207,7 +204,7 @@ def fastest(layer: FloorLayer, query: Tensor, key: Tensor, value: Tensor) -> Way
     since, so that what it reads is far from the processor.
     """
     seconds: dict[Way, list[float]] = {_write_and_fuse: [], _write_and_multiply: []}
-    if native.decoder() is not None and native.serves(query, key, value):
+    if layer.store.kernel is not None:
         seconds[_in_one_pass] = []
     others = torch.zeros(_BETWEEN, dtype=torch.uint8, device=query.device)
     for _ in range(_TRIALS):
@@ -228,7 +225,7 @@ def _settle(tensor: Tensor) -> None:
 
 def _in_one_pass(layer: FloorLayer, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """The CPU kernel of kvpolicy."""
-    decode = native.decoder()
+    decode = layer.store.kernel
     assert decode is not None
     store = layer.store
     where = torch.tensor([layer.slot]).expand(*store.positions.shape[:2], 1)

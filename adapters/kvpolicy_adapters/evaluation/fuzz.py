@@ -18,8 +18,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from kvpolicy import CacheView, EvictionPolicy, RasterLayout, TextLayout
-from kvpolicy.cache.cache import Reclaim
+from kvpolicy import CacheView, EvictionPolicy, RasterLayout, Reclaim, TextLayout
 from kvpolicy.testing.fuzz import Tally
 from kvpolicy_adapters.attach import attach
 from kvpolicy_adapters.transformers.cache import TransformersCache

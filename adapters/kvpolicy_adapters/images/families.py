@@ -11,8 +11,7 @@ from typing import Protocol
 
 from transformers import PreTrainedModel
 
-from kvpolicy import KVPolicyError, LateLayout, TextLayout, TokenLayout
-from kvpolicy.registry import Registry
+from kvpolicy import KVPolicyError, LateLayout, Registry, TextLayout, TokenLayout
 from kvpolicy_adapters.images.chameleon import Chameleon
 from kvpolicy_adapters.images.emu3 import Emu3
 from kvpolicy_adapters.images.janus import Janus

@@ -28,10 +28,10 @@ from kvpolicy import (
     ParameterError,
     PolicyCache,
     RasterLayout,
+    Reclaim,
     Schedule,
     TokenLayout,
 )
-from kvpolicy.cache.cache import Reclaim
 from kvpolicy_adapters.images.llamagen.rotary import rotate
 from kvpolicy_adapters.transformers.cache import TransformersCache
 
