@@ -70,7 +70,8 @@ def attend(query=None, key=None, value=None, *, layer=0, on=None, **options):
 def begun(**options) -> PolicyCache:
     """A cache that has seen one token of two samples, two heads and four dims."""
     started = cache(**options)
-    attend(on=started)
+    for layer in range(2):
+        attend(layer=layer, on=started)
     return started
 
 
@@ -288,7 +289,9 @@ WRONG = [
     (lambda: alike(tokens(count=17), on=begun()), LayoutError, "position 17", "real size"),
     (lambda: alike(tokens(batch=1), on=begun()), CacheStateError, "from 2 to 1", "select_batch()"),
     (lambda: cache().positions(0), CacheStateError, "layer 0 has not seen a token"),
-    (lambda: begun().positions(1), CacheStateError, "layer 1 has not seen a token"),
+    (lambda: cache().positions(1), CacheStateError, "layer 1 has not seen a token"),
+    (lambda: [attend(on=c) for c in [cache()] * 2], CacheStateError, "out of turn", "{0: 1, 1: 0}"),
+    (lambda: attend(layer=1), CacheStateError, "layer 1 is given tokens out of turn", "reset()"),
     (lambda: begun().positions(2), ParameterError, "layer=2", "2 layers"),
     (lambda: begun().positions(-1), ParameterError, "layer=-1"),
     (lambda: attend(layer=2), ParameterError, "layer=2 is not one of the 2 layers"),
@@ -412,7 +415,7 @@ def test_a_full_cache_that_must_evict_says_what_would_do():
 
 
 def test_nan_names_the_position_where_it_entered():
-    started = cache("h2o")
+    started = cache("h2o", num_layers=1)
     for _ in range(3):
         attend(on=started)
     with pytest.raises(AttentionError, match="position 3"):
