@@ -6,6 +6,7 @@ the names are registered by the first ``attach``, never at import, and nothing i
 
 from __future__ import annotations
 
+import copy
 import sys
 import threading
 from collections.abc import Iterable, Iterator
@@ -13,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import (
     AttentionInterface,
@@ -35,8 +37,11 @@ from kvpolicy import (
 from kvpolicy_adapters.images.families import layout_of
 from kvpolicy_adapters.images.llamagen import official
 from kvpolicy_adapters.images.token_reader import telling
-from kvpolicy_adapters.transformers.cache import TransformersCache, marked_layer, policy_attention
+from kvpolicy_adapters.transformers.attention import policy_attention
+from kvpolicy_adapters.transformers.cache import TransformersCache, marked_layer
+from kvpolicy_adapters.transformers.generation import refuse_dropped_cache, unwatch, watch
 from kvpolicy_adapters.transformers.layers import kept_by
+from kvpolicy_adapters.transformers.masks import explicit_mask, made_for_policy
 from kvpolicy_adapters.transformers.tensor_parallel import HeadSplit
 from kvpolicy_adapters.transformers.versions import say_if_newer
 
@@ -122,7 +127,7 @@ def attach(
             yield cache
     finally:
         cache.closed = True
-        _leave(entered)
+        _leave(model, entered)
 
 
 @dataclass
@@ -169,11 +174,13 @@ def _enter(model: PreTrainedModel) -> list[PreTrainedConfig]:
         except BaseException:
             _restore(configs)
             raise
+        watch(model)
         return configs
 
 
-def _leave(configs: Iterable[PreTrainedConfig]) -> None:
+def _leave(model: PreTrainedModel, configs: Iterable[PreTrainedConfig]) -> None:
     with _LOCK:
+        unwatch(model)
         _restore(configs)
 
 
@@ -186,6 +193,19 @@ def _restore(configs: Iterable[PreTrainedConfig]) -> None:
             # Not through the property, which would also set the configurations inside this one.
             config._attn_implementation_internal = attached.before
             del _ATTACHED[id(config)]
+
+
+class _AsBefore:
+    """A module as it is when nothing is attached: its configuration names its implementation."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self.config = copy.copy(module.config)
+        # Not through the property, which would also set the configurations inside this one.
+        self.config._attn_implementation_internal = _before(module.config)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
 
 
 def _before(config: Any) -> str:
@@ -205,14 +225,24 @@ def _attention(
     """The registered attention function: the policy's, or the one the model had before."""
     if marked_layer(key) is not None:
         return policy_attention(module, query, key, value, attention_mask, **kwargs)
+    refuse_dropped_cache(module)
     before = _before(module.config)
     if before == "eager":
         function = sys.modules[type(module).__module__].eager_attention_forward
     else:
         function = ALL_ATTENTION_FUNCTIONS[before]
+    if before not in ("eager", "sdpa"):
+        # Kernels look their own name up in the configuration.
+        return function(_AsBefore(module), query, key, value, attention_mask, **kwargs)
     return function(module, query, key, value, attention_mask, **kwargs)
 
 
-def _mask(*args: Any, config: Any, **kwargs: Any) -> Any:
-    """The registered mask function: the one the model had before."""
-    return AttentionMaskInterface()[_before(config)](*args, config=config, **kwargs)
+def _mask(*, config: Any, **arguments: Any) -> Any:
+    """The registered mask function: an explicit mask, or what the model had before."""
+    before = _before(config)
+    # Where a compiler traces the call, whose mask it is can't be told: an explicit one serves all
+    # but kernels that take none, and those refuse it.
+    implicit = before not in ("eager", "sdpa")
+    if made_for_policy(arguments) or (implicit and torch.compiler.is_compiling()):
+        return explicit_mask(config=config, **arguments)
+    return AttentionMaskInterface()[before](config=config, **arguments)

@@ -147,6 +147,8 @@ class ImageChameleon(ChameleonForConditionalGeneration):
         """The same model, drawing: weights, configuration and submodules are shared, not copied."""
         twin = cls.__new__(cls)
         twin.__dict__.update(model.__dict__)
+        for method in ("generate", "generate_batch", "forward"):  # of an open block, on the other
+            twin.__dict__.pop(method, None)
         return twin
 
     def forward(

@@ -2,7 +2,7 @@
 
 A transformers model hands new keys and values to its cache (``update``), takes back tensors, and
 passes those to an attention function. The policy needs the query too, so ``update`` only marks
-the new keys with the layer they belong to; everything happens in :func:`policy_attention`, which
+the new keys with the layer they belong to; everything happens in the attention function, which
 finds the mark. The mark travels with the tensor, so threads and models can't mix their caches up.
 """
 
@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
-from transformers.utils import output_capturing
 
 from kvpolicy import CacheStateError, CacheStats, ModelError, PolicyCache
 from kvpolicy_adapters.transformers.cache_argument import as_argument
+from kvpolicy_adapters.transformers.masks import PolicyLength
 
-__all__ = ["TransformersCache", "policy_attention"]
+__all__ = ["PolicyLayer", "TransformersCache", "marked_layer"]
 
 _MARK = "_kvpolicy_layer"
 
@@ -87,7 +87,9 @@ class PolicyLayer(CacheLayerMixin):
                 f"input has no others; reset() the cache for a new sequence, or pass the whole "
                 f"sequence so far and more"
             )
-        return self.policy_cache.seen_by(self.index) + query_length, 0
+        length = self.policy_cache.seen_by(self.index) + query_length
+        # A compiler that traces this knows numbers, and no other kinds of them.
+        return length if torch.compiler.is_compiling() else PolicyLength(length), 0
 
     def reset(self) -> None:
         """Nothing to do: :meth:`TransformersCache.reset` forgets all layers at once."""
@@ -116,6 +118,7 @@ class TransformersCache(Cache):
     Attributes:
         policy_cache: the :class:`kvpolicy.PolicyCache` behind it.
         closed: whether its ``attach`` block has ended.
+        name: class of the model.
     """
 
     def __init__(
@@ -124,7 +127,11 @@ class TransformersCache(Cache):
         self.policy_cache = policy_cache
         self.closed = False
         self.expected: PolicyLayer | None = None
-        self._name = type(model).__name__
+        #: Attention modules, by id, that have brought it their tokens; and the ids ``[B, T]`` of
+        #: those tokens, as far as they are known.
+        self.served: set[int] = set()
+        self.said: Tensor | None = None
+        self.name = type(model).__name__
         # The block holds the model, so its ids are not given to others while the cache is in use.
         self._modules = frozenset(id(module) for module in model.modules())
         left_alone = policy_cache.stats().left_alone
@@ -154,8 +161,8 @@ class TransformersCache(Cache):
             lost, self.expected = self.expected.index, None
             raise ModelError(
                 f"the keys of layer {lost} never came to the policy's attention: use this cache on "
-                f"the {self._name} that attach() was given, and on no other object; if that is so, "
-                f"{self._name} does not pass keys on to transformers' attention interface as its "
+                f"the {self.name} that attach() was given, and on no other object; if that is so, "
+                f"{self.name} does not pass keys on to transformers' attention interface as its "
                 f"cache gives them, and kvpolicy can't serve it"
             )
         self.expected = layer
@@ -169,7 +176,7 @@ class TransformersCache(Cache):
         if id(module) not in self._modules:
             self.expected = None
             raise CacheStateError(
-                f"this cache was made for another {self._name} object than the model it is used "
+                f"this cache was made for another {self.name} object than the model it is used "
                 f"on (its {type(module).__name__} is not in it); attach() each model, and use the "
                 f"cache that its own block gives"
             )
@@ -241,11 +248,6 @@ class TransformersCache(Cache):
         return replace(stats, peak_tokens=tuple(peaks), bytes=stats.bytes + extra)
 
 
-def marked_layer(key: Tensor) -> PolicyLayer | None:
-    """The layer whose new keys these are, or None where they came through no policy cache."""
-    return getattr(key, _MARK, None)
-
-
 def _mark(key: Tensor, layer: PolicyLayer) -> Tensor:
     """The same keys, marked as new ones of this layer."""
     marked = key.view_as(key)
@@ -253,94 +255,6 @@ def _mark(key: Tensor, layer: PolicyLayer) -> Tensor:
     return marked
 
 
-def _collected() -> bool:
-    """Whether transformers is about to collect this call's weights.
-
-    A model need not pass on that it was asked for them (GPT-2 doesn't), and its configuration may
-    ask: transformers collects what attention returns, and keeps for what in a context variable.
-    """
-    collector = getattr(output_capturing, "_active_collector", None)
-    collected = None if collector is None else collector.get()
-    return collected is not None and "attentions" in collected
-
-
-def policy_attention(
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor | None]:
-    """Attention of one layer under its policy, as transformers' attention interface calls it.
-
-    Args:
-        module: the attention module.
-        query: ``[B, Hq, T, D]``.
-        key: the new keys ``[B, H, T, D]``, marked by ``update``.
-        value: the new values ``[B, H, T, Dv]``.
-        attention_mask: by position, bool (True = visible) or additive ``[B, 1, T, seen + T]``.
-        scaling: factor of the scores.
-        kwargs: what else the model passes: ``softcap``, ``s_aux`` (learned sinks),
-            ``position_bias`` and ``output_attentions`` are served.
-
-    Returns:
-        The output ``[B, T, Hq, Dv]``, and the weights by position ``[B, Hq, T, seen]`` where they
-        are asked for: evicted tokens get zero.
-
-    """
-    layer = marked_layer(key)
-    assert layer is not None
-    cache, index = layer.policy_cache, layer.index
-    softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
-    if cache.stepping:
-        output = cache.attend_step(
-            index,
-            query,
-            key,
-            value,
-            scale=scaling,
-            bias=kwargs.get("position_bias"),
-            softcap=softcap,
-            sinks=sinks,
-        )
-        return output.transpose(1, 2).contiguous(), None
-    layer.cache.check_owner(module)
-    visible, bias = attention_mask, kwargs.get("position_bias")
-    if visible is not None and visible.dtype != torch.bool:
-        # An additive mask hides with the lowest number, and may carry a bias besides (ALiBi).
-        bias = visible if bias is None else bias + visible
-        visible = visible > torch.finfo(visible.dtype).min / 2
-        bias = bias.masked_fill(~visible, 0.0)
-    if visible is not None and visible.shape[1] not in (1, key.shape[1]):
-        raise ModelError(
-            f"{type(module).__name__} masks each query head in its own way, while query heads "
-            f"share the slots of their KV head; kvpolicy can't serve this model"
-        )
-    asked = bool(kwargs.get("output_attentions")) or _collected()
-    weights = None
-    if layer.cache.expected is layer:
-        layer.cache.expected = None
-        terms: dict[str, Any] = {
-            "scale": scaling,
-            "visible": visible,
-            "bias": bias,
-            "softcap": softcap,
-            "sinks": sinks,
-        }
-        if asked:
-            output, weights = cache.attend_with_weights(index, query, key, value, **terms)
-        else:
-            output = cache.attend(index, query, key, value, **terms)
-    elif cache.lends(index):
-        output, weights = cache.attend_shared(
-            index, query, scale=scaling, softcap=softcap, sinks=sinks, weights=asked
-        )
-    else:
-        raise ModelError(
-            f"{type(module).__name__} attends more than once to the keys of layer {index}, and its "
-            f"configuration does not say that layers share them (kv_sharing_modes); kvpolicy can't "
-            f"serve this model"
-        )
-    return output.transpose(1, 2).contiguous(), weights
+def marked_layer(key: Tensor) -> PolicyLayer | None:
+    """The layer whose new keys these are, or None where they came through no policy cache."""
+    return getattr(key, _MARK, None)
