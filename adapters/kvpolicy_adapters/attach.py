@@ -44,6 +44,7 @@ from kvpolicy_adapters.transformers.layers import kept_by
 from kvpolicy_adapters.transformers.masks import explicit_mask, made_for_policy
 from kvpolicy_adapters.transformers.tensor_parallel import HeadSplit
 from kvpolicy_adapters.transformers.versions import say_if_newer
+from kvpolicy_adapters.transformers.wrappers import unwrapped
 
 __all__ = ["attach"]
 
@@ -55,7 +56,7 @@ _ATTACHED: dict[int, _Attached] = {}
 
 @contextmanager
 def attach(
-    model: nn.Module,
+    model: Any,
     *,
     policy: EvictionPolicy | str = "linear",
     budget: Budget | int | float | str | None = None,
@@ -79,7 +80,8 @@ def attach(
     Args:
         model: a causal language model of transformers that uses its attention interface; or the
             ``Transformer`` of LlamaGen's own repository, whose ``generate`` then needs no cache
-            passed (see :func:`kvpolicy_adapters.images.llamagen.attach_official`).
+            passed (see :func:`kvpolicy_adapters.images.llamagen.attach_official`). It may be
+            wrapped: by ``torch.compile``, ``DataParallel`` and its kin, PEFT, or a pipeline.
         policy: a policy, or its name in the registry.
         budget: evictable tokens a head of a layer may hold; None for as many as the layout has.
         layout: where tokens sit; by default as the model's family has it, which is text where no
@@ -100,10 +102,7 @@ def attach(
         ) as cache:
             yield cache
         return
-    if not isinstance(model, PreTrainedModel):
-        raise ParameterError(
-            f"model is a {type(model).__name__}; attach() serves transformers' PreTrainedModel"
-        )
+    model = unwrapped(model)
     say_if_newer(stacklevel=3)  # this generator, contextlib, and whoever attaches
     kept = kept_by(model)
     layout = layout_of(model) if layout is None else layout
@@ -120,7 +119,7 @@ def attach(
         first_head=split.first_head(model),
     )
     split.check(policy_cache.policy)
-    cache = TransformersCache(policy_cache, model, kept.layers)
+    cache = TransformersCache(policy_cache, model, kept.layers, kept.chunked)
     entered = _enter(model)
     try:
         with telling(model, cache, layout):

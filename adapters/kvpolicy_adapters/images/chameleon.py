@@ -240,8 +240,8 @@ class ImageGuidance(LogitsProcessor):
     """Guidance while an image is drawn: the unconditional half sees the image and no prompt.
 
     It begins with the image's header and has a cache of its own, which each image starts anew
-    (Lumina-mGPT's inference code does so; text is not guided). An object serves one call of
-    ``generate``.
+    (Lumina-mGPT's inference code does so; text is not guided). Beam search and
+    ``num_return_sequences`` are followed.
 
     Args:
         scale: 1 is no guidance.
@@ -270,12 +270,18 @@ class ImageGuidance(LogitsProcessor):
         """Guide the scores ``[B, vocabulary]`` of the token behind ``input_ids`` ``[B, T]``."""
         seen = _read(self._reader, input_ids)
         image = self._reader.drawn(seen)
+        goes_on = self.half.follows(input_ids)
         if image is None or seen == image.stop:
             return scores
         if seen == image.start:
             unconditional = self.half.begin(input_ids[:, -self._header :])
-        else:
+        elif goes_on:
             unconditional = self.half.go_on(input_ids[:, -1:])
+        else:
+            raise LayoutError(
+                f"ImageGuidance was not called with the tokens from the image's start at "
+                f"{image.start} on, and is called in its middle, at {seen}; generate images whole"
+            )
         return guided(scores, unconditional, self.scale)
 
 

@@ -10,10 +10,14 @@ it to a budget. Here it is a cache like the other, made by a second ``attach`` o
 
 from __future__ import annotations
 
+import inspect
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedModel
 
+from kvpolicy import ShapeError
 from kvpolicy_adapters.transformers.cache import TransformersCache
 from kvpolicy_adapters.transformers.cache_argument import as_argument
 
@@ -36,6 +40,33 @@ class SecondHalf:
     def __init__(self, model: PreTrainedModel, cache: TransformersCache) -> None:
         self.model = model
         self.cache = cache
+        self._takes_places = "position_ids" in inspect.signature(model.forward).parameters
+        self._ids: Tensor | None = None
+
+    def follows(self, ids: Tensor, groups: int = 1) -> bool:
+        """Whether these are the ids of the call before, and one token more.
+
+        Beam search moves rows, and drops some for others: the second cache moves its rows alike.
+
+        Args:
+            ids: ``[N, T]``, of the first sequence.
+            groups: how many equal groups the rows lie in, one behind the other, out of which no
+                row moves.
+        """
+        before, self._ids = self._ids, ids
+        if before is None or ids.shape != (before.shape[0], before.shape[1] + 1):
+            return False
+        ids = ids[:, :-1].to(before.device)
+        if torch.equal(ids, before):
+            return True
+        group = torch.arange(len(ids), device=ids.device) // (len(ids) // groups)
+        same = (ids[:, None] == before).all(-1) & (group[:, None] == group)
+        if not bool(same.any(1).all()):
+            return False
+        rows = same.to(torch.int8).argmax(1)
+        self.cache.reorder_cache(rows)
+        self.mask = self.mask[rows.to(self.mask.device)]
+        return True
 
     def begin(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """Start anew with the ids ``[B, T]``; returns the logits after the last one."""
@@ -49,21 +80,32 @@ class SecondHalf:
         return self._logits(tokens)
 
     def _logits(self, tokens: Tensor) -> Tensor:
-        output = self.model(
-            tokens, attention_mask=self.mask, use_cache=True, **as_argument(self.cache)
-        )
-        return output.logits[:, -1]
+        options: dict[str, Any] = {"attention_mask": self.mask, **as_argument(self.cache)}
+        if self._takes_places:
+            # As generate counts them: padding on the left has no place.
+            places = self.mask.long().cumsum(-1).sub(1).clamp(min=0)
+            options["position_ids"] = places[:, -tokens.shape[1] :]
+        return self.model(tokens, use_cache=True, **options).logits[:, -1]
 
 
 class Guidance(LogitsProcessor):
-    """Guidance away from a negative prompt, for one call of ``generate``.
+    """Guidance away from a negative prompt.
+
+    It serves one generation after the other: where the ids that it is given do not go on from those
+    of the call before, the negative prompt is read anew. Beam search and ``num_return_sequences``
+    are followed.
 
     Args:
         scale: 1 is no guidance.
         model: the model, attached.
         cache: the cache of the unconditional half.
-        prompt: what the unconditional half begins with, ids ``[B, T]``.
-        mask: its attention mask ``[B, T]``; everything by default.
+        prompt: what the unconditional half begins with, ids ``[B, T]``, or ``[1, T]`` or ``[T]``
+            for all rows; it may be longer or shorter than the prompt.
+        mask: its attention mask, in the same shape; everything by default.
+
+    Raises:
+        ShapeError: the prompt or its mask has another shape; or, when called, its rows don't divide
+            those that are generated.
     """
 
     def __init__(
@@ -74,16 +116,32 @@ class Guidance(LogitsProcessor):
         prompt: Tensor,
         mask: Tensor | None = None,
     ) -> None:
+        if prompt.ndim not in (1, 2) or prompt.is_floating_point() or prompt.numel() == 0:
+            raise ShapeError(
+                f"the negative prompt is {prompt.dtype} {list(prompt.shape)}; expected ids [B, T]"
+            )
+        if mask is not None and mask.shape != prompt.shape:
+            raise ShapeError(
+                f"the negative prompt's mask is {list(mask.shape)}, but the prompt is "
+                f"{list(prompt.shape)}"
+            )
         self.scale = scale
         self.half = SecondHalf(model, cache)
-        self.prompt: Tensor | None = prompt
-        self.mask = mask
+        self.prompt = prompt.view(-1, prompt.shape[-1])
+        self.mask = None if mask is None else mask.view(self.prompt.shape)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Guide the scores ``[B, vocabulary]`` of the token behind ``input_ids`` ``[B, T]``."""
-        if self.prompt is not None:
-            unconditional = self.half.begin(self.prompt, self.mask)
-            self.prompt = None
-        else:
+        """Guide the scores ``[N, vocabulary]`` of the token behind ``input_ids`` ``[N, T]``."""
+        rows, of_prompt = input_ids.shape[0], self.prompt.shape[0]
+        if rows % of_prompt:
+            raise ShapeError(
+                f"the negative prompt has {of_prompt} rows, which don't divide the {rows} that are "
+                f"generated; give one row for all, or one for each prompt"
+            )
+        if self.half.follows(input_ids, groups=of_prompt):
             unconditional = self.half.go_on(input_ids[:, -1:])
+        else:
+            each = rows // of_prompt  # beams and sequences of a prompt lie side by side
+            mask = None if self.mask is None else self.mask.repeat_interleave(each, 0)
+            unconditional = self.half.begin(self.prompt.repeat_interleave(each, 0), mask)
         return guided(scores, unconditional, self.scale)

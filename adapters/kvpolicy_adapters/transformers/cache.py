@@ -9,7 +9,7 @@ finds the mark. The mark travels with the tensor, so threads and models can't mi
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -114,6 +114,7 @@ class TransformersCache(Cache):
         policy_cache: the cache of the layers that the policy manages.
         model: the model.
         own: transformers' own cache layers, of which those that the policy leaves alone are used.
+        chunked: layers whose windows are chunks.
 
     Attributes:
         policy_cache: the :class:`kvpolicy.PolicyCache` behind it.
@@ -122,9 +123,14 @@ class TransformersCache(Cache):
     """
 
     def __init__(
-        self, policy_cache: PolicyCache, model: PreTrainedModel, own: Sequence[Any] = ()
+        self,
+        policy_cache: PolicyCache,
+        model: PreTrainedModel,
+        own: Sequence[Any] = (),
+        chunked: Collection[int] = (),
     ) -> None:
         self.policy_cache = policy_cache
+        self.chunked = chunked
         self.closed = False
         self.expected: PolicyLayer | None = None
         #: Attention modules, by id, that have brought it their tokens; and the ids ``[B, T]`` of
@@ -202,23 +208,26 @@ class TransformersCache(Cache):
 
     def reset(self) -> None:
         """Forget everything."""
-        self.expected = None
+        self.expected = self.said = None
         self.policy_cache.reset()
         self._of_others("reset")
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Follow the beams."""
+        self.said = None
         self.policy_cache.select_batch(beam_idx)
         self._of_others("reorder_cache", beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep some sequences."""
+        self.said = None
         chosen = indices.nonzero().flatten() if indices.dtype == torch.bool else indices
         self.policy_cache.select_batch(chosen)
         self._of_others("batch_select_indices", indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each sequence."""
+        self.said = None
         if self.policy_cache.batch is not None:
             batch = torch.arange(self.policy_cache.batch)
             self.policy_cache.select_batch(batch.repeat_interleave(repeats))

@@ -26,9 +26,10 @@ def compile_decode(
     """Compile the model's decode step for the length of a ``with`` block, inside ``attach``.
 
     Calls with one token a sequence and this cache run compiled: the whole model in one graph, with
-    static shapes, compiled once for a whole image. The first call (the prompt) and all other calls
-    run as they always do. What a policy decides, and what its observers are told, happens before
-    and after the compiled code (see :meth:`kvpolicy.PolicyCache.step`).
+    static shapes, compiled once for a whole image. The first call (the prompt) and all other calls,
+    those that ask for attention weights among them, run as they always do. What a policy decides,
+    and what its observers are told, happens before and after the compiled code (see
+    :meth:`kvpolicy.PolicyCache.step`).
 
     Example::
 
@@ -46,7 +47,7 @@ def compile_decode(
 
     Raises:
         ParameterError: this is no attached model of transformers, or (at the first step) its layers
-            borrow tokens from each other.
+            borrow tokens from each other, or attend within chunks.
     """
     if not isinstance(model, PreTrainedModel) or not isinstance(cache, TransformersCache):
         raise ParameterError(
@@ -58,6 +59,13 @@ def compile_decode(
         raise ParameterError(
             f"{len(cache.layers) - len(layers)} of {len(cache.layers)} layers of "
             f"{type(model).__name__} are not under the policy, which a compiled step does not serve"
+        )
+    chunked = [layer.index for layer in layers if layer.index in cache.chunked]
+    if chunked:
+        raise ParameterError(
+            f"layers {chunked} of {type(model).__name__} attend within chunks, whose masks a "
+            f"compiled step does not make (it knows windows that slide); decode without "
+            f"compile_decode"
         )
     eager = model.forward
     before = model.__dict__.get("forward")
@@ -72,7 +80,9 @@ def compile_decode(
         nonlocal calls, brought, compiled
         calls += 1
         brought += brings(cache, args, kwargs)
-        if not _decodes(cache, args, kwargs):
+        asked = kwargs.get("output_attentions", getattr(model.config, "output_attentions", False))
+        # Weights by position have no static shape: who asks for them gets them as ever.
+        if asked or not _decodes(cache, args, kwargs):
             return eager(*args, **kwargs)
         if cache.closed:
             raise CacheStateError("this cache's attach() block has ended; attach the model again")

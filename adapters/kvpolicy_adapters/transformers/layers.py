@@ -32,11 +32,13 @@ class Kept:
         windows: tokens that a query of each layer can see; None for all of them, 0 where a layer
             keeps no keys and values (recurrent state, or keys and values of another layer).
         lent: layers whose keys and values others attend to as well.
+        chunked: layers whose windows are chunks, which all tokens leave at once.
     """
 
     layers: list[Any]
     windows: tuple[int | None, ...]
     lent: frozenset[int]
+    chunked: frozenset[int]
 
 
 def kept_by(model: PreTrainedModel) -> Kept:
@@ -83,7 +85,17 @@ def kept_by(model: PreTrainedModel) -> Kept:
             f"evict; attach() serves layers that keep keys and values per head"
         )
     layers = DynamicCache(config=model.config).layers
-    windows = tuple(_window(name, index, layer) for index, layer in enumerate(layers))
+    if getattr(config, "add_cross_attention", False):
+        raise ModelError(
+            f"{name} attends to an encoder, too (add_cross_attention), whose tokens come through "
+            f"the same cache; attach() serves decoder-only models, and models whose layers of "
+            f"cross-attention are layers of their own"
+        )
+    # Layers of cross-attention keep an image's keys and values, which no text evicts.
+    across = frozenset(getattr(config, "cross_attention_layers", None) or ())
+    windows = tuple(
+        0 if index in across else _window(name, index, layer) for index, layer in enumerate(layers)
+    )
     if all(window == 0 for window in windows):
         raise ModelError(
             f"{name} keeps a state of fixed size (linear attention, state space) and no keys and "
@@ -93,7 +105,10 @@ def kept_by(model: PreTrainedModel) -> Kept:
     if modes is None:  # transformers before 5.20 says only how many layers borrow
         borrow = getattr(config, "num_kv_shared_layers", None)
         modes = ["store" if borrow else None] * len(layers)
-    return Kept(layers, windows, frozenset(i for i, mode in enumerate(modes) if mode == "store"))
+    lent = frozenset(i for i, mode in enumerate(modes) if mode == "store")
+    types = getattr(config, "layer_types", None) or ()
+    chunked = frozenset(i for i, kind in enumerate(types) if kind == "chunked_attention")
+    return Kept(layers, windows, lent, chunked)
 
 
 def _uses_interface(model: PreTrainedModel) -> bool:
