@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.utils import output_capturing
 
@@ -56,6 +57,13 @@ def policy_attention(
     if cache.stepping:
         output = cache.attend_step(index, query, key, value, bias=bias, **scoring)
         return output.transpose(1, 2).contiguous(), None
+    out = value.dtype
+    if not query.dtype == key.dtype == value.dtype and not torch.is_autocast_enabled(
+        query.device.type
+    ):
+        # As of models that normalise keys in float32: slots have one dtype, the wider one.
+        wide = torch.promote_types(key.dtype, value.dtype)
+        query, key, value = (tensor.to(wide) for tensor in (query, key, value))
     layer.cache.check_owner(module)
     layer.cache.served.add(id(module))
     asked = bool(kwargs.get("output_attentions")) or _collected()
@@ -86,6 +94,7 @@ def policy_attention(
             f"configuration does not say that layers share them (kv_sharing_modes); kvpolicy can't "
             f"serve this model"
         )
+    output = output if key.dtype == out else output.to(out)
     return output.transpose(1, 2).contiguous(), weights
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kvpolicy import CacheStateError, ParameterError, PolicyCache, SlotStore
@@ -73,6 +74,7 @@ def compile_decode(
     # One sequence's masks are all alike, and are made by slot: this one is never looked at.
     unread = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=model.device)
 
+    counts = _counts_in_the_mask(model)
     calls = brought = compiled = 0
 
     @functools.wraps(eager)
@@ -87,6 +89,8 @@ def compile_decode(
         if cache.closed:
             raise CacheStateError("this cache's attach() block has ended; attach the model again")
         hide = functools.partial(_hidden, cache.policy_cache, kwargs.get("attention_mask"))
+        if counts and kwargs.get("position_ids") is None:
+            kwargs["position_ids"] = _counted(kwargs, args, cache)
         with cache.policy_cache.step(hide):
             output = step(*args, **{**kwargs, "attention_mask": unread})
         compiled += 1
@@ -120,6 +124,25 @@ def _decodes(cache: TransformersCache, args: tuple[Any, ...], kwargs: Any) -> bo
     if tokens is None or tokens.shape[1] != 1:
         return False
     return cache.policy_cache.batch is not None and cache.policy_cache.layout is not None
+
+
+def _counts_in_the_mask(model: PreTrainedModel) -> bool:
+    """Whether a model works positions out of the mask, as OPT and its like do."""
+    return "position_ids" in inspect.signature(model.forward).parameters and any(
+        "attention_mask" in inspect.signature(module.forward).parameters
+        for module in model.modules()
+        if isinstance(module, nn.Embedding)
+    )
+
+
+def _counted(kwargs: Any, args: tuple[Any, ...], cache: TransformersCache) -> Tensor:
+    """The position of one new token of each sequence, ``[B, 1]``: padding has none."""
+    mask = kwargs.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        return mask.long().sum(-1, keepdim=True) - 1
+    tokens = kwargs.get("input_ids", args[0] if args else None)
+    tokens = kwargs["inputs_embeds"] if tokens is None else tokens
+    return torch.full((len(tokens), 1), cache.get_seq_length(), device=tokens.device)
 
 
 def _hidden(cache: PolicyCache, mask: Any, store: SlotStore) -> Tensor | None:
