@@ -199,9 +199,10 @@ class _AsBefore:
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
-        self.config = copy.copy(module.config)
+        config: Any = copy.copy(module.config)
         # Not through the property, which would also set the configurations inside this one.
-        self.config._attn_implementation_internal = _before(module.config)
+        config._attn_implementation_internal = _before(module.config)
+        self.config = config
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._module, name)

@@ -156,6 +156,8 @@ def test_padding_that_is_seen_fails(monkeypatch):
     ],
 )
 def test_what_has_nothing_to_evict_is_told_from_what_is_not_served_yet(name, by_design):
+    if not hasattr(transformers, name):
+        pytest.skip(f"transformers {transformers.__version__} has no {name}")
     finding = examine(name, (name,))
     assert (finding.passes, finding.by_design) == (False, by_design)
     assert name not in finding.reason.split(";")[0]

@@ -150,6 +150,7 @@ def generate(model, cache=None, new: int = NEW):
 @pytest.mark.parametrize("name", ["h2o", "linear", "streaming_llm"])
 def test_lossless_when_it_fits(case, name):
     model, _ = case
+    model.set_attn_implementation("eager")  # sdpa of transformers before 5.23 drops soft caps
     layout = kvpolicy.TextLayout(length=64, line_length=4)
     with kvpolicy_adapters.attach(model, policy=make(name), budget=64, layout=layout) as cache:
         out = generate(model, cache)
@@ -163,6 +164,8 @@ def test_the_budget_holds_and_stats_say_what_is_left_alone(case, name):
     with kvpolicy_adapters.attach(model, policy=make(name), budget=16, layout=layout) as cache:
         generate(model, cache)
         stats = cache.stats()
+    # Before 5.20, transformers' own cache has no layers for those that borrow keys.
+    left_alone = tuple(layer for layer in left_alone if layer < len(stats.budgets))
     assert stats.left_alone == left_alone
     managed = [n for n in range(len(stats.budgets)) if n not in left_alone]
     assert sum(stats.budgets[n] for n in managed) == 16 * len(managed)

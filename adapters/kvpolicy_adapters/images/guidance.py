@@ -41,6 +41,7 @@ class SecondHalf:
         self.model = model
         self.cache = cache
         self._takes_places = "position_ids" in inspect.signature(model.forward).parameters
+        self.mask = torch.empty(0)
         self._ids: Tensor | None = None
 
     def follows(self, ids: Tensor, groups: int = 1) -> bool:
