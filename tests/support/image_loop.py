@@ -97,7 +97,7 @@ class _LayerWatch:
         self.watch.calls += 1
         layout = self.layer.layout
         seen = self.layer.seen
-        if seen > layout.prefix and layout.is_line_start(seen):
+        if layout is not None and seen > layout.prefix and layout.is_line_start(seen):
             self.watch.line_ends.append((self.layer.plan.layer, layout.line(seen - 1), held))
         return given
 
