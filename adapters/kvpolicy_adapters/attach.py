@@ -244,5 +244,5 @@ def _mask(*, config: Any, **arguments: Any) -> Any:
     # but kernels that take none, and those refuse it.
     implicit = before not in ("eager", "sdpa")
     if made_for_policy(arguments) or (implicit and torch.compiler.is_compiling()):
-        return explicit_mask(config=config, **arguments)
+        return explicit_mask(before, config=config, **arguments)
     return AttentionMaskInterface()[before](config=config, **arguments)

@@ -33,10 +33,18 @@ def made_for_policy(arguments: dict[str, Any]) -> bool:
     return isinstance(arguments.get("kv_length"), PolicyLength)
 
 
-def explicit_mask(**arguments: Any) -> Tensor | None:
-    """What each new token sees, bool ``[B, 1, T, positions]``; None for all before it."""
+def explicit_mask(before: str, **arguments: Any) -> Tensor | None:
+    """What each new token sees, bool ``[B, 1, T, positions]``; None for all before it.
+
+    Args:
+        before: the implementation that the model was loaded with.
+        arguments: those of a mask function.
+    """
     make: Callable[..., Tensor | None] = AttentionMaskInterface()["sdpa"]
     arguments["kv_length"] = int(arguments["kv_length"])
+    if before == "eager" and arguments["q_length"] > 1:
+        # Models that know eager attention alone need not say which of their modules are causal.
+        arguments["allow_is_causal_skip"] = False
     # None would mean "everything" to who allows that, and means "causal" to us.
     return make(**arguments | {"allow_is_bidirectional_skip": False})
 

@@ -26,7 +26,9 @@ transformers' attention interface and keeps keys and values per head. This page 
 
 which builds the real class of every architecture that `AutoModelForCausalLM` knows, tiny, with
 every kind of layer that it has and with random weights ({versions},
-float32), and attaches policies to it.
+float32), and attaches policies to it. Its input is ids of text, for all architectures; what other
+input does to masks (an image whose tokens see each other, prefixes, trees) has
+[tests of its own](reports.md).
 
 **{passing} of {total} architectures pass**; {nothing} have nothing to evict. For each that
 passes, with a batch of two prompts:
