@@ -22,6 +22,7 @@ from kvpolicy_adapters.evaluation.sweep.tiny import (  # noqa: E402
     build,
     shrink,
 )
+from kvpolicy_adapters.transformers import attention  # noqa: E402
 from kvpolicy_adapters.transformers import cache as transformers_cache  # noqa: E402
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
@@ -64,7 +65,7 @@ class TestThePage:
 
 def test_a_broken_attention_fails(monkeypatch):
     """The sweep sees a cache that hides a token from its queries."""
-    whole = transformers_cache.policy_attention
+    whole = attention.policy_attention
 
     def forgets(module, query, key, value, mask, **kwargs):
         output, weights = whole(module, query, key, value, mask, **kwargs)
@@ -120,7 +121,7 @@ def test_what_one_configuration_wants_besides_is_given():
 
 def test_layers_that_are_all_windows_are_examined_under_the_policy(monkeypatch):
     """A budget that holds the text leaves them alone: being lossless then would say nothing."""
-    whole = transformers_cache.policy_attention
+    whole = attention.policy_attention
     calls = []
 
     def counts(module, query, key, *args, **kwargs):
@@ -135,7 +136,7 @@ def test_layers_that_are_all_windows_are_examined_under_the_policy(monkeypatch):
 
 
 def test_padding_that_is_seen_fails(monkeypatch):
-    whole = transformers_cache.policy_attention
+    whole = attention.policy_attention
 
     def sees_all(module, query, key, value, mask, **kwargs):
         return whole(module, query, key, value, None, **kwargs)
