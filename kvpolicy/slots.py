@@ -208,8 +208,11 @@ class SlotStore:
 
     def peek(self, slots: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Copies of the keys, values and positions in slots ``[B, H, T]``."""
-        where = (self._batch, self._head, slots)
-        return self.keys[where], self.values[where], self.positions[where]
+        keys, values = (
+            tensor.gather(2, slots.unsqueeze(-1).expand(*slots.shape, tensor.shape[3]))
+            for tensor in (self.keys, self.values)
+        )
+        return keys, values, self.positions.gather(2, slots)
 
     def put_back(self, slots: Tensor, before: tuple[Tensor, Tensor, Tensor], dead: Tensor) -> None:
         """Undo what was written into slots ``[B, H, T]`` for dead tokens, bool ``[B, 1, T]``.
@@ -219,11 +222,11 @@ class SlotStore:
             before: what :meth:`peek` gave before that.
             dead: tokens that nobody will see: what they replaced stays, and an empty slot empty.
         """
-        where = (self._batch, self._head, slots)
-        there = dead.unsqueeze(-1)
-        self.keys.index_put_(where, torch.where(there, before[0], self.keys[where]))
-        self.values.index_put_(where, torch.where(there, before[1], self.values[where]))
-        self.positions.index_put_(where, torch.where(dead, before[2], self.positions[where]))
+        where, there = (self._batch, self._head, slots), dead.unsqueeze(-1)
+        keys, values, positions = self.peek(slots)
+        self.keys.index_put_(where, torch.where(there, before[0], keys))
+        self.values.index_put_(where, torch.where(there, before[1], values))
+        self.positions.scatter_(2, slots, torch.where(dead, before[2], positions))
         self.may_be_empty = True
 
     def fill_from(self, other: SlotStore, kept: Tensor) -> None:

@@ -34,7 +34,7 @@ def lowest(view: CacheView, count: int, score: Tensor, protected: Tensor | None)
         ShapeError: ``protected`` is not bool.
     """
     # Positions are ranks already: distinct, so that no ties need be broken, and never NaN.
-    if score.dtype is not torch.int32 or not score.is_set_to(view.positions):
+    if score is not view.positions:
         score = score.to(torch.float32)
     slots, numbers = rank.lowest(score, view.positions, count, protected=protected, **_pinned(view))
     if not numbers:

@@ -66,7 +66,7 @@ class CacheView:
         self.first_head = first_head
         self._start = None if start is None else start.view(-1, 1, 1)
 
-    @property
+    @cached_property
     def positions(self) -> Tensor:
         """Positions of the cached tokens, ``[B, H, S]``, int32, -1 = empty."""
         return self._shown(self._store.positions)

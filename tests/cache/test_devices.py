@@ -8,6 +8,7 @@ from support import tiny_models
 from support.fake_devices import fake_devices
 
 import kvpolicy
+import kvpolicy.cache.cache
 
 LAYOUTS = {
     "image": kvpolicy.RasterLayout(rows=6, cols=5, prefix=6),
@@ -31,8 +32,14 @@ def test_the_pretence_finds_what_real_devices_would_refuse():
 @pytest.mark.parametrize("reclaim", ["lazy", "eager"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", EVERY)
-def test_a_layers_tensors_lie_where_the_layer_lies(name, layout, reclaim):
+def test_a_layers_tensors_lie_where_the_layer_lies(name, layout, reclaim, monkeypatch):
     """On a device no number is read back, either: nothing in a step waits for it."""
+    if layout == "late":
+        # The smallest budget is worked out when the layout comes, from tensors on the CPU, which
+        # have no numbers in here: work it out before.
+        known = LAYOUTS["late"].at(0, 6, None)
+        floor = tiny_models.policy(name).min_budget(known)
+        monkeypatch.setattr(kvpolicy.cache.cache, "_floor", lambda policy, layout: floor)
     cache = kvpolicy.PolicyCache(
         tiny_models.policy(name),
         40 if name == "full" else 13,
