@@ -13,6 +13,9 @@ def test_a_prefix_goes_last_whatever_scores_say():
     """Even where all else is protected, and worth infinitely much."""
 
     class Greedy(ScoredPolicy):
+        def min_budget(self, layout):
+            return 4
+
         def protect(self, view):
             return view.index >= 0
 

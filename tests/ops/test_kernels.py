@@ -79,6 +79,9 @@ def test_no_kernel_serves_on_a_cpu():
 def test_attend_asks_the_kernel_for_what_it_serves(monkeypatch, terms, asked):
     seen = []
 
+    # As on a GPU, which is where it is asked for.
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+
     def kernel(query, keys, values, scale, visible, need_mass):
         seen.append((scale, visible, need_mass))
         return torch.zeros_like(query), torch.full((2, 2, 1, 9), 7.0)
