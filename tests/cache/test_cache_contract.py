@@ -53,7 +53,7 @@ def generate(model, tokens, cache=None, **options):
     settings = {"max_new_tokens": NEW, "do_sample": False} | options
     settings.setdefault("attention_mask", torch.ones_like(tokens))
     if cache is not None:
-        settings["past_key_values"] = cache
+        settings |= cache.as_argument
     torch.manual_seed(7)
     return model.generate(tokens, **settings)
 
@@ -62,7 +62,7 @@ def one_by_one(model, tokens, cache) -> torch.Tensor:
     """Logits of every token, each cached alone behind the first six."""
     parts = [tokens[:, :6], *tokens[:, 6:].split(1, dim=1)]
     with torch.inference_mode():
-        return torch.cat([model(part, past_key_values=cache).logits for part in parts], dim=1)
+        return torch.cat([model(part, **cache.as_argument).logits for part in parts], dim=1)
 
 
 DRAW = {"do_sample": True, "top_k": 0}
@@ -104,7 +104,7 @@ def test_generate_from_embeddings(model, layout):
     options = {"max_new_tokens": NEW, "do_sample": False}
     expected = model.generate(inputs_embeds=embedded, **options)
     with attach(model, layout, "linear", "1/1") as cache:
-        out = model.generate(inputs_embeds=embedded, past_key_values=cache, **options)
+        out = model.generate(inputs_embeds=embedded, **cache.as_argument, **options)
     assert torch.equal(out, expected)
 
 
@@ -183,12 +183,12 @@ def test_chosen_and_repeated_sequences_go_on_as_they_would_alone(model, layout, 
     expected = torch.cat([alone(row) for row in (2, 2, 0)])
     with torch.inference_mode(), attach(model, layout, name) as cache:
         for part in (tokens[:, :6], *tokens[:, 6:22].split(1, dim=1)):
-            model(part, past_key_values=cache)
+            model(part, **cache.as_argument)
         cache.batch_select_indices(torch.tensor([True, False, True]))
         cache.batch_repeat_interleave(2)
         cache.batch_select_indices(torch.tensor([3, 2, 0]))
         parts = tokens[[2, 2, 0], 22:].split(1, dim=1)
-        logits = torch.cat([model(part, past_key_values=cache).logits for part in parts], dim=1)
+        logits = torch.cat([model(part, **cache.as_argument).logits for part in parts], dim=1)
     torch.testing.assert_close(logits, expected, atol=2e-5, rtol=1e-5)
 
 
@@ -203,7 +203,7 @@ def test_several_new_tokens_at_once_give_what_one_by_one_gives(model, layout):
             with torch.inference_mode(), attach(model, layout, name, reclaim=reclaim) as cache:
                 parts = tokens.split([6, 9, 1, 17, 3], dim=1)
                 logits = torch.cat(
-                    [model(part, past_key_values=cache).logits for part in parts], dim=1
+                    [model(part, **cache.as_argument).logits for part in parts], dim=1
                 )
                 torch.testing.assert_close(logits, expected, atol=5e-5, rtol=1e-5)
                 for layer in range(3):
@@ -255,10 +255,10 @@ def test_a_prompt_in_chunks_under_eviction(llama, layout, name):
             return
         with torch.inference_mode():
             for part in long.split(4, dim=1):
-                logits = llama(part, past_key_values=cache).logits
+                logits = llama(part, **cache.as_argument).logits
             for token in out[:, 30:].split(1, dim=1):
                 assert torch.equal(logits[:, -1:].argmax(-1), token)
-                logits = llama(token, past_key_values=cache).logits
+                logits = llama(token, **cache.as_argument).logits
 
 
 def test_taking_tokens_back_is_refused_where_generate_would_do_it(llama):
@@ -274,10 +274,10 @@ def test_taking_tokens_back_is_refused_where_generate_would_do_it(llama):
 
 def test_forward_gives_the_cache_back_and_counts_tokens(model, layout):
     with torch.inference_mode(), attach(model, layout, "linear") as cache:
-        out = model(prompts(), past_key_values=cache)
-        assert out.past_key_values is cache
+        out = model(prompts(), **cache.as_argument)
+        assert cache in out.values()
         assert cache.get_seq_length() == 6
-        out = model(prompts(length=20), past_key_values=out.past_key_values, use_cache=True)
+        out = model(prompts(length=20), **cache.as_argument, use_cache=True)
         assert cache.get_seq_length() == 26
         assert cache.get_max_length() == 36
         assert len(cache) == 3
@@ -290,5 +290,5 @@ def test_explicit_positions_are_the_models_own_affair(model, layout):
     with torch.inference_mode(), attach(model, layout, "linear", "1/1") as cache:
         expected = model(tokens).logits
         parts = zip(tokens.split(5, dim=1), places.split(5, dim=1), strict=True)
-        logits = [model(part, position_ids=at, past_key_values=cache).logits for part, at in parts]
+        logits = [model(part, position_ids=at, **cache.as_argument).logits for part, at in parts]
     torch.testing.assert_close(torch.cat(logits, dim=1), expected, atol=1e-5, rtol=1e-5)

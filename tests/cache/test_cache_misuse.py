@@ -32,7 +32,7 @@ def generate(model, cache, batch=2, **options):
     return model.generate(
         tokens,
         attention_mask=torch.ones_like(tokens),
-        past_key_values=cache,
+        **cache.as_argument,
         max_new_tokens=16,
         do_sample=False,
         **options,
@@ -80,10 +80,10 @@ def test_parts_of_the_model_are_the_model(model):
     """A causal model and the model inside it have the same attention."""
     tokens = torch.arange(1, 11).view(2, 5)
     with torch.inference_mode(), attach(model) as cache:
-        model.model(tokens, past_key_values=cache)
-        model(tokens, past_key_values=cache)
+        model.model(tokens, **cache.as_argument)
+        model(tokens, **cache.as_argument)
     with torch.inference_mode(), attach(model.model) as cache:
-        model(tokens, past_key_values=cache)
+        model(tokens, **cache.as_argument)
     assert cache.get_seq_length() == 5
 
 
@@ -91,14 +91,14 @@ def test_parts_of_the_model_are_the_model(model):
 def test_another_batch_midway_is_refused_and_the_first_goes_on(model, policy):
     tokens = torch.arange(1, 41).view(2, 20)
     with torch.inference_mode(), attach(model, policy) as cache:
-        expected = [model(part, past_key_values=cache).logits for part in tokens.split(10, dim=1)]
+        expected = [model(part, **cache.as_argument).logits for part in tokens.split(10, dim=1)]
     with torch.inference_mode(), attach(model, policy) as cache:
-        model(tokens[:, :10], past_key_values=cache)
+        model(tokens[:, :10], **cache.as_argument)
         with pytest.raises(
             kvpolicy.CacheStateError, match=r"from 2 to 3 after 10 tokens.*reset\(\) to start a new"
         ):
-            model(tokens[:1].expand(3, -1)[:, :10], past_key_values=cache)
-        logits = model(tokens[:, 10:], past_key_values=cache).logits
+            model(tokens[:1].expand(3, -1)[:, :10], **cache.as_argument)
+        logits = model(tokens[:, 10:], **cache.as_argument).logits
         torch.testing.assert_close(logits, expected[1])
         cache.reset()
         generate(model, cache, batch=3)
@@ -121,9 +121,9 @@ def test_a_cache_is_done_when_its_block_is(model):
     words = r"block has ended; attach the model again"
     tokens = torch.ones(2, 1, dtype=torch.long)
     with pytest.raises(kvpolicy.CacheStateError, match=words):
-        model(tokens, past_key_values=cache)
+        model(tokens, **cache.as_argument)
     with attach(model), pytest.raises(kvpolicy.CacheStateError, match=words):
-        model(tokens, past_key_values=cache)
+        model(tokens, **cache.as_argument)
     assert cache.stats().seen == 20, "what it was can still be asked"
     assert cache.positions(0).shape == (2, 2, 10)
 

@@ -21,7 +21,7 @@ def generate(model, cache):
     return model.generate(
         tokens,
         attention_mask=torch.ones_like(tokens),
-        past_key_values=cache,
+        **cache.as_argument,
         max_new_tokens=22,
         do_sample=False,
     )

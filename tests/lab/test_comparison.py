@@ -248,7 +248,10 @@ def test_a_plan_from_a_file_gives_every_output(tmp_path):
         seeds: [0, 1]
     """
     (tmp_path / "plan.yaml").write_text(plan)
-    done = command("--plan", "plan.yaml", "--executor", "inline", "--out", "run", cwd=tmp_path)
+    own = ("--own", "toy_subject:Toy")
+    done = command(
+        "--plan", "plan.yaml", *own, "--executor", "inline", "--out", "run", cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr
     assert "left out: linear at 1/8" in done.stderr
     events = [json.loads(line) for line in done.stdout.splitlines()]
@@ -263,7 +266,10 @@ def test_a_plan_from_a_file_gives_every_output(tmp_path):
     assert {"python", "torch", "kvpolicy", "numpy"} <= environment["versions"].keys()
     # The same folder with another plan is refused, and the difference shown.
     (tmp_path / "plan.yaml").write_text(plan.replace("[0, 1]", "[0, 2]"))
-    done = command("--plan", "plan.yaml", "--executor", "inline", "--out", "run", cwd=tmp_path)
+    own = ("--own", "toy_subject:Toy")
+    done = command(
+        "--plan", "plan.yaml", *own, "--executor", "inline", "--out", "run", cwd=tmp_path
+    )
     assert done.returncode == 2
     assert "another plan" in done.stderr
     assert "-    1" in done.stderr

@@ -8,7 +8,7 @@ import json
 import torch
 
 from kvpolicy.ops.triton import decode_op
-from kvpolicy.ops.triton.decode import decode_slots
+from kvpolicy.ops.triton.decode_slots import decode_slots
 
 
 def reference(query, keys, values, scale, visible):

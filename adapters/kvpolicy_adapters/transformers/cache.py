@@ -207,7 +207,7 @@ class TransformersCache(Cache):
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Forget everything: the next token is the first of a new sequence."""
         self.expected = self.said = None
         self.policy_cache.reset()
         self._of_others("reset")

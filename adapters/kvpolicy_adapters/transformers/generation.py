@@ -78,7 +78,10 @@ def _generate(
         )
     inputs = _ids(args, kwargs)
     before = cache.get_seq_length()
-    if before:
+    # A mask longer than the ids says that these are the new tokens alone.
+    mask = kwargs.get("attention_mask")
+    alone = inputs is not None and mask is not None and mask.shape[-1] > inputs.shape[1]
+    if before and not alone:
         _check_goes_on(cache, inputs)
     token = _RUNNING.set(cache)
     try:

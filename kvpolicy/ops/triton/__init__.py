@@ -22,7 +22,7 @@ def decode(
     visible: Tensor | None,
     need_mass: bool,
 ) -> tuple[Tensor, Tensor | None] | None:
-    """Attention of one query over slots, with its mass (:mod:`kvpolicy.ops.triton.decode`).
+    """Attention of one query over slots, with its mass (:mod:`kvpolicy.ops.triton.decode_slots`).
 
     Returns:
         Output and mass; None where no kernel serves: not on a GPU, several queries, a head wider
@@ -49,7 +49,7 @@ def _decode(
     visible: Tensor | None,
     need_mass: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    from kvpolicy.ops.triton.decode import decode_slots
+    from kvpolicy.ops.triton.decode_slots import decode_slots
 
     return decode_slots(query, keys, values, scale, visible, need_mass)
 
