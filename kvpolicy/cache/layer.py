@@ -36,8 +36,8 @@ __all__ = ["Layer"]
 _Before = tuple[tuple[Tensor, Tensor, Tensor], list[Tensor]]
 #: All but a scale.
 _NO_TERMS = (None, None, None, None)
-#: Positions are int32.
-_MOST = 2**31 - 1
+#: Positions are int32, and ranking adds as much to those that are protected.
+_MOST = 2**30
 
 
 class Layer:
@@ -532,7 +532,7 @@ class Layer:
 
     def _too_long(self, count: int) -> LayoutError:
         """More tokens than the layout has, or than positions can count."""
-        where = "what int32 can count" if self.most == _MOST else f"{self.layout!r}"
+        where = "what positions can count" if self.most == _MOST else f"{self.layout!r}"
         return LayoutError(
             f"position {self.seen + count - 1} is outside {where}, which has {self.most} tokens; "
             f"reset() the cache for a new sequence, or give the layout its real size"

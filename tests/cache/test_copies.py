@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from support import tiny_models
 
 import kvpolicy
 
@@ -126,3 +127,34 @@ def test_what_can_not_be_written_down_is_named():
     with pytest.raises(kvpolicy.ParameterError, match=r"Diary\.pages is a list"):
         cache.state_dict()
     copy.deepcopy(cache)
+
+
+@pytest.mark.parametrize("name", ["h2o", "linear"])
+def test_a_prompt_is_cached_once_and_copied_for_each_continuation(name):
+    """A copy of the cache that attach gives goes on alone, and ends with the block."""
+    pytest.importorskip("transformers", reason="the adapters need transformers")
+    import kvpolicy_adapters
+
+    model = tiny_models.llama()
+    layout = kvpolicy.RasterLayout(rows=5, cols=4, prefix=5)
+    policy = tiny_models.policy(name)
+    prompt = torch.arange(1, 6)[None]
+    with (
+        torch.inference_mode(),
+        kvpolicy_adapters.attach(model, policy=policy, budget=13, layout=layout) as cache,
+    ):
+        model(prompt, **cache.as_argument)
+        copies = [copy.deepcopy(cache) for _ in range(2)]
+        drawn = []
+        for token, own in zip((7, 9), copies, strict=True):
+            ids = torch.cat([prompt, torch.tensor([[token]])], dim=1)
+            drawn.append(model.generate(ids, max_new_tokens=12, do_sample=False, **own.as_argument))
+            assert own.get_seq_length() == 17
+        assert cache.get_seq_length() == 5
+    for token, tokens in zip((7, 9), drawn, strict=True):
+        ids = torch.cat([prompt, torch.tensor([[token]])], dim=1)
+        with kvpolicy_adapters.attach(model, policy=policy, budget=13, layout=layout) as alone:
+            expected = model.generate(ids, max_new_tokens=12, do_sample=False, **alone.as_argument)
+        assert torch.equal(tokens, expected)
+    with pytest.raises(kvpolicy.CacheStateError, match="block has ended"):
+        model(prompt, **copies[0].as_argument)

@@ -105,9 +105,11 @@ def test_gradients_through_several_calls_are_refused_at_the_second(sizes, which)
     assert not cache.layers[0].store.keys.requires_grad
 
 
-def test_positions_end_where_int32_does():
+def test_positions_end_where_ranking_does():
     cache = make("h2o", kvpolicy.TextLayout(sinks=1))
     feed(cache, tokens(), [3])
-    cache.layers[0].seen = 2**31 - 2
-    with pytest.raises(kvpolicy.LayoutError, match=r"position 2147483648 is outside .*int32"):
+    cache.layers[0].seen = 2**30 - 2
+    with pytest.raises(
+        kvpolicy.LayoutError, match=r"position 1073741824 is outside what positions can"
+    ):
         cache.attend(0, *(t[:, :, :3] for t in tokens()))

@@ -8,6 +8,7 @@ finds the mark. The mark travels with the tensor, so threads and models can't mi
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Collection, Sequence
 from dataclasses import replace
@@ -107,6 +108,15 @@ class PolicyLayer(CacheLayerMixin):
             )
 
 
+class _Block:
+    """The ``attach`` block of a cache and of all its copies: they end together."""
+
+    closed = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Block:
+        return self
+
+
 class TransformersCache(Cache):
     """The cache that ``attach`` gives: pass it as ``cache``, or by ``**cache.as_argument``.
 
@@ -118,7 +128,6 @@ class TransformersCache(Cache):
 
     Attributes:
         policy_cache: the :class:`kvpolicy.PolicyCache` behind it.
-        closed: whether its ``attach`` block has ended.
         name: class of the model.
     """
 
@@ -131,7 +140,7 @@ class TransformersCache(Cache):
     ) -> None:
         self.policy_cache = policy_cache
         self.chunked = chunked
-        self.closed = False
+        self._block = _Block()
         self.expected: PolicyLayer | None = None
         #: Attention modules, by id, that have brought it their tokens; and the ids ``[B, T]`` of
         #: those tokens, as far as they are known.
@@ -147,6 +156,31 @@ class TransformersCache(Cache):
                 for index in range(policy_cache.num_layers)
             ]
         )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TransformersCache:
+        """A cache that goes on by itself on the same model, until the same block ends."""
+        made = object.__new__(type(self))
+        memo[id(self)] = made
+        for name, value in vars(self).items():
+            if name not in ("layers", "expected", "_modules"):
+                setattr(made, name, copy.deepcopy(value, memo))
+        made.expected, made._modules = None, self._modules
+        made.layers = [
+            PolicyLayer(made, layer.index)
+            if isinstance(layer, PolicyLayer)
+            else copy.deepcopy(layer, memo)
+            for layer in self.layers
+        ]
+        return made
+
+    @property
+    def closed(self) -> bool:
+        """Whether its ``attach`` block has ended."""
+        return self._block.closed
+
+    @closed.setter
+    def closed(self, closed: bool) -> None:
+        self._block.closed = closed
 
     @property
     def as_argument(self) -> dict[str, Any]:
