@@ -128,9 +128,9 @@ def test_a_steep_schedule_does_not_make_the_check_of_lossless_take_all_memory(mo
     slots = []
 
     class Watched(SlotStore):
-        def __init__(self, shape, key, value):
+        def __init__(self, shape, key, value, **named):
             slots.append(shape.slots)
-            super().__init__(shape, key, value)
+            super().__init__(shape, key, value, **named)
 
     monkeypatch.setattr(kvpolicy.cache.layer, "SlotStore", Watched)
     policy = kvpolicy.create("pyramid", beta=1e6, window=3, interval=3, kernel=1)
