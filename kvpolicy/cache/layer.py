@@ -136,8 +136,9 @@ class Layer:
         if store is None:
             if count > self.capacity and layout.compresses_prompt:
                 return self._compress(query, key, value, terms, weights)
+            # Observers first: a store says that they are there.
+            self.watch(self.shape(key, self.capacity))
             store = self.allocate(key, value)
-            self.watch(store.shape)
         if count > 1 or weights or wants_gradient:
             return self._tokens(query, key, value, terms, weights, wants_gradient)
         if self.seen >= self.decider.settled:
@@ -396,9 +397,10 @@ class Layer:
     def allocate(self, key: Tensor, value: Tensor) -> SlotStore:
         """Allocate the slots, for such keys and values."""
         shape = self.shape(key, self.capacity)
-        self.store = SlotStore(shape, key, value, hides=self.plan.eager)
-        self.store.may_be_empty |= self.plan.window is not None
-        return self.store
+        store = SlotStore(shape, key, value, hides=self.plan.eager)
+        store.may_be_empty |= self.plan.window is not None
+        self.store = store
+        return store
 
     def watch(self, shape: SlotShape) -> None:
         """Make the observers of a store of this shape."""

@@ -132,8 +132,9 @@ def check(run: Run, step: int, interrupted: Callable[[int | None], object], ever
     return refusals
 
 
-#: A step that decides, one that does not, several tokens, and a prompt that is compressed.
+#: The first tokens, a step that decides, one that does not, several tokens, and a prompt that is compressed.
 CALLS = {
+    "the first tokens": (RASTER, [3, 9], 0),
     "a token": (RASTER, [9] + [1] * 9, 6),
     "a line begins": (RASTER, [9] + [1] * 9, 4),
     "several tokens": (RASTER, [9, 6, 6], 1),
