@@ -132,7 +132,7 @@ def check(run: Run, step: int, interrupted: Callable[[int | None], object], ever
     return refusals
 
 
-#: The first tokens, a step that decides, one that does not, several tokens, and a prompt that is compressed.
+#: The first tokens; a step that decides, one that does not; several tokens; a prompt too long.
 CALLS = {
     "the first tokens": (RASTER, [3, 9], 0),
     "a token": (RASTER, [9] + [1] * 9, 6),
