@@ -39,13 +39,16 @@ def _toy(monkeypatch):
     monkeypatch.syspath_prepend(str(HERE))
 
 
+def searched(path: Path) -> str:
+    """A PYTHONPATH that begins with a path. No entry is empty: that would be the current folder."""
+    return os.pathsep.join(filter(None, [str(path), os.environ.get("PYTHONPATH")]))
+
+
 def command(*arguments: str, cwd: Path, path: Path = HERE, **env: str):
     return subprocess.run(
         [sys.executable, "-m", "kvpolicy", *arguments],
         cwd=cwd,
-        env=os.environ
-        | {"PYTHONPATH": f"{path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}", "COLUMNS": "80"}
-        | env,
+        env=os.environ | {"PYTHONPATH": searched(path), "COLUMNS": "80"} | env,
         capture_output=True,
         timeout=300,
     )
@@ -229,7 +232,7 @@ def test_a_reader_that_goes_away_is_no_full_disk(tmp_path):
         ["bash", "-c", f"{line} --seeds {seeds} --executor inline --out r | head -n 1; "
          "exit ${PIPESTATUS[0]}"],
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": f"{HERE}:{os.environ.get('PYTHONPATH', '')}"},
+        env=os.environ | {"PYTHONPATH": searched(HERE)},
         capture_output=True,
         timeout=300,
     )  # fmt: skip
@@ -308,7 +311,7 @@ def test_ctrl_c_ends_also_while_a_worker_is_stopped(tmp_path):
         [sys.executable, "-m", "kvpolicy", "ablate", *TOY, "--out", "r", "--workers", "1",
          "--option", "seconds=60", "--option", f"diary={tmp_path / 'diary'}"],
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": f"{HERE}:{os.environ.get('PYTHONPATH', '')}"},
+        env=os.environ | {"PYTHONPATH": searched(HERE)},
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
     )  # fmt: skip
     try:
