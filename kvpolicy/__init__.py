@@ -7,12 +7,24 @@ Three lines for a bare attention loop (adapters for whole models are in ``kvpoli
     out = cache.attend(layer, query, key, value)
 """
 
-from kvpolicy import policies
+from kvpolicy import decoding, policies
 from kvpolicy.budget.budget import Arithmetic, Budget, PerLayer, Schedule, Uniform
 from kvpolicy.budget.calibrated import Calibrated
 from kvpolicy.budget.span import HalfLife, PositiveSpan, Span
 from kvpolicy.cache.cache import CacheStats, PolicyCache, Reclaim
 from kvpolicy.cache.compiled_step import SlotStep
+from kvpolicy.decoding import (
+    Decoded,
+    Decoder,
+    JointCache,
+    Rule,
+    Sampling,
+    Sequential,
+    SpeculativeJacobi,
+    StagingCache,
+    Step,
+    register_decoder,
+)
 from kvpolicy.errors import (
     AttentionError,
     BudgetError,
@@ -66,9 +78,12 @@ __all__ = [
     "CacheView",
     "Calibrated",
     "CumulativeMass",
+    "Decoded",
+    "Decoder",
     "EvictionPolicy",
     "FadingMass",
     "HalfLife",
+    "JointCache",
     "KVPolicyError",
     "KernelError",
     "LastQuery",
@@ -87,14 +102,20 @@ __all__ = [
     "Reclaim",
     "Recording",
     "Registry",
+    "Rule",
+    "Sampling",
     "Schedule",
     "ScoredPolicy",
     "SequenceLayout",
+    "Sequential",
     "ShapeError",
     "SlotShape",
     "SlotStep",
     "SlotStore",
     "Span",
+    "SpeculativeJacobi",
+    "StagingCache",
+    "Step",
     "TextLayout",
     "TokenLayout",
     "Trace",
@@ -106,9 +127,11 @@ __all__ = [
     "available_parts",
     "compose",
     "create",
+    "decoding",
     "load_trace",
     "policies",
     "register",
+    "register_decoder",
     "register_part",
     "spec",
     "trace",

@@ -1,4 +1,4 @@
-"""``kvpolicy ablate``: policies × parameters × budgets × seeds on one subject."""
+"""``kvpolicy ablate``: policies × parameters × budgets × decoders × seeds on one subject."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from kvpolicy.errors import ParameterError, near_matches
 from kvpolicy.lab.compare.comparison import Entry
 from kvpolicy.lab.run.executor import Executor
 from kvpolicy.lab.run.executors import make_executor
-from kvpolicy.lab.run.plan import Plan, PolicyPlan, read_plan
+from kvpolicy.lab.run.plan import Plan, read_plan
 from kvpolicy.lab.run.subject import MetricInfo
 
 __all__ = ["ablate"]
@@ -46,7 +46,8 @@ def ablate(
     policies: Annotated[
         str | None,
         typer.Option(
-            help="Names, separated by commas, or package.module:Class; full is always there.",
+            help="Names, separated by commas, or package.module:Class; linear@sjd for one with a "
+            "decoder of its own; full is always there.",
             rich_help_panel=_PLAN,
         ),
     ] = None,
@@ -54,6 +55,13 @@ def ablate(
         str | None,
         typer.Option(
             help="1/6, 25%, 130 or '4 lines', separated by commas; 1/6 if none is given.",
+            rich_help_panel=_PLAN,
+        ),
+    ] = None,
+    decoders: Annotated[
+        str | None,
+        typer.Option(
+            help="What draws tokens: sequential,sjd:window=32:draft=above; sequential if none.",
             rich_help_panel=_PLAN,
         ),
     ] = None,
@@ -114,6 +122,7 @@ def ablate(
         "subject": subject,
         "policies": policies,
         "budgets": budgets,
+        "decoders": decoders,
         "seeds": seeds,
         "set": set_,
         "option": option,
@@ -159,7 +168,8 @@ def _plan(file: Path | None, given: dict[str, Any], own: Sequence[str]) -> Plan:
         if name not in given:
             raise ParameterError(f"--{name} is missing (or --plan with a file that says it)")
     grids = _grids(given.get("set", []))
-    names = split(given["policies"])
+    parted = [policy.partition("@") for policy in split(given["policies"])]
+    names = [name for name, _, _ in parted]
     for name in grids:
         if name not in names:
             raise ParameterError(
@@ -168,12 +178,15 @@ def _plan(file: Path | None, given: dict[str, Any], own: Sequence[str]) -> Plan:
             )
     fields: dict[str, Any] = {
         "subject": given["subject"],
-        "policies": [PolicyPlan(name=name, parameters=grids.get(name, {})) for name in names],
+        "policies": [
+            {"name": name, "parameters": grids.get(name, {})} | ({"decoders": [by]} if at else {})
+            for name, at, by in parted
+        ],
         "options": dict(pair(text, "--option", "images=100") for text in given.get("option", [])),
     }
     if "trace" in given:
         fields["trace"] = True
-    for name in ("budgets", "metrics"):
+    for name in ("budgets", "decoders", "metrics"):
         if name in given:
             fields[name] = split(given[name])
     if "seeds" in given:

@@ -25,6 +25,7 @@ FLOORS = (
     ("policy", "registry", "named", "parts", "policies"),
     ("cache",),
     ("tracing",),
+    ("decoding",),
     ("",),
     ("testing", "lab"),
     ("commands", "cli"),

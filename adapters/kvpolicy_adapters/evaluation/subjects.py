@@ -20,11 +20,12 @@ from kvpolicy.lab.compare.frechet import FrechetTo
 from kvpolicy.lab.run.subject import Advance, Generated, Measurement, Metric, Scored, Setting
 from kvpolicy_adapters import zoo
 from kvpolicy_adapters.attach import attach
+from kvpolicy_adapters.decode import decode
 
 __all__ = ["FashionAR"]
 
 _GREYS, _CLASSES = 16, 10
-_SCORE_BATCH, _DRAW_BATCH = 64, 250
+_SCORE_BATCH = 64
 _REAL = {"test": 1000, "calibration": 256}  # images that ship
 
 
@@ -39,12 +40,15 @@ class FashionAR:
         images: images that are drawn, at least 10.
         split: real images that are scored: ``test``, or ``calibration``, which are others.
         draw_seed: added to the seed of everything drawn, and of nothing that is scored.
+        batch: images that are drawn at once, 1 to 250. A pass of a decoder that speculates begins
+            behind the slowest of them.
 
     Raises:
         ParameterError: an argument is out of range.
     """
 
     name = "fashion-ar"
+    draws = True
     class_names = (
         "T-shirt",
         "trousers",
@@ -59,7 +63,12 @@ class FashionAR:
     )
 
     def __init__(
-        self, scored: int = 256, images: int = 200, split: str = "test", draw_seed: int = 0
+        self,
+        scored: int = 256,
+        images: int = 200,
+        split: str = "test",
+        draw_seed: int = 0,
+        batch: int = 250,
     ) -> None:
         if split not in _REAL:
             raise ParameterError(f"fashion-ar: split={split!r}; {near_matches(str(split), _REAL)}")
@@ -68,13 +77,14 @@ class FashionAR:
             ("scored", scored, 2, real),
             ("images", images, 10, 10**6),
             ("draw_seed", draw_seed, 0, 2**31),
+            ("batch", batch, 1, 250),
         ):
             if type(value) is not int or not low <= value <= high:
                 raise ParameterError(
                     f"fashion-ar: {name}={value!r} must be a whole number from {low} to {high}"
                 )
         self.scored, self.images, self.split = scored, images, split
-        self.draw_seed = draw_seed
+        self.draw_seed, self.batch = draw_seed, batch
         self.zoo = zoo.load("fashion-ar")
         self.layout = self.zoo.layout
         self.num_layers = self.zoo.model.config.num_hidden_layers
@@ -103,6 +113,12 @@ class FashionAR:
                 about="share of drawn images in which a classifier sees the class asked for",
             ),
             Metric(
+                name="passes",
+                label="passes an image",
+                array="passes",
+                about="of the model over the batch that an image was drawn in",
+            ),
+            Metric(
                 name="images_per_second",
                 label="images per second",
                 better="higher",
@@ -115,7 +131,7 @@ class FashionAR:
         """Score this seed's real images and draw this seed's own."""
         arrays: dict[str, NDArray[Any]] = {}
         figures, images = {}, None
-        drawing = {"frechet", "class_accuracy", "images_per_second"} & set(wanted)
+        drawing = {"frechet", "class_accuracy", "passes", "images_per_second"} & set(wanted)
         if "bits_per_pixel" in wanted or not drawing:
             blocks = _REAL[self.split] // self.scored
             first = seed % blocks * self.scored
@@ -128,6 +144,7 @@ class FashionAR:
                 "features": drawn.features,
                 "correct": drawn.correct,
                 "classes": drawn.classes,
+                "passes": drawn.passes,
             }
             figures["images_per_second"] = len(drawn.images) / drawn.seconds
             images, stats, batch = drawn.images, drawn.stats, drawn.batch
@@ -155,11 +172,11 @@ class FashionAR:
         begun = time.perf_counter()
         self.score(setting, min(16, self.scored), _ignore)
         scoring = (time.perf_counter() - begun) * self.scored / min(16, self.scored)
-        batch, tokens = min(self.images, _DRAW_BATCH), 2 * self.layout.cols
+        batch, tokens = min(self.images, self.batch), 2 * self.layout.cols
         prompt = torch.full((batch, 1), _GREYS)
         begun = time.perf_counter()
         with self._attached(setting) as cache:
-            self._draw(prompt, cache, tokens, _ignore)
+            self._draw(prompt, cache, tokens, _ignore, setting.decoder, 0)
         pixels = self.layout.rows * self.layout.cols
         return scoring + (time.perf_counter() - begun) * pixels / tokens * self.images / batch
 
@@ -182,19 +199,21 @@ class FashionAR:
         return tokens_of[self.split](first + images)[first:]
 
     def generate(self, setting: Setting, images: int, seed: int, advance: Advance) -> Generated:
-        """Draw images of classes 0, 1, … in turn with ``model.generate``, seeded batch by batch."""
+        """Draw images of classes 0, 1, … in turn, seeded batch by batch."""
         classes = torch.arange(images) % _CLASSES
         pixels_each = self.layout.rows * self.layout.cols
-        drawn = []
+        drawn, passes = [], []
         seconds = 0.0
-        for number, wanted in enumerate(classes.split(_DRAW_BATCH)):
+        for number, wanted in enumerate(classes.split(self.batch)):
             prompt = wanted[:, None] + _GREYS
-            torch.manual_seed(seed + number)
             begun = time.perf_counter()
             with self._attached(setting) as cache:
-                tokens = self._draw(prompt, cache, pixels_each, advance)
+                tokens, count = self._draw(
+                    prompt, cache, pixels_each, advance, setting.decoder, seed + number
+                )
             seconds += time.perf_counter() - begun
             drawn.append(tokens[:, 1:])
+            passes += [count] * len(wanted)
         pixels = torch.cat(drawn)
         return Generated(
             images=np.asarray(self.zoo.images(pixels)),
@@ -204,6 +223,7 @@ class FashionAR:
             seconds=seconds,
             stats=cache.stats(),
             batch=len(wanted),
+            passes=np.array(passes),
         )
 
     def reference(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -211,10 +231,31 @@ class FashionAR:
         mean, covariance = self.zoo.reference
         return np.asarray(mean, np.float64), np.asarray(covariance, np.float64)
 
-    def _draw(self, prompt: Tensor, cache: Any, tokens: int, advance: Advance) -> Tensor:
-        """Draw grey levels behind a prompt ``[n, 1]``: int64 ``[n, 1 + tokens]``."""
+    def _draw(
+        self,
+        prompt: Tensor,
+        cache: Any,
+        tokens: int,
+        advance: Advance,
+        decoder: kvpolicy.Decoder,
+        seed: int,
+    ) -> tuple[Tensor, int]:
+        """Draw grey levels behind a prompt ``[n, 1]``: int64 ``[n, 1 + tokens]``, and passes."""
         model: Any = self.zoo.model
-        drawn: Tensor = model.generate(
+        if not isinstance(decoder, kvpolicy.Sequential):
+            drawn = decode(
+                model,
+                prompt,
+                cache,
+                tokens,
+                decoder=decoder,
+                suppress_tokens=range(_GREYS, model.config.vocab_size),
+                seed=seed,
+                advance=advance,
+            )
+            return drawn.tokens, drawn.passes
+        torch.manual_seed(seed)
+        ids: Tensor = model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
             **cache.as_argument,
@@ -224,7 +265,7 @@ class FashionAR:
             suppress_tokens=list(range(_GREYS, model.config.vocab_size)),
             stopping_criteria=StoppingCriteriaList([_Watch(advance)]),
         )
-        return drawn
+        return ids, tokens
 
     def _attached(self, setting: Setting) -> Any:
         return attach(

@@ -266,6 +266,21 @@ class ImageGuidance(LogitsProcessor):
         self._header = _HEADER if sizes else 1
         self._reader = TokenReader(_Header(_Tokens(model), sizes))
 
+    def begins(self, prompt: Tensor) -> tuple[Tensor, None]:
+        """What the unconditional half begins with, beside a prompt ``[B, T]`` that opens an image.
+
+        Raises:
+            LayoutError: no image begins right behind the prompt.
+        """
+        seen = _read(self._reader, prompt)
+        image = self._reader.drawn(seen)
+        if image is None or seen != image.start:
+            raise LayoutError(
+                f"the prompt of {seen} tokens does not end where an image begins, and guidance "
+                f"begins there: let it end with image start, and sizes where the model has them"
+            )
+        return prompt[:, -self._header :], None
+
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Guide the scores ``[B, vocabulary]`` of the token behind ``input_ids`` ``[B, T]``."""
         seen = _read(self._reader, input_ids)

@@ -131,18 +131,27 @@ class Guidance(LogitsProcessor):
         self.prompt = prompt.view(-1, prompt.shape[-1])
         self.mask = None if mask is None else mask.view(self.prompt.shape)
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Guide the scores ``[N, vocabulary]`` of the token behind ``input_ids`` ``[N, T]``."""
-        rows, of_prompt = input_ids.shape[0], self.prompt.shape[0]
+    def begins(self, prompt: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What the unconditional half begins with, and its mask, beside a prompt ``[N, T]``.
+
+        Raises:
+            ShapeError: the rows of the negative prompt don't divide those that are generated.
+        """
+        rows, of_prompt = len(prompt), len(self.prompt)
         if rows % of_prompt:
             raise ShapeError(
                 f"the negative prompt has {of_prompt} rows, which don't divide the {rows} that are "
                 f"generated; give one row for all, or one for each prompt"
             )
-        if self.half.follows(input_ids, groups=of_prompt):
+        each = rows // of_prompt  # beams and sequences of a prompt lie side by side
+        mask = None if self.mask is None else self.mask.repeat_interleave(each, 0)
+        return self.prompt.repeat_interleave(each, 0), mask
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Guide the scores ``[N, vocabulary]`` of the token behind ``input_ids`` ``[N, T]``."""
+        beginning = self.begins(input_ids)
+        if self.half.follows(input_ids, groups=len(self.prompt)):
             unconditional = self.half.go_on(input_ids[:, -1:])
         else:
-            each = rows // of_prompt  # beams and sequences of a prompt lie side by side
-            mask = None if self.mask is None else self.mask.repeat_interleave(each, 0)
-            unconditional = self.half.begin(self.prompt.repeat_interleave(each, 0), mask)
+            unconditional = self.half.begin(*beginning)
         return guided(scores, unconditional, self.scale)

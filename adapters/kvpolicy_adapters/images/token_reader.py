@@ -90,8 +90,9 @@ class TokenReader:
         """Read tokens.
 
         Args:
-            first: position of the first of them: 0, or the one behind the last that was told.
-                Telling the newest ones again does nothing.
+            first: position of the first of them: 0, or the one behind the last that was told; or
+                one in the newest image, where tokens were taken back. Telling the newest ones again
+                does nothing.
             ids: ``[B, T]``.
 
         Raises:
@@ -102,6 +103,10 @@ class TokenReader:
             self._restart(ids.shape[0])
         elif (first, after) == self._newest:
             return
+        elif self.images and self.images[-1].start <= first < self.read:
+            self.read = first  # nothing in an image was looked at
+            for text in self._texts:
+                text.clear()
         elif first != self.read:
             raise LayoutError(
                 f"the next token is at position {self.read}, but position {first} was told; a "

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
-from kvpolicy import CacheStateError, CacheStats, ModelError, PolicyCache
+from kvpolicy import CacheStateError, CacheStats, ModelError, PolicyCache, TokenLayout
 from kvpolicy_adapters.transformers.cache_argument import as_argument
 from kvpolicy_adapters.transformers.masks import PolicyLength
 
@@ -272,6 +272,11 @@ class TransformersCache(Cache):
         for layer in self.layers:
             if not isinstance(layer, PolicyLayer):
                 getattr(layer, method)(*arguments)
+
+    @property
+    def layout(self) -> TokenLayout | None:
+        """Where tokens sit; None while that is unknown."""
+        return self.policy_cache.layout
 
     def positions(self, layer: int) -> Tensor:
         """Positions that a layer holds, int64 ``[B, H, S]``, -1 = empty."""

@@ -17,7 +17,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvpolicy.lab.compare.bootstrap import interval, replicates
-from kvpolicy.lab.run.plan import BASELINE
 from kvpolicy.lab.run.run_folder import FinishedCell
 from kvpolicy.lab.run.subject import Metric, MetricInfo
 
@@ -81,7 +80,7 @@ class Entry:
     @property
     def is_full(self) -> bool:
         """Whether this is what the others are compared with."""
-        return self.policy == BASELINE
+        return self.cells[0].cell.is_baseline
 
 
 @dataclass(frozen=True)
@@ -111,7 +110,7 @@ def compare(cells: Sequence[FinishedCell], metrics: Sequence[MetricInfo]) -> lis
     groups = {
         entry: sorted(group, key=lambda cell: cell.cell.seed) for entry, group in groups.items()
     }
-    full = next((group for group in groups.values() if group[0].cell.policy == BASELINE), None)
+    full = next((group for group in groups.values() if group[0].cell.is_baseline), None)
     sampler = _Sampler(cells)
     found: dict[str, list[Finding | None]] = {
         metric.name: _judged([_finding(group, full, metric, sampler) for group in groups.values()])

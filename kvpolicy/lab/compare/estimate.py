@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from kvpolicy.decoding import Decoder
 from kvpolicy.lab.run.run_folder import open_run
 from kvpolicy.lab.run.runner import Prepared
 from kvpolicy.lab.run.subject import Setting
@@ -40,7 +41,8 @@ def estimate_seconds(
         for cell in waiting:
             if cell.label not in means and guess is not None:
                 policy = make_policy(cell.policy, cell.parameters)
-                means[cell.label] = float(guess(Setting(policy, cell.budget)))
+                setting = Setting(policy, cell.budget, Decoder.parse(cell.decoder))
+                means[cell.label] = float(guess(setting))
                 source = "from a short timing"
     if source is None and waiting:
         return dict.fromkeys(finished, 0.0), None

@@ -81,10 +81,12 @@ def image_sheets(
         Figures by name; none for a subject that draws no images.
     """
     sheets = {}
-    for budget in dict.fromkeys(entry.budget for entry in entries if not entry.is_full):
+    others = dict.fromkeys(entry.budget for entry in entries if not entry.is_full)
+    # The full cache under another decoder stands beside every budget.
+    for budget in [budget for budget in others if budget is not None] or others:
         rows = []
         for entry in entries:
-            if not entry.is_full and entry.budget != budget:
+            if entry.budget not in (None, budget):
                 continue
             images = entry.cells[0].images()
             if images is not None and len(images):
@@ -94,7 +96,8 @@ def image_sheets(
             continue
         count = min(len(images) for _, _, images in rows)
         names = _columns(entries[0], class_names, count)
-        title = f"Drawn at a budget of {budget} (top: full cache), same seed down each column"
+        at = "from the full cache" if budget is None else f"at a budget of {budget}"
+        title = f"Drawn {at} (top: full cache), same seed down each column"
         sheets[f"images-{_in_a_name(budget)}"] = contact_sheet(
             [(name, remark, np.asarray(images[:count])) for name, remark, images in rows],
             names,
@@ -158,4 +161,4 @@ def retention_sheets(entries: Sequence[Entry], metric: MetricInfo | None) -> dic
 
 
 def _in_a_name(budget: str | None) -> str:
-    return str(budget).replace("/", "_").replace(" ", "_")
+    return (budget or "all").replace("/", "_").replace(" ", "_")

@@ -1,4 +1,4 @@
-"""The plan of an ablation: policies × parameters × budgets × seeds on one subject, as cells."""
+"""The plan of an ablation: policies × parameters × budgets × decoders × seeds, as cells."""
 
 from __future__ import annotations
 
@@ -13,16 +13,19 @@ from typing import Any, Self, TypeAlias
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from kvpolicy.budget.budget import Budget
-from kvpolicy.errors import BudgetError, ParameterError, parameter_error
+from kvpolicy.decoding import Decoder
+from kvpolicy.errors import BudgetError, KVPolicyError, ParameterError, parameter_error
 from kvpolicy.named import is_path
 
-__all__ = ["BASELINE", "Cell", "Plan", "PolicyPlan", "Value", "read_plan"]
+__all__ = ["BASELINE", "SEQUENTIAL", "Cell", "Plan", "PolicyPlan", "Value", "read_plan"]
 
 #: Values of parameters and options: what JSON can hold.
 Value: TypeAlias = Any
 
 #: What the others are compared with; its cells have no budget.
 BASELINE = "full"
+#: How it draws, and every other policy unless a plan says otherwise.
+SEQUENTIAL = "sequential"
 
 
 class Cell(BaseModel):
@@ -36,6 +39,7 @@ class Cell(BaseModel):
         budget: in its shortest spelling; None for everything (the full cache).
         seed: of the subject: which images are drawn and scored.
         metrics: what is measured; None for all that the subject has.
+        decoder: what draws tokens, in its shortest spelling.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -47,23 +51,35 @@ class Cell(BaseModel):
     budget: str | None
     seed: int
     metrics: tuple[str, ...] | None = None
+    decoder: str = SEQUENTIAL
 
     @property
     def id(self) -> str:
         """A name for its folder: readable, and different for different cells."""
-        text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
-        digest = hashlib.sha256(text.encode()).hexdigest()[:10]
+        fields = self.model_dump(mode="json")
         words = f"{self.policy}-{self.budget or 'all'}-s{self.seed}"
+        if self.decoder == SEQUENTIAL:
+            del fields["decoder"]  # folders of runs that knew no others keep their names
+        else:
+            words = f"{words}-{self.decoder}"
+        text = json.dumps(fields, sort_keys=True)
+        digest = hashlib.sha256(text.encode()).hexdigest()[:10]
         safe = "".join(c if c.isascii() and (c.isalnum() or c in "-_") else "_" for c in words)
         return f"{safe[:80]}-{digest}"
 
     @property
     def label(self) -> str:
-        """The policy with the parameters that were set: ``linear(recent_lines=2)``."""
+        """The policy with what was set of it, and its decoder: ``linear(anchors=3)@sjd``."""
+        by = "" if self.decoder == SEQUENTIAL else f"@{self.decoder}"
         if not self.parameters:
-            return self.policy
+            return self.policy + by
         inner = ", ".join(f"{name}={_spell(value)}" for name, value in self.parameters.items())
-        return f"{self.policy}({inner})"
+        return f"{self.policy}({inner}){by}"
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether this is what the others are compared with: the full cache, token by token."""
+        return self.policy == BASELINE and self.decoder == SEQUENTIAL
 
     @property
     def entry(self) -> tuple[str, str | None]:
@@ -74,20 +90,32 @@ class Cell(BaseModel):
 class PolicyPlan(BaseModel):
     """A policy and the values to try of its parameters.
 
+    A name will do for it, and ``name@decoder`` for one that a decoder of its own draws under.
+
     Attributes:
         name: in the registry, or ``package.module:Class``.
         parameters: a value for each parameter, or a list of values: every combination is tried.
+        decoders: what draws under it; None for the plan's.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str = Field(min_length=1)
     parameters: dict[str, Value] = {}
+    decoders: tuple[str, ...] | None = Field(None, min_length=1)
 
     @model_validator(mode="before")
     @classmethod
     def _a_name_will_do(cls, value: Any) -> Any:
-        return {"name": value} if isinstance(value, str) else value
+        if not isinstance(value, str):
+            return value
+        name, at, decoder = value.partition("@")
+        return {"name": name, "decoders": [decoder]} if at else {"name": name}
+
+    @field_validator("decoders", mode="before")
+    @classmethod
+    def _shortest_decoders(cls, value: Any) -> Any:
+        return None if value is None else _decoders(value)
 
     @field_validator("parameters")
     @classmethod
@@ -115,6 +143,8 @@ class Plan(BaseModel):
         policies: names, or names with parameters; ``full`` is always there.
         budgets: in any spelling of :class:`kvpolicy.Budget`.
         seeds: of the subject.
+        decoders: what draws tokens under each policy, in any spelling of :class:`kvpolicy.Decoder`;
+            the full cache is always there token by token, too.
         metrics: what to measure; None for all that the subject has.
         trace: whether every decision is recorded.
 
@@ -130,6 +160,7 @@ class Plan(BaseModel):
     policies: tuple[PolicyPlan, ...] = Field(min_length=1)
     budgets: tuple[str, ...] = Field(("1/6",), min_length=1)
     seeds: tuple[int, ...] = Field((0,), min_length=1)
+    decoders: tuple[str, ...] = Field((SEQUENTIAL,), min_length=1)
     metrics: tuple[str, ...] | None = None
     trace: bool = False
 
@@ -145,6 +176,7 @@ class Plan(BaseModel):
         if not isinstance(value, list | tuple):
             return value
         names = [getattr(p, "name", p.get("name") if isinstance(p, dict) else p) for p in value]
+        names = [name.partition("@")[0] if isinstance(name, str) else name for name in names]
         return list(value) if not value or BASELINE in names else [BASELINE, *value]
 
     @field_validator("budgets", mode="before")
@@ -156,6 +188,11 @@ class Plan(BaseModel):
             return list(dict.fromkeys(str(Budget.parse(budget)) for budget in value))
         except BudgetError as error:
             raise ValueError(str(error)) from None
+
+    @field_validator("decoders", mode="before")
+    @classmethod
+    def _shortest_decoders(cls, value: Any) -> Any:
+        return _decoders(value)
 
     @field_validator("options")
     @classmethod
@@ -191,12 +228,19 @@ class Plan(BaseModel):
                 budget=budget,
                 seed=seed,
                 metrics=self.metrics,
+                decoder=decoder,
             )
-            for policy in ordered
+            for number, policy in enumerate(ordered)
             for parameters in policy.grid()
+            for decoder in self._decoders_of(policy, first=number == 0)
             for budget in ((None,) if policy.name == BASELINE else self.budgets)
             for seed in self.seeds
         ]
+
+    def _decoders_of(self, policy: PolicyPlan, *, first: bool) -> tuple[str, ...]:
+        """What draws under a policy; the baseline, which comes first, is never without its own."""
+        own = self.decoders if policy.decoders is None else policy.decoders
+        return tuple(dict.fromkeys((SEQUENTIAL, *own))) if first else own
 
     def text(self) -> str:
         """The plan as JSON, the same for equal plans."""
@@ -248,6 +292,20 @@ def read_plan(path: Path, own: Collection[str] = ()) -> Plan:
                 f"if it is your own, name it on the command line, too: --own {name}"
             )
     return plan
+
+
+def _decoders(value: Any) -> Any:
+    """Spellings of decoders, each in its shortest form and once.
+
+    Raises:
+        ValueError: one of them is wrong.
+    """
+    if not isinstance(value, list | tuple):
+        return value
+    try:
+        return list(dict.fromkeys(Decoder.parse(decoder).label for decoder in value))
+    except KVPolicyError as error:
+        raise ValueError(str(error)) from None
 
 
 def _only_json(value: Value, where: str) -> None:

@@ -13,11 +13,12 @@ from typing import Literal, Protocol, TypeAlias
 from filelock import FileLock, Timeout
 
 from kvpolicy.cache.cache import PolicyCache
+from kvpolicy.decoding import Decoder
 from kvpolicy.errors import BudgetError, ParameterError, RunFolderError, near_matches
 from kvpolicy.lab.run.environment import find_environment
 from kvpolicy.lab.run.executor import Executor
 from kvpolicy.lab.run.executors import Inline
-from kvpolicy.lab.run.plan import Cell, Plan
+from kvpolicy.lab.run.plan import SEQUENTIAL, Cell, Plan
 from kvpolicy.lab.run.provenance import differences, provenance
 from kvpolicy.lab.run.run_folder import (
     CellRecord,
@@ -30,7 +31,7 @@ from kvpolicy.lab.run.run_folder import (
 )
 from kvpolicy.lab.run.subject import MetricInfo, Subject
 from kvpolicy.lab.run.worker import STANDARD, Measured, Task, subject_of
-from kvpolicy.layout import RasterLayout
+from kvpolicy.layout import RasterLayout, TokenLayout
 from kvpolicy.named import make_policy
 
 __all__ = [
@@ -117,7 +118,7 @@ def prepare(plan: Plan) -> Prepared:
 
     Raises:
         UnknownNameError: a policy or the subject is unknown; near matches are listed.
-        ParameterError: a parameter, an option or a metric is wrong.
+        ParameterError: a parameter, an option, a metric or a decoder is wrong.
         BudgetError: no budget of the plan is large enough for one of its policies.
     """
     every = plan.cells()
@@ -130,6 +131,14 @@ def prepare(plan: Plan) -> Prepared:
             raise ParameterError(
                 f"subject {plan.subject!r} has no metric {name!r}; {near_matches(name, known)}"
             )
+    for decoder in dict.fromkeys(cell.decoder for cell in every):
+        if decoder != SEQUENTIAL and not getattr(subject, "draws", False):
+            raise ParameterError(
+                f"subject {plan.subject!r} does not draw with decoders (it has no `draws = True`), "
+                f"so decoder {decoder!r} would change nothing; leave it out"
+            )
+        if isinstance(subject.layout, TokenLayout):
+            Decoder.parse(decoder).check(subject.layout)
     cells: list[Cell] = []
     left_out: dict[tuple[str, str | None], BudgetError] = {}
     for cell in every:

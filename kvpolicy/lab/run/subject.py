@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from kvpolicy.cache.cache import CacheStats
+from kvpolicy.decoding import Decoder, Sequential
 from kvpolicy.errors import ParameterError, near_matches
 from kvpolicy.layout import LateLayout, RasterLayout, TokenLayout
 from kvpolicy.named import is_path, load_object
@@ -45,15 +46,17 @@ Advance = Callable[[int], None]
 
 @dataclass(frozen=True)
 class Setting:
-    """One policy at one budget.
+    """One policy at one budget, and how tokens are drawn under it.
 
     Attributes:
         policy: the policy.
         budget: as a user would spell it; None for everything.
+        decoder: what draws tokens; it must not be passed over where a subject draws.
     """
 
     policy: EvictionPolicy
     budget: str | None
+    decoder: Decoder = field(default_factory=Sequential)
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,7 @@ class Generated:
         seconds: time that generating took.
         stats: what the cache of the last batch cost.
         batch: sequences in that batch.
+        passes: of the model over the batch that each image was drawn in, int64 ``[n]``.
     """
 
     images: NDArray[np.uint8]
@@ -90,6 +94,7 @@ class Generated:
     seconds: float
     stats: CacheStats
     batch: int
+    passes: NDArray[np.int64]
 
 
 class MetricInfo(BaseModel):
@@ -156,7 +161,8 @@ class Subject(Protocol):
     A subject may also have ``class_names`` (a tuple of strings), ``device``, and
     ``estimate(setting) -> float``, the seconds that ``measure`` will take, found out in about one,
     and ``trace(setting, seed) -> bytes``, the file of a :class:`kvpolicy.Trace` of a few items, the
-    same ones for every setting: for a run with ``trace``, and the report's viewer.
+    same ones for every setting: for a run with ``trace``, and the report's viewer. One that draws
+    with ``setting.decoder`` says so: ``draws = True``; another is tried sequentially only.
 
     Attributes:
         name: for people.
@@ -243,6 +249,7 @@ _COLUMNS = frozenset(
         "subject",
         "policy",
         "label",
+        "decoder",
         "parameters",
         "budget",
         "budget_tokens",

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from kvpolicy.decoding import Decoder
 from kvpolicy.errors import ShapeError
 from kvpolicy.lab.run.plan import Cell
 from kvpolicy.lab.run.provenance import provenance
@@ -123,12 +124,13 @@ def _measure(task: Task) -> Measured:
         random.seed(cell.seed)
         np.random.seed(cell.seed % 2**32)  # noqa: NPY002
         torch.manual_seed(cell.seed)
-        measured = subject.measure(Setting(policy, cell.budget), cell.seed, wanted)
+        setting = Setting(policy, cell.budget, Decoder.parse(cell.decoder))
+        measured = subject.measure(setting, cell.seed, wanted)
         scores = {name: _numbers(name, array) for name, array in measured.arrays.items()}
         figures = _figures(subject, measured, scores, wanted)
         trace = measured.trace
         if task.trace and trace is None and hasattr(subject, "trace"):
-            trace = subject.trace(Setting(policy, cell.budget), cell.seed)
+            trace = subject.trace(setting, cell.seed)
     stats = _stats(measured)
     standard = {
         "peak_tokens": sum(stats.peak_tokens) / len(stats.peak_tokens),

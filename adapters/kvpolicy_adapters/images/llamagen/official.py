@@ -30,12 +30,14 @@ from kvpolicy import (
     RasterLayout,
     Reclaim,
     Schedule,
+    Step,
     TokenLayout,
 )
+from kvpolicy_adapters.images.guidance import guided
 from kvpolicy_adapters.images.llamagen.rotary import rotate
 from kvpolicy_adapters.transformers.cache import TransformersCache
 
-__all__ = ["attach_official", "layout_of", "recognises"]
+__all__ = ["attach_official", "image_step", "layout_of", "recognises"]
 
 _PARTS = ("block_size", "cls_embedding", "cls_token_num", "freqs_cis", "layers", "setup_caches")
 _ATTENTION_PARTS = ("head_dim", "kv_cache", "n_head", "n_kv_head", "resid_dropout", "wo", "wqkv")
@@ -132,6 +134,60 @@ def attach_official(
             yield cache
         finally:
             cache.closed = True
+
+
+def image_step(
+    model: Any,
+    cache: TransformersCache,
+    condition: Tensor,
+    count: int,
+    mask: Tensor | None,
+    scale: float,
+) -> tuple[Step, Tensor]:
+    """What a decoder calls to draw an image, as the repository's ``generate`` does.
+
+    Args:
+        model: attached; a new sequence begins on it.
+        cache: that its block gave.
+        condition: classes ``[B]``, or embeddings of captions ``[B, P, C]``.
+        count: image tokens that are to be drawn.
+        mask: of captions, ``[B, P]``, 0 where they are padding.
+        scale: of guidance; 1 is none.
+
+    Returns:
+        The step, and ids ``[B, P]`` that stand for the condition: it is no tokens.
+    """
+    prefix, batch = model.cls_token_num, len(condition)
+    if scale != 1:
+        nothing = (
+            torch.full_like(condition, model.num_classes)
+            if condition.ndim == 1
+            else model.cls_embedding.uncond_embedding.expand_as(condition)
+        )
+        condition = torch.cat([condition, nothing])
+    model.setup_caches(
+        max_batch_size=len(condition),
+        max_seq_length=prefix + count,
+        dtype=model.tok_embeddings.weight.dtype,
+    )
+    if mask is not None:
+        seen = model.causal_mask
+        seen[:, :, :prefix] &= mask.bool().repeat(len(condition) // batch, 1)[:, None]
+        seen |= torch.eye(seen.shape[1], dtype=torch.bool, device=seen.device)
+
+    def step(tokens: Tensor) -> Tensor:
+        first = cache.get_seq_length()
+        places = torch.arange(first, first + tokens.shape[1], device=tokens.device)
+        if first == 0:
+            logits = model(None, condition, places)[0][:, -1:]
+        else:
+            logits = model(tokens.repeat(len(condition) // batch, 1), None, places)[0]
+        if scale == 1:
+            return logits
+        conditional, unconditional = logits.chunk(2)
+        return guided(conditional, unconditional, scale)
+
+    return step, torch.zeros(batch, prefix, dtype=torch.int64, device=condition.device)
 
 
 class _Attachment:
