@@ -13,7 +13,7 @@ from torch import Tensor
 from kvpolicy.budget.budget import Budget, Schedule
 from kvpolicy.cache.checks import check_tokens, under_autocast
 from kvpolicy.cache.compiled_step import CompiledStep, Hide, SlotStep
-from kvpolicy.cache.layer import Layer
+from kvpolicy.cache.layer import MOST_POSITIONS, Layer
 from kvpolicy.cache.plan import LayerPlan
 from kvpolicy.cache.saving import check_alike, load_layer, save_layer
 from kvpolicy.cache.terms import Terms
@@ -21,6 +21,7 @@ from kvpolicy.errors import (
     BudgetError,
     CacheStateError,
     KVPolicyError,
+    LayoutError,
     ParameterError,
     ShapeError,
 )
@@ -101,6 +102,7 @@ class PolicyCache:
 
     Raises:
         BudgetError: the budget is too small for this policy on this layout.
+        LayoutError: the layout has more tokens than positions can count.
         ParameterError: another argument is wrong.
         UnknownNameError: no policy has this name.
     """
@@ -705,6 +707,11 @@ def _average(
     policy: EvictionPolicy, budget: Budget | None, layout: TokenLayout, goes_on: bool
 ) -> int:
     """Tokens a layer; ``goes_on`` as in :class:`LateLayout`."""
+    if layout.length is not None and layout.length > MOST_POSITIONS:
+        raise LayoutError(
+            f"{layout!r} has {layout.length} tokens, and positions count {MOST_POSITIONS}; give it "
+            f"a length that fits, or a TextLayout without one"
+        )
     if budget is None:
         if layout.evictable is None:
             raise BudgetError(

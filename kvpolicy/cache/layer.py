@@ -32,14 +32,14 @@ from kvpolicy.policy.policy import EvictionPolicy
 from kvpolicy.policy.view import CacheView
 from kvpolicy.slots import SlotShape, SlotStore
 
-__all__ = ["Layer"]
+__all__ = ["MOST_POSITIONS", "Layer"]
 
 #: Keys, values and positions of some slots, and every observer's reading of them.
 _Before = tuple[tuple[Tensor, Tensor, Tensor], list[Tensor]]
 #: All but a scale.
 _NO_TERMS = (None, None, None, None)
 #: Positions are int32, and ranking adds as much to those that are protected.
-_MOST = 2**30
+MOST_POSITIONS = 2**30
 
 
 class Layer:
@@ -669,11 +669,11 @@ class Layer:
         """Say where tokens sit, and how many of them may be held."""
         self.layout, self.budget = layout, budget
         length = None if layout is None else layout.length
-        self.most = _MOST if length is None else length
+        self.most = MOST_POSITIONS if length is None else length
 
     def _too_long(self, count: int) -> LayoutError:
         """More tokens than the layout has, or than positions can count."""
-        where = "what positions can count" if self.most == _MOST else f"{self.layout!r}"
+        where = "what positions can count" if self.most == MOST_POSITIONS else f"{self.layout!r}"
         return LayoutError(
             f"position {self.seen + count - 1} is outside {where}, which has {self.most} tokens; "
             f"reset() the cache for a new sequence, or give the layout its real size"
