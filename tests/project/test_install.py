@@ -20,6 +20,7 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 
+import kvpolicy
 from kvpolicy.ops.cpu import native
 
 ROOT = Path(__file__).parents[2]
@@ -143,11 +144,12 @@ def test_a_wheel_carries_the_kernels(folder, tmp_path):
     )
     (wheel,) = tmp_path.glob("*-py3-none-linux_x86_64.whl")
     inside = zipfile.ZipFile(wheel)
-    said = json.loads(inside.read("kvpolicy/ops/cpu/built/built.json"))
+    built = native.SHIPPED.relative_to(Path(kvpolicy.__file__).parents[1]).as_posix()
+    said = json.loads(inside.read(f"{built}/built.json"))
     assert said["torch"] == torch.__version__.partition("+")[0]
     assert "x86-64-v3" in said["sha256"]
     for name, digest in said["sha256"].items():
-        library = inside.read(f"kvpolicy/ops/cpu/built/{name}.so")
+        library = inside.read(f"{built}/{name}.so")
         assert hashlib.sha256(library).hexdigest() == digest == native.digest(good)
     wheel_says = inside.read(next(name for name in inside.namelist() if name.endswith("/WHEEL")))
     assert b"Root-Is-Purelib: false" in wheel_says
