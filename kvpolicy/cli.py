@@ -16,6 +16,7 @@ from kvpolicy.commands.calibrate import calibrate
 from kvpolicy.commands.check import check
 from kvpolicy.commands.console import say_error
 from kvpolicy.commands.demo import demo
+from kvpolicy.commands.draw import draw
 from kvpolicy.commands.list_policies import list_policies
 from kvpolicy.commands.report import report
 from kvpolicy.commands.tune import tune
@@ -51,6 +52,7 @@ def options(
 
 app.command("list")(list_policies)
 app.command("demo")(demo)
+app.command("draw")(draw)
 app.command("bench")(bench)
 app.command("build-kernel")(build_kernel)
 app.command("ablate")(ablate)
