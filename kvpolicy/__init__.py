@@ -40,10 +40,13 @@ from kvpolicy.errors import (
 from kvpolicy.layout import (
     AfterPrompt,
     LateLayout,
+    OrderedLayout,
     RasterLayout,
     SequenceLayout,
     TextLayout,
     TokenLayout,
+    group_sizes,
+    locality_aware_order,
 )
 from kvpolicy.observers import (
     AttentionObserver,
@@ -93,6 +96,7 @@ __all__ = [
     "LineMass",
     "ModelError",
     "Need",
+    "OrderedLayout",
     "ParameterError",
     "PerLayer",
     "PolicyCache",
@@ -128,7 +132,9 @@ __all__ = [
     "compose",
     "create",
     "decoding",
+    "group_sizes",
     "load_trace",
+    "locality_aware_order",
     "policies",
     "register",
     "register_decoder",

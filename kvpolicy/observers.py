@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kvpolicy.budget.span import HalfLife, tokens_of
 from kvpolicy.errors import ParameterError
-from kvpolicy.layout import TokenLayout
+from kvpolicy.layout import TokenLayout, refuse_other_orders
 from kvpolicy.ops.sums import sum_over
 from kvpolicy.slots import SlotShape
 
@@ -151,9 +151,16 @@ class LineMass(_SlotMass):
     """Mass from the queries of the current line, or, between lines, of the line just finished.
 
     Queries of the prefix, before the first line, count as one line (LineAR, arXiv:2512.04857).
+
+    Raises:
+        LayoutError: tokens don't come line by line.
     """
 
     needs: ClassVar[Need] = Need.MASS
+
+    def __init__(self, shape: SlotShape) -> None:
+        refuse_other_orders(shape.layout, "LineMass")
+        super().__init__(shape)
 
     def observe(self, report: AttentionReport) -> None:
         """Add the queries' mass, starting from zero where a line begins."""

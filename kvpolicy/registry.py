@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, TypeVar
 
 import torch
 
-from kvpolicy.errors import ParameterError, UnknownNameError, near_matches
-from kvpolicy.layout import RasterLayout
+from kvpolicy.errors import LayoutError, ParameterError, UnknownNameError, near_matches
+from kvpolicy.layout import RasterLayout, TokenLayout, in_raster_order
 from kvpolicy.observers import Need
 from kvpolicy.policy.policy import EvictionPolicy
 from kvpolicy.slots import SlotShape
@@ -23,6 +24,7 @@ __all__ = [
     "PolicySpec",
     "Registry",
     "available",
+    "check_order",
     "create",
     "register",
     "spec",
@@ -190,6 +192,25 @@ def _value(text: str, kind: Any) -> Any:
         return json.loads(text)
     except json.JSONDecodeError:
         return text
+
+
+def check_order(policy: EvictionPolicy, layout: TokenLayout) -> None:
+    """Refuse a policy that makes sense line by line where tokens come in another order.
+
+    Raises:
+        LayoutError: it does; the policies that work in any order are named.
+    """
+    if in_raster_order(layout) or not policy.raster_only:
+        return
+    others = []
+    for name in sorted(POLICIES._items):
+        with suppress(ParameterError):  # one that has no defaults
+            if name != "compose" and not create(name).raster_only:
+                others.append(name)
+    raise LayoutError(
+        f"policy {policy.label!r} needs tokens line by line, and this OrderedLayout has another "
+        f"order; in any order work: {', '.join(others)}"
+    )
 
 
 def spec(name: str) -> PolicySpec:

@@ -13,12 +13,14 @@ from torch import Tensor
 
 from kvpolicy.cache.layer import Layer
 from kvpolicy.errors import CacheStateError, ParameterError
-from kvpolicy.layout import RasterLayout, SequenceLayout, TextLayout, TokenLayout
+from kvpolicy.layout import OrderedLayout, RasterLayout, SequenceLayout, TextLayout, TokenLayout
 from kvpolicy.slots import SlotStore
 
 __all__ = ["check_alike", "load_layer", "save_layer"]
 
-_LAYOUTS = {kind.__name__: kind for kind in (RasterLayout, SequenceLayout, TextLayout)}
+_LAYOUTS = {
+    kind.__name__: kind for kind in (OrderedLayout, RasterLayout, SequenceLayout, TextLayout)
+}
 #: What a store is, besides its shape.
 _TENSORS = ("keys", "values", "positions", "victims", "start")
 _NUMBERS = ("fresh", "reclaimed", "hides", "may_be_empty", "peak")
@@ -126,7 +128,7 @@ def _spelled(layout: TokenLayout) -> dict[str, Any]:
         ParameterError: it is none of kvpolicy's.
     """
     name = type(layout).__name__
-    if not isinstance(layout, RasterLayout | SequenceLayout | TextLayout):
+    if not isinstance(layout, OrderedLayout | RasterLayout | SequenceLayout | TextLayout):
         raise ParameterError(
             f"layout={layout!r} can't be saved: only {', '.join(_LAYOUTS)} can; copy.deepcopy() "
             f"serves any"

@@ -193,6 +193,12 @@ class Compose(ScoredPolicy):
             return self.parts["score"][0].part.mixes_heads
         return self.base.mixes_heads
 
+    @property
+    def raster_only(self) -> bool:
+        """Whether one of the parts is, or the base, whatever part of it is left."""
+        parts = [part for parts in self.parts.values() for part in parts]
+        return self.base.raster_only or any(part.part.raster_only for part in parts)
+
     def observers(self, shape: SlotShape) -> Sequence[AttentionObserver]:
         """What ``observe`` makes, and what scores watch besides attention."""
         made = list(self.base.observers(shape))

@@ -6,6 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from kvpolicy.layout import refuse_other_orders
 from kvpolicy.parts.named import register_part
 from kvpolicy.policy.view import CacheView
 
@@ -18,9 +19,14 @@ def each_token(view: CacheView) -> int:
     return 1
 
 
-@register_part("decide", "line")
+@register_part("decide", "line", raster_only=True)
 def each_line(view: CacheView) -> int:
-    """Decide where a line begins, for the whole line: its length there, 1 within it."""
+    """Decide where a line begins, for the whole line: its length there, 1 within it.
+
+    Raises:
+        LayoutError: tokens don't come line by line.
+    """
+    refuse_other_orders(view.layout, "deciding line by line")
     return view.layout.line_length if view.layout.is_line_start(view.seen) else 1
 
 

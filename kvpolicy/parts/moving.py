@@ -8,6 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from kvpolicy.layout import refuse_other_orders
 from kvpolicy.ops import moving
 from kvpolicy.parts.named import register_part
 from kvpolicy.policy.view import CacheView
@@ -20,7 +21,11 @@ def moved_mass(view: CacheView, lines: int) -> Tensor:
 
     A token gets the mass of the token of its column that many lines above; 0 where that one is not
     cached, or lies in the prefix, which is no part of the image. Empty slots get 0.
+
+    Raises:
+        LayoutError: tokens don't come line by line.
     """
+    refuse_other_orders(view.layout, "mass that moves down the lines")
     return moving.moved(
         view.mass,
         view.positions,
@@ -31,7 +36,7 @@ def moved_mass(view: CacheView, lines: int) -> Tensor:
     )
 
 
-@register_part("score", "moving_mass")
+@register_part("score", "moving_mass", raster_only=True)
 def moving_mass(
     view: CacheView,
     shift: Annotated[float, Field(ge=0, le=100, description="weight of the mass a line above")] = (

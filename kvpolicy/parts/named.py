@@ -46,6 +46,7 @@ class Part:
             is protected, and the parameters; see ``ScoredPolicy.choose``.
         observes: of a score, what it watches itself besides what ``observe`` does.
         mixes_heads: of a score, whether a head's scores depend on other heads.
+        raster_only: whether it makes sense in raster order alone.
     """
 
     kind: str
@@ -54,6 +55,7 @@ class Part:
     choose: Callable[..., Any] | None = None
     observes: Callable[[SlotShape], AttentionObserver] | None = None
     mixes_heads: bool = False
+    raster_only: bool = False
 
     @cached_property
     def parameters(self) -> type[BaseModel]:
@@ -116,6 +118,7 @@ def register_part(
     choose: Callable[..., Any] | None = None,
     observes: Callable[[SlotShape], AttentionObserver] | None = None,
     mixes_heads: bool = False,
+    raster_only: bool = False,
 ) -> Callable[[Made], Made]:
     """Decorator: what a function says of a view can stand in for one of a policy's choices.
 
@@ -137,6 +140,7 @@ def register_part(
         choose: of a score, a function that chooses what goes as a set, with the same parameters.
         observes: of a score, an observer that it reads besides what is observed.
         mixes_heads: of a score, whether a head's scores depend on other heads.
+        raster_only: whether it makes sense in raster order alone.
 
     Raises:
         ParameterError: there is no such kind, or the name is taken or malformed.
@@ -144,7 +148,7 @@ def register_part(
     _check_kind(kind)
 
     def add(made: Made) -> Made:
-        PARTS[kind].add(name, Part(kind, name, made, choose, observes, mixes_heads))
+        PARTS[kind].add(name, Part(kind, name, made, choose, observes, mixes_heads, raster_only))
         return made
 
     return add

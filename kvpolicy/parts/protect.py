@@ -9,6 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from kvpolicy.budget.span import PositiveSpan, Span
+from kvpolicy.layout import refuse_other_orders
 from kvpolicy.parts.named import register_part
 from kvpolicy.policy.view import CacheView
 
@@ -30,13 +31,17 @@ def anchors(
     return view.first(count)
 
 
-@register_part("protect", "lines")
+@register_part("protect", "lines", raster_only=True)
 def recent_lines(view: CacheView, count: Lines = 1) -> Tensor:
     """The current line, and the last finished ones: ``line(j) >= line(next token) - count``.
 
     Returns:
         bool ``[B, H, S]``.
+
+    Raises:
+        LayoutError: tokens don't come line by line.
     """
+    refuse_other_orders(view.layout, "protecting recent lines")
     return view.lines >= view.line - count
 
 

@@ -6,6 +6,7 @@ from kvpolicy.policies.h2o import H2O
 from kvpolicy.policies.knorm import KNorm
 from kvpolicy.policies.linear import Linear
 from kvpolicy.policies.linear2d import Linear2D
+from kvpolicy.policies.near import Near
 from kvpolicy.policies.pyramid import Pyramid
 from kvpolicy.policies.random import Random
 from kvpolicy.policies.rkv import RKV
@@ -24,6 +25,7 @@ __all__ = [
     "KNorm",
     "Linear",
     "Linear2D",
+    "Near",
     "Pyramid",
     "Random",
     "SnapKV",

@@ -77,4 +77,4 @@ def least_change(
     return change.together(view.values, moved_mass(view, lines), cost, view.positions, count)
 
 
-register_part("score", "least_change", choose=least_change)(change_alone)
+register_part("score", "least_change", choose=least_change, raster_only=True)(change_alone)

@@ -70,6 +70,11 @@ class EvictionPolicy(BaseModel, ABC):
         """Whether a head's decisions depend on other heads' attention (TOVA's do)."""
         return False
 
+    @property
+    def raster_only(self) -> bool:
+        """Whether it makes sense in raster order alone (LineAR decides line by line)."""
+        return False
+
     def observers(self, shape: SlotShape) -> Sequence[AttentionObserver]:
         """Make the observers of one layer of one generation; none by default."""
         return ()

@@ -18,7 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kvpolicy.budget.span import tokens_of
 from kvpolicy.layout import TokenLayout
+from kvpolicy.policies import Near
 from kvpolicy.policy.policy import EvictionPolicy
 from kvpolicy.testing.claims import anchors_of, is_line_by_line, lines_kept
 from kvpolicy.testing.drive import Trace, drive
@@ -542,6 +544,46 @@ def _inter_line(case: Case) -> None:
                         head=head,
                         step=step,
                     )
+
+
+@_invariant(
+    "nearest stays",
+    "what goes is, of the tokens that may go, what lies farthest on the grid from the next ones.",
+    lambda policy: isinstance(policy, Near),
+)
+def _nearest_stays(case: Case) -> None:
+    """Distances are worked out anew, token by token, from rows and columns."""
+    policy, layout, trace = case.policy, case.stream.layout, case.trace
+    assert isinstance(policy, Near)
+    for decision in trace.decisions:
+        end = decision.seen + tokens_of(policy.horizon, layout)
+        end = end if layout.length is None else min(end, layout.length)
+        coming = [(layout.line(t), layout.column(t)) for t in range(decision.seen, end)]
+        near = torch.tensor(
+            [
+                sum(
+                    1 / ((layout.line(j) - row) ** 2 + (layout.column(j) - column) ** 2)
+                    for row, column in coming
+                )
+                for j in range(decision.seen)
+            ]
+        )
+        held = near[decision.positions.clamp(min=0).long()]
+        goes = torch.zeros_like(held, dtype=torch.bool).scatter_(2, decision.slots, True)
+        may_go = (decision.positions >= 0) & ~decision.protected
+        farthest = held.masked_fill(goes | ~may_go, torch.inf).amin(2, keepdim=True)
+        wrong = _first(goes & may_go & (held > farthest * (1 + 1e-5)))
+        if wrong is not None:
+            batch, head, slot = wrong
+            _fail(
+                trace,
+                f"position {int(decision.positions[batch, head, slot])} goes before position "
+                f"{decision.seen} comes, and is nearer to what comes than one that stays",
+                layer=decision.layer,
+                batch=batch,
+                head=head,
+                step=decision.step,
+            )
 
 
 @_invariant("chunks", "tokens that come in one call are treated as if they had come one by one.")

@@ -16,19 +16,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvpolicy.cache.cache import Reclaim
-from kvpolicy.layout import RasterLayout, TextLayout, TokenLayout
+from kvpolicy.layout import OrderedLayout, RasterLayout, TextLayout, TokenLayout
 from kvpolicy.policies.full import Full
 from kvpolicy.policy.policy import EvictionPolicy
 
-__all__ = ["Attention", "Dtype", "Stream", "Tokens", "streams"]
+__all__ = ["Attention", "Stream", "Tokens", "streams"]
 
 #: What attention looks like: unrelated queries and keys; the same mass for every visible token
 #: (`uniform`: zero queries, `zeros`: zero keys); nearly all mass on few tokens; keys and queries
 #: that repeat, so that masses tie exactly; and integers so far apart that masses are 0 or 1.
 Attention = Literal["random", "uniform", "zeros", "peaked", "tied", "extreme"]
-
-#: Of queries, keys and values.
-Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 
 #: Most rows or tokens beyond what a policy needs before it has to evict.
 _SPARE = 5
@@ -76,7 +73,7 @@ class Stream:
         seed: of queries, keys and values.
     """
 
-    layout: RasterLayout | TextLayout
+    layout: RasterLayout | OrderedLayout | TextLayout
     tokens: int
     budget: int
     reclaim: Reclaim = "lazy"
@@ -87,7 +84,7 @@ class Stream:
     dim: int = 4
     calls: tuple[int, ...] = (1,)
     attention: Attention = "random"
-    dtype: Dtype = "float32"
+    dtype: Literal["float32", "bfloat16"] = "float32"
     seed: int = 0
 
     def sizes(self) -> list[int]:
@@ -103,11 +100,15 @@ class Stream:
     def words(self) -> str:
         """The scenario in a sentence."""
         layout = self.layout
-        if isinstance(layout, RasterLayout):
+        ordered = isinstance(layout, OrderedLayout)
+        grid = layout.grid if isinstance(layout, OrderedLayout) else layout
+        if isinstance(grid, RasterLayout):
+            layout = grid
             ends = " and a line break" if layout.line_break else ""
             where = f"an image of {layout.rows} lines of {_count(layout.cols, 'token')}{ends}"
             if layout.suffix:
                 where += f", {_count(layout.suffix, 'token')} behind it"
+            where += ", in an order of its own" if ordered else ""
         else:
             where = "a text" if layout.length is None else f"a text of {layout.length} tokens"
             where += f" in lines of {layout.line_length}"
@@ -139,7 +140,7 @@ class Stream:
             key = torch.zeros_like(key)
         elif self.attention == "peaked":
             query = query * 16
-        dtype = getattr(torch, self.dtype)
+        dtype = torch.float32 if self.dtype == "float32" else torch.bfloat16
         return Tokens(query.to(dtype), key.to(dtype), value.to(dtype))
 
     def _vectors(self, heads: int, generator: torch.Generator) -> Tensor:
@@ -202,12 +203,15 @@ def streams(draw: st.DrawFn, policy: EvictionPolicy, reclaim: Reclaim | None = N
         policy: the policy; its ``min_budget`` sets the sizes.
         reclaim: ``lazy`` or ``eager``; both by default.
     """
-    layout: RasterLayout | TextLayout
+    layout: RasterLayout | OrderedLayout | TextLayout
     if draw(st.integers(0, 2), label="text"):
-        layout = draw(_rasters(policy))
-        assert layout.length is not None
+        layout = grid = draw(_rasters(policy))
+        places = range(grid.rows * grid.line_length)
+        # A longer order would not be printed in full.
+        if not policy.raster_only and len(places) <= 64 and draw(st.booleans(), label="ordered"):
+            layout = OrderedLayout(grid=grid, order=draw(st.permutations(places), label="order"))
         whole = draw(st.booleans(), label="whole")
-        tokens = layout.length if whole else draw(st.integers(1, layout.length), label="tokens")
+        tokens = grid.length if whole else draw(st.integers(1, grid.length), label="tokens")
     else:
         layout, tokens = draw(_texts(policy))
     floor = _needs(policy, layout)

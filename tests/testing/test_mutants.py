@@ -19,7 +19,7 @@ import kvpolicy.cache.beside
 import kvpolicy.cache.cache
 import kvpolicy.cache.layer
 import kvpolicy.cache.lending
-from kvpolicy import CumulativeMass, FadingMass, LineMass, Need, SlotStore
+from kvpolicy import CumulativeMass, FadingMass, LineMass, Need, OrderedLayout, SlotStore
 from kvpolicy.cache.layer import Layer
 from kvpolicy.cache.lending import Pass
 from kvpolicy.policies import (
@@ -29,10 +29,12 @@ from kvpolicy.policies import (
     Full,
     Linear,
     Linear2D,
+    Near,
     Pyramid,
     Random,
     StreamingLLM,
     linear2d,
+    near,
     rkv,
     ssd,
 )
@@ -798,6 +800,52 @@ def shows_old_tokens_that_the_mask_hides(patch):
         ),
     )
     return Full()
+
+
+# -- orders: nearest stays -------------------------------------------------------------------------
+
+
+@caught_by("nearest stays")
+def takes_arrival_for_the_place_on_the_grid(patch):
+    nearness = near._nearness
+    patch.setattr(
+        near,
+        "_nearness",
+        lambda layout, *rest: nearness(getattr(layout, "grid", layout), *rest),
+    )
+    return Near(anchors=0)
+
+
+@caught_by("nearest stays")
+def takes_the_place_for_the_arrival(patch):
+    """The order read backwards: where a token comes, not what comes."""
+    nearness = near._nearness
+
+    class Backwards(OrderedLayout):
+        def place(self, position):
+            return super().arrival(position)
+
+    def backwards(layout, *rest):
+        if isinstance(layout, OrderedLayout):
+            layout = Backwards(grid=layout.grid, order=layout.order, groups=layout.groups)
+        return nearness(layout, *rest)
+
+    patch.setattr(near, "_nearness", backwards)
+    return Near(anchors=0)
+
+
+@caught_by("nearest stays")
+def keeps_the_farthest(patch):
+    nearness = near._nearness
+    patch.setattr(near, "_nearness", lambda *given: -nearness(*given))
+    return Near(anchors=0)
+
+
+@caught_by("nearest stays")
+def looks_one_token_ahead_whatever_the_horizon(patch):
+    nearness = near._nearness
+    patch.setattr(near, "_nearness", lambda layout, seen, _: nearness(layout, seen, 1))
+    return Near(anchors=0)
 
 
 # -- the tests -------------------------------------------------------------------------------------

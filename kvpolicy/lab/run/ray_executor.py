@@ -1,19 +1,19 @@
-"""Jobs on a Ray cluster: Ray places them, starts workers, and replaces those that die."""
+"""Cells on a Ray cluster: Ray places them, starts workers, and replaces those that die."""
 
 from __future__ import annotations
 
 import logging
 import os
 import sys
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 
 from kvpolicy.errors import ParameterError
-from kvpolicy.lab.run.executor import DEATHS, Job, JobKind
-from kvpolicy.lab.run.worker import Raised
+from kvpolicy.lab.run.executor import DEATHS, Outcomes
+from kvpolicy.lab.run.worker import Raised, Task, measure_cell
 
 __all__ = ["OnRay"]
 
@@ -32,27 +32,25 @@ class OnRay:
     address: str | None = None
     name: str = "ray"
 
-    def run(self, jobs: Sequence[JobKind]) -> Generator[tuple[JobKind, Any], None, None]:
-        """Do every job; see :class:`kvpolicy.lab.run.executor.Executor`."""
+    def run(self, tasks: Sequence[Task]) -> Outcomes:
+        """Measure every task; see :class:`kvpolicy.lab.run.executor.Executor`."""
         ours = not ray.is_initialized()
         if ours:
-            self._begin(max((job.threads or 1 for job in jobs), default=1))
-        running: dict[Any, JobKind] = {}
+            self._begin(max((task.threads for task in tasks), default=1))
+        running: dict[Any, Task] = {}
         try:
-            for job in jobs:
+            for task in tasks:
                 # A worker that dies is Ray's business: it starts another and tries again.
-                remote = ray.remote(
-                    num_cpus=job.threads or 1, num_gpus=job.gpus, max_retries=DEATHS - 1
-                )(_perform)
-                running[remote.remote(job)] = job
+                remote = ray.remote(num_cpus=task.threads, max_retries=DEATHS - 1)(measure_cell)
+                running[remote.remote(task)] = task
             while running:
                 (done,), _ = ray.wait(list(running), num_returns=1)
-                job = running.pop(done)
+                task = running.pop(done)
                 try:
                     outcome = ray.get(done)
                 except ray.exceptions.RayError as error:
                     outcome = Raised(f"{type(error).__name__}: the worker was lost", str(error))
-                yield job, outcome
+                yield task, outcome
         finally:
             for left in running:
                 ray.cancel(left, force=True)
@@ -78,7 +76,3 @@ class OnRay:
         except (ConnectionError, ValueError, RuntimeError) as error:
             where = self.address or "this machine"
             raise ParameterError(f"no Ray cluster at {where}: {error}") from error
-
-
-def _perform(job: Job) -> Any:
-    return job.perform()

@@ -1,4 +1,4 @@
-"""Where a token sits: positions, lines and columns of text and of raster images.
+"""Sequences cut into lines: text, raster images, and layouts that are known late.
 
 A layout is pure arithmetic. Every method takes a position (a token's 0-based index in the
 sequence, prefix included) as an ``int`` or as an integer tensor of any shape, and answers in kind.

@@ -1,1 +1,0 @@
-"""What ``kvpolicy draw`` draws with: a file a family of models."""

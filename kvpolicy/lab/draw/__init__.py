@@ -1,1 +1,0 @@
-"""Drawing many images from one checkpoint: prompts in, a folder of pictures out."""

@@ -1,0 +1,27 @@
+"""Where a token sits: positions, rows and columns, in raster order or any other."""
+
+from kvpolicy.layout.groups import group_sizes
+from kvpolicy.layout.lines import (
+    AfterPrompt,
+    LateLayout,
+    RasterLayout,
+    SequenceLayout,
+    TextLayout,
+    TokenLayout,
+)
+from kvpolicy.layout.locality import locality_aware_order
+from kvpolicy.layout.ordered import OrderedLayout, in_raster_order, refuse_other_orders
+
+__all__ = [
+    "AfterPrompt",
+    "LateLayout",
+    "OrderedLayout",
+    "RasterLayout",
+    "SequenceLayout",
+    "TextLayout",
+    "TokenLayout",
+    "group_sizes",
+    "in_raster_order",
+    "locality_aware_order",
+    "refuse_other_orders",
+]

@@ -1,0 +1,51 @@
+"""near: what lies nearest on the grid to what is still to come."""
+
+from __future__ import annotations
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from kvpolicy.budget.span import PositiveSpan, Span
+from kvpolicy.layout import TokenLayout
+from kvpolicy.parts import anchors
+from kvpolicy.policy.policy import CacheView, ScoredPolicy
+from kvpolicy.registry import register
+
+__all__ = ["Near"]
+
+
+@register("near")
+class Near(ScoredPolicy):
+    """Keep anchors, and the tokens that lie nearest to what is still to come.
+
+    ``score(j) = sum over the next tokens t of 1 / d(j, t)^2``, where d is the distance in rows and
+    columns of the image (:class:`kvpolicy.OrderedLayout`; without one, tokens come line by line).
+    Nothing is observed: the score follows from the order alone.
+    """
+
+    anchors: Span = Field(
+        "1 line", description="first image tokens that are never evicted, or lines of them"
+    )
+    horizon: PositiveSpan = Field(
+        "4 lines", description="next tokens whose surroundings count, or lines of them"
+    )
+
+    def protect(self, view: CacheView) -> Tensor:
+        """Anchors."""
+        return anchors(view, self.anchors)
+
+    def score(self, view: CacheView) -> Tensor:
+        """How near each token is to the next ones."""
+        nearness = _nearness(view.layout, view.seen, view.tokens(self.horizon))
+        return nearness.to(view.positions.device)[view.positions.clamp(min=0).long()]
+
+
+def _nearness(layout: TokenLayout, seen: int, horizon: int) -> Tensor:
+    """``sum over t of 1 / d(j, t)^2`` of each position j before ``seen``, float32 ``[seen]``."""
+    end = seen + horizon if layout.length is None else min(seen + horizon, layout.length)
+    position = torch.arange(end)
+    row, column = layout.line(position), layout.column(position)
+    down = row[:seen, None] - row[seen:]
+    across = column[:seen, None] - column[seen:]
+    return (1 / (down * down + across * across)).sum(1)
