@@ -195,9 +195,9 @@ class Compose(ScoredPolicy):
 
     @property
     def raster_only(self) -> bool:
-        """Whether one of the parts is, or the base, whatever part of it is left."""
-        parts = [part for parts in self.parts.values() for part in parts]
-        return self.base.raster_only or any(part.part.raster_only for part in parts)
+        """Whether the score is, or what the base and the parts say can't be said in any order."""
+        scores = self.parts.get("score", ())
+        return any(score.part.raster_only for score in scores) or super().raster_only
 
     def observers(self, shape: SlotShape) -> Sequence[AttentionObserver]:
         """What ``observe`` makes, and what scores watch besides attention."""

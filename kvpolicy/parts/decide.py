@@ -19,7 +19,7 @@ def each_token(view: CacheView) -> int:
     return 1
 
 
-@register_part("decide", "line", raster_only=True)
+@register_part("decide", "line")
 def each_line(view: CacheView) -> int:
     """Decide where a line begins, for the whole line: its length there, 1 within it.
 

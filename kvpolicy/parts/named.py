@@ -46,7 +46,7 @@ class Part:
             is protected, and the parameters; see ``ScoredPolicy.choose``.
         observes: of a score, what it watches itself besides what ``observe`` does.
         mixes_heads: of a score, whether a head's scores depend on other heads.
-        raster_only: whether it makes sense in raster order alone.
+        raster_only: of a score, whether it makes sense in raster order alone.
     """
 
     kind: str
@@ -140,7 +140,7 @@ def register_part(
         choose: of a score, a function that chooses what goes as a set, with the same parameters.
         observes: of a score, an observer that it reads besides what is observed.
         mixes_heads: of a score, whether a head's scores depend on other heads.
-        raster_only: whether it makes sense in raster order alone.
+        raster_only: of a score, whether it makes sense in raster order alone.
 
     Raises:
         ParameterError: there is no such kind, or the name is taken or malformed.

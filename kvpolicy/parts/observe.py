@@ -12,4 +12,4 @@ for _name, _observer in (
     ("line_mass", LineMass),
     ("window_mass", WindowMass),
 ):
-    register_part("observe", _name, raster_only=_observer is LineMass)(_observer)
+    register_part("observe", _name)(_observer)

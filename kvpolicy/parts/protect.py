@@ -31,7 +31,7 @@ def anchors(
     return view.first(count)
 
 
-@register_part("protect", "lines", raster_only=True)
+@register_part("protect", "lines")
 def recent_lines(view: CacheView, count: Lines = 1) -> Tensor:
     """The current line, and the last finished ones: ``line(j) >= line(next token) - count``.
 

@@ -35,11 +35,6 @@ class Linear(ScoredPolicy):
         1, ge=0, description="finished lines that are kept whole, beside the current one"
     )
 
-    @property
-    def raster_only(self) -> bool:
-        """It decides when a line is finished."""
-        return True
-
     def observers(self, shape: SlotShape) -> tuple[LineMass, ...]:
         """Mass from the last finished line."""
         return (LineMass(shape),)

@@ -19,7 +19,12 @@ from kvpolicy.budget.budget import Schedule, Uniform
 from kvpolicy.errors import parameter_error
 from kvpolicy.layout import RasterLayout, TokenLayout
 from kvpolicy.observers import AttentionObserver
-from kvpolicy.policy.probe import Unread, refuse_long_window, smallest_budget
+from kvpolicy.policy.probe import (
+    Unread,
+    needs_raster_order,
+    refuse_long_window,
+    smallest_budget,
+)
 from kvpolicy.policy.ranking import lowest
 from kvpolicy.policy.view import CacheView
 from kvpolicy.slots import SlotShape
@@ -133,6 +138,14 @@ class ScoredPolicy(EvictionPolicy):
         with suppress(Unread):
             refuse_long_window(self, _ANY_GRID)
         return self
+
+    @property
+    def raster_only(self) -> bool:
+        """Whether what it observes, protects or wants can't be said in any other order.
+
+        A policy whose score alone needs raster order overrides this.
+        """
+        return needs_raster_order(self)
 
     def protect(self, view: CacheView) -> Tensor | None:
         """Tokens that may not go besides the prefix, bool ``[B, H, S]``; None for no others."""

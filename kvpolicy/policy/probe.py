@@ -12,8 +12,8 @@ from typing import Any, NoReturn, Protocol, cast
 import torch
 from torch import Tensor
 
-from kvpolicy.errors import BudgetError, ParameterError
-from kvpolicy.layout import SequenceLayout, TokenLayout
+from kvpolicy.errors import BudgetError, LayoutError, ParameterError
+from kvpolicy.layout import OrderedLayout, RasterLayout, SequenceLayout, TokenLayout
 from kvpolicy.observers import AttentionObserver, WindowMass
 from kvpolicy.policy.view import CacheView
 from kvpolicy.slots import SlotShape, SlotStore
@@ -21,6 +21,7 @@ from kvpolicy.slots import SlotShape, SlotStore
 __all__ = [
     "Unread",
     "far_line",
+    "needs_raster_order",
     "probe_view",
     "refuse_long_window",
     "shortest_interval",
@@ -29,6 +30,8 @@ __all__ = [
 
 #: Rounds in which a budget that holds all that is protected must be found.
 _ROUNDS = 10_000
+#: An image in no order that lines have.
+_SHUFFLED = OrderedLayout(grid=RasterLayout(rows=2, cols=2), order=(3, 0, 2, 1))
 #: No budget is looked for beyond this; after so many rounds it is asked whether this one would do.
 _VAST = 1 << 16
 _DOUBTFUL = 100
@@ -162,6 +165,20 @@ def _needed(policy: _Protects, layout: TokenLayout, budget: int) -> Iterator[int
 def _count(mask: Tensor) -> int:
     """Of the head that protects most."""
     return int(mask.sum(-1).max())
+
+
+def needs_raster_order(policy: _Protects) -> bool:
+    """Whether it refuses a layout in another order before the first token."""
+    view = probe_view(_SHUFFLED, 3, 2)
+    try:
+        policy.observers(SlotShape(1, 1, 1, torch.device("cpu"), _SHUFFLED))
+        policy.headroom(view)
+        policy.protect(view)
+    except LayoutError:
+        return True
+    except Exception:  # whatever it says of such a view, a cache will say it again
+        return False
+    return False
 
 
 def shortest_interval(policy: _Policy, layout: TokenLayout) -> int:

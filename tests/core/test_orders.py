@@ -202,18 +202,26 @@ def test_raster_policies_take_an_ordered_layout_in_raster_order():
 
 
 def test_a_part_of_somebody_elses_policy_refuses_too():
-    """One that does not say ``raster_only``, but uses what needs lines."""
+    """Found out before the first token where it is no score, which is asked at a decision only."""
 
-    class Forgets(kvpolicy.ScoredPolicy):
+    class Protects(kvpolicy.ScoredPolicy):
         def protect(self, view):
             return kvpolicy.parts.recent_lines(view, 1)
 
         def score(self, view):
             return view.positions
 
+    class Moves(kvpolicy.policies.H2O):
+        def score(self, view):
+            return kvpolicy.parts.moving_mass(view)
+
     layout = OrderedLayout.locality_aware(RasterLayout(rows=6, cols=6), 9)
-    with pytest.raises(LayoutError, match="protecting recent lines needs tokens line by line"):
-        PolicyCache(Forgets(), 20, layout=layout, num_layers=1)
+    with pytest.raises(LayoutError, match="policy 'Protects' needs tokens line by line"):
+        PolicyCache(Protects(), 20, layout=layout, num_layers=1)
+    cache = PolicyCache(Moves(), 4, layout=layout, num_layers=1)
+    with pytest.raises(LayoutError, match="mass that moves down the lines needs tokens line by"):
+        for _ in range(9):
+            cache.attend(0, *torch.randn(3, 1, 1, 1, 4))
 
 
 def test_a_saved_cache_goes_on_in_its_order():
