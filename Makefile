@@ -3,6 +3,12 @@
 # make test    set up, then run the whole test suite
 # make test-transformers VERSION=5.17.0
 #              the adapters' tests on another transformers (by default the newest)
+# make test-oldest
+#              the core's tests on the oldest versions that the metadata allows (torch's is the newest)
+# make test-sanitized
+#              the kernels' tests under sanitizers, where the compiler has them
+# make test-wheel
+#              a wheel with the CPU kernels in it, into dist/, and the demo with what it brings
 # make lint    ruff (format, rules) and mypy
 # make format  let ruff mend what it can
 # make hooks   run ruff and mypy before each commit from now on
@@ -22,7 +28,7 @@ ARGS ?=
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo fast test test-transformers lint format hooks docs bench clean
+.PHONY: help demo fast test test-transformers test-oldest test-sanitized test-wheel lint format hooks docs bench clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -38,15 +44,19 @@ fast: $(VENV)/.ready-dev
 test: $(VENV)/.ready-dev
 	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
-# The packages of the other transformers lie above those of $(VENV), which they would only repeat.
+# A virtual environment whose packages lie above those of $(VENV), which they would only repeat.
+define above
+	@rm -rf $(1)
+	@$(BIN)/python -m venv $(1)
+	@$(BIN)/python -c "import sysconfig; print('import site; site.addsitedir(%r)' \
+		% sysconfig.get_path('purelib'))" > "$$(echo $(1)/lib/python*/site-packages)/base.pth"
+endef
+
 # pip is given no constraints here: what this transformers wants beside it is what is tried.
 VERSION ?=
 OTHER = $(VENV)-transformers$(VERSION:%=-%)
 test-transformers: $(VENV)/.ready-dev
-	@rm -rf $(OTHER)
-	@$(BIN)/python -m venv $(OTHER)
-	@$(BIN)/python -c "import sysconfig; print('import site; site.addsitedir(%r)' \
-		% sysconfig.get_path('purelib'))" > "$$(echo $(OTHER)/lib/python*/site-packages)/base.pth"
+	$(call above,$(OTHER))
 	@$(OTHER)/bin/python -m pip install -qq --disable-pip-version-check --upgrade \
 		"transformers$(VERSION:%===%)"
 	@version() { "$$1/bin/python" -c "import importlib.metadata as m; print(m.version('transformers'))"; }; \
@@ -54,6 +64,27 @@ test-transformers: $(VENV)/.ready-dev
 	if [ "$$(version $(OTHER))" = "$$(version $(VENV))" ]; then \
 		echo "the same version: make test runs these tests"; \
 	else $(OTHER)/bin/python -m pytest -n auto --dist worksteal -m "not slow" $(ARGS) tests/adapters; fi
+
+test-oldest: $(VENV)/.ready-dev
+	$(call above,$(VENV)-oldest)
+	@$(VENV)-oldest/bin/python -m pip install -qq --disable-pip-version-check --upgrade \
+		$$($(BIN)/python .ci/oldest.py testing)
+	$(VENV)-oldest/bin/python -m pytest -q -n auto --dist worksteal --quick $(ARGS) \
+		tests/core tests/cache tests/ops tests/policies tests/testing/test_invariants.py
+
+test-sanitized: $(VENV)/.ready-dev
+	.ci/sanitized $(BIN)/python -n auto --dist worksteal $(ARGS)
+
+# What an installation brings is enough: no kernel of this user's, and a folder that is not this one.
+test-wheel: $(VENV)/.ready-dev
+	rm -rf dist
+	$(BIN)/python -m build --wheel --no-isolation
+	test -f dist/*-py3-none-linux_x86_64.whl
+	$(call above,$(VENV)-wheel)
+	@$(VENV)-wheel/bin/python -m pip install -qq --disable-pip-version-check --no-deps --force-reinstall dist/*.whl
+	cd $(VENV)-wheel && export KVPOLICY_KERNELS=none && bin/python -P -c "\
+	from kvpolicy.ops.cpu import native; print(native.in_use()); assert native.in_use()" && \
+	bin/kvpolicy demo --images 10 --scored 2 --policies linear --out demo
 
 lint: $(VENV)/.ready-dev
 	$(BIN)/ruff format --check .
@@ -101,5 +132,5 @@ $(BIN)/python:
 			"install the package python3-venv" >&2; exit 1; }
 
 clean:
-	rm -rf "$(VENV)" "$(VENV)"-transformers* build dist site .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf "$(VENV)" "$(VENV)"-* build dist site .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find adapters examples kvpolicy tests -name __pycache__ -type d -prune -exec rm -rf {} +

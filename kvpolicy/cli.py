@@ -8,15 +8,15 @@ from io import TextIOWrapper
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.text import Text
 
 from kvpolicy.commands.ablate import ablate
 from kvpolicy.commands.bench import bench
 from kvpolicy.commands.build_kernel import build_kernel
 from kvpolicy.commands.calibrate import calibrate
 from kvpolicy.commands.check import check
+from kvpolicy.commands.console import say_error
 from kvpolicy.commands.demo import demo
+from kvpolicy.commands.draw import draw
 from kvpolicy.commands.list_policies import list_policies
 from kvpolicy.commands.report import report
 from kvpolicy.commands.tune import tune
@@ -52,6 +52,7 @@ def options(
 
 app.command("list")(list_policies)
 app.command("demo")(demo)
+app.command("draw")(draw)
 app.command("bench")(bench)
 app.command("build-kernel")(build_kernel)
 app.command("ablate")(ablate)
@@ -73,16 +74,10 @@ def main() -> None:
     try:
         app()
     except KVPolicyError as error:
-        _say(str(error))
+        say_error(str(error))
         raise SystemExit(74 if isinstance(error, OSError) else 2) from None
     except OSError as error:
         if error.filename is None:
             raise
-        _say(f"{error.filename}: {error.strerror}")
+        say_error(f"{error.filename}: {error.strerror}")
         raise SystemExit(74) from None
-
-
-def _say(error: str) -> None:
-    """One line; what the user gave is in it as text, and no markup."""
-    said = Text.assemble(("error:", "bold red"), f" {error}")
-    Console(stderr=True).print(said, highlight=False, soft_wrap=True)

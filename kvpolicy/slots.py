@@ -7,7 +7,7 @@ is handing the victim's slot to the next token: one scatter a step, no gather, n
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from kvpolicy.errors import CacheStateError, ShapeError
 from kvpolicy.layout import TokenLayout
 from kvpolicy.ops.cpu import native
 
-__all__ = ["SlotShape", "SlotStore"]
+__all__ = ["SlotBooks", "SlotShape", "SlotStore"]
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,17 @@ class SlotShape:
     slots: int
     device: torch.device
     layout: TokenLayout
+
+
+class SlotBooks(NamedTuple):
+    """All that a store knows besides its tensors of slots; see :class:`SlotStore`."""
+
+    fresh: int
+    victims: Tensor | None
+    reclaimed: int
+    may_be_empty: bool
+    start: Tensor | None
+    peak: int
 
 
 class SlotStore:
@@ -99,8 +110,8 @@ class SlotStore:
         """Indices ``[B, 1, 1]`` and ``[1, H, 1]`` that stand beside slots ``[B, H, T]``."""
         device = self.positions.device
         with torch.inference_mode(False):
-            self._batch = torch.arange(self.shape.batch, device=device).view(-1, 1, 1)
-            self._head = torch.arange(self.shape.heads, device=device).view(1, -1, 1)
+            self.batch_index = torch.arange(self.shape.batch, device=device).view(-1, 1, 1)
+            self.head_index = torch.arange(self.shape.heads, device=device).view(1, -1, 1)
 
     @classmethod
     def holding(cls, shape: SlotShape, key: Tensor, value: Tensor) -> SlotStore:
@@ -129,6 +140,18 @@ class SlotStore:
     def held(self) -> int:
         """Tokens that each head holds now."""
         return self.shape.slots - (self.room if self.hides else self.fresh)
+
+    @property
+    def books(self) -> SlotBooks:
+        """What the store knows now; no tensor in it is ever written in place."""
+        return SlotBooks(
+            *(self.fresh, self.victims, self.reclaimed, self.may_be_empty, self.start, self.peak)
+        )
+
+    @books.setter
+    def books(self, books: SlotBooks) -> None:
+        for name, value in zip(books._fields, books, strict=True):
+            setattr(self, name, value)
 
     def name_victims(self, victims: Tensor) -> None:
         """Take the slots ``[B, H, N]`` as those that are reclaimed next, in their order.
@@ -190,7 +213,7 @@ class SlotStore:
             first: position of the first token; of one token it may be an int32 tensor ``[1]``.
         """
         # Not scatter_: in bfloat16 on a CPU it copies the whole store to float32 and back.
-        where = (self._batch, self._head, slots)
+        where = (self.batch_index, self.head_index, slots)
         self.keys.index_put_(where, key)
         self.values.index_put_(where, value)
         if isinstance(first, Tensor):
@@ -222,12 +245,17 @@ class SlotStore:
             before: what :meth:`peek` gave before that.
             dead: tokens that nobody will see: what they replaced stays, and an empty slot empty.
         """
-        where, there = (self._batch, self._head, slots), dead.unsqueeze(-1)
+        where, there = (self.batch_index, self.head_index, slots), dead.unsqueeze(-1)
         keys, values, positions = self.peek(slots)
         self.keys.index_put_(where, torch.where(there, before[0], keys))
         self.values.index_put_(where, torch.where(there, before[1], values))
         self.positions.scatter_(2, slots, torch.where(dead, before[2], positions))
         self.may_be_empty = True
+
+    def empty_fresh(self, end: int) -> None:
+        """Make fresh slots before slot ``end`` as if they had never been handed out."""
+        for tensor, nothing in ((self.keys, 0), (self.values, 0), (self.positions, -1)):
+            tensor[:, :, self.handed_out : end] = nothing
 
     def fill_from(self, other: SlotStore, kept: Tensor) -> None:
         """Take the tokens in the slots ``kept`` ``[B, H, S]`` of another store, in that order."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from kvpolicy.budget.budget import Budget, Schedule
 from kvpolicy.cache.checks import check_tokens, under_autocast
 from kvpolicy.cache.compiled_step import CompiledStep, Hide, SlotStep
-from kvpolicy.cache.layer import Layer
+from kvpolicy.cache.layer import MOST_POSITIONS, Layer
 from kvpolicy.cache.plan import LayerPlan
 from kvpolicy.cache.saving import check_alike, load_layer, save_layer
 from kvpolicy.cache.terms import Terms
@@ -21,6 +21,7 @@ from kvpolicy.errors import (
     BudgetError,
     CacheStateError,
     KVPolicyError,
+    LayoutError,
     ParameterError,
     ShapeError,
 )
@@ -52,6 +53,7 @@ class CacheStats:
         seen: tokens of the sequence so far.
         left_alone: layers that need no policy, so that none of the above is theirs: their sliding
             window is no larger than their budget, or they keep no keys and values of their own.
+        staging_bytes: bytes allocated to take staged tokens back; see :meth:`PolicyCache.stage`.
     """
 
     policy: str
@@ -63,6 +65,7 @@ class CacheStats:
     reports: tuple[int, ...]
     seen: int
     left_alone: tuple[int, ...] = ()
+    staging_bytes: int = 0
 
 
 class PolicyCache:
@@ -99,6 +102,7 @@ class PolicyCache:
 
     Raises:
         BudgetError: the budget is too small for this policy on this layout.
+        LayoutError: the layout has more tokens than positions can count.
         ParameterError: another argument is wrong.
         UnknownNameError: no policy has this name.
     """
@@ -169,6 +173,16 @@ class PolicyCache:
         self._last = self.layers[self._managed[-1] if self._managed else 0]
         self._step = CompiledStep(tuple(self._attending.values()))
         self._stepping = False
+        self._lookahead: int | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What ``copy.deepcopy`` copies: a copy is not inside of a stage.
+
+        Raises:
+            CacheStateError: tokens are staged.
+        """
+        self._refuse_staged("copied")
+        return {**vars(self), "_lookahead": None}
 
     @property
     def layout(self) -> TokenLayout | None:
@@ -342,6 +356,113 @@ class PolicyCache:
             f"in the middle of a forward pass, reset() the cache"
         )
 
+    # -- staging -----------------------------------------------------------------------------------
+
+    @contextmanager
+    def stage(self, lookahead: int) -> Iterator[None]:
+        """Take tokens that may be taken back, up to ``lookahead`` of them at once.
+
+        Inside the block tokens come as ever, in any number of calls. They are *staged*: attention
+        and policy treat each exactly as if it came alone, evictions included, but what it
+        overwrites is kept aside. :meth:`commit` says how many of them are kept. What has not been
+        committed when the block ends is forgotten, also after an exception: a layer that was
+        interrupted inside is as it was before.
+
+        Tokens that see each other (a *block*) stay or go together.
+
+        Example:
+            >>> import torch, kvpolicy
+            >>> layout = kvpolicy.TextLayout(sinks=1)
+            >>> cache = kvpolicy.PolicyCache("h2o", 8, layout=layout, num_layers=1)
+            >>> _ = cache.attend(0, *torch.randn(3, 1, 1, 9, 8))
+            >>> with cache.stage(lookahead=4):
+            ...     guesses = cache.attend(0, *torch.randn(3, 1, 1, 4, 8))
+            ...     cache.commit(2)  # the first two were right
+            >>> cache.seen
+            11
+
+        Args:
+            lookahead: tokens that may be staged at once, W, at least 1. A layer keeps aside W slots
+                a head, allocated when the first token is staged, and used again by later stages.
+
+        Raises:
+            ParameterError: ``lookahead`` is no integer, or less than 1.
+            CacheStateError: a stage or a compiled step has begun that has not ended; a layer was
+                interrupted; or an observer knows what can't be copied. In the block: more tokens
+                are staged than ``lookahead``; or a prompt comes that has to be compressed, or that
+                says where tokens sit.
+        """
+        if isinstance(lookahead, bool) or not isinstance(lookahead, int) or lookahead < 1:
+            raise ParameterError(f"lookahead={lookahead!r} must be an integer, at least 1")
+        if self._lookahead is not None:
+            raise CacheStateError(
+                f"a stage of {self._lookahead} tokens has begun that has not ended; commit() in "
+                f"it, or leave it first"
+            )
+        if self._stepping:
+            raise CacheStateError("a step has begun that has not ended; stage tokens after it")
+        for layer in self._step.layers:
+            if not layer.whole:
+                raise layer.interrupted()
+            if layer.seen not in (0, self._first.seen):
+                raise self._disagree(layer)
+        try:
+            for layer in self._step.layers:
+                layer.stage(lookahead)
+            self._lookahead = lookahead
+            yield
+        finally:
+            self._lookahead = None
+            for layer in self._step.layers:
+                layer.unstage()
+
+    @property
+    def staged(self) -> int:
+        """Tokens that are staged now, and not yet committed."""
+        return 0 if self._lookahead is None else self._first.staged
+
+    def commit(self, count: int) -> None:
+        """Keep the first ``count`` staged tokens, and forget the others; inside of :meth:`stage`.
+
+        The cache is then, bit for bit, what it would be if only those had come, one by one. More
+        tokens may be staged behind them.
+
+        Args:
+            count: how many, 0 to :attr:`staged`. With 0 the cache is as it was, also where a layer
+                was interrupted.
+
+        Raises:
+            CacheStateError: there is no stage; layers have not all seen the same tokens; or a block
+                would be cut.
+            ParameterError: ``count`` is no integer, or more tokens than are staged.
+        """
+        if self._lookahead is None:
+            raise CacheStateError("nothing can be staged outside of `with cache.stage(...)`")
+        if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count <= self.staged:
+            raise ParameterError(
+                f"commit({count!r}): give an integer from 0 to {self.staged}, the tokens staged"
+            )
+        if count:
+            for layer in self._step.layers:
+                if not layer.whole:
+                    raise layer.interrupted()
+                if layer.seen not in (0, self._first.seen):
+                    raise self._disagree(layer)
+                layer.check_commit(count)
+        for layer in self._step.layers:
+            layer.commit(count)
+
+    def _refuse_staged(self, done: str) -> None:
+        """Refuse what would need all tokens to be sure.
+
+        Raises:
+            CacheStateError: tokens are staged.
+        """
+        if self.staged:
+            raise CacheStateError(
+                f"{self.staged} tokens are staged, so the cache can't be {done}: commit() first"
+            )
+
     # -- a compiled step -------------------------------------------------------------------------
 
     @contextmanager
@@ -363,6 +484,11 @@ class PolicyCache:
         """
         if self._stepping:
             raise CacheStateError("a step has begun that has not ended")
+        if self._lookahead is not None:
+            raise CacheStateError(
+                "a compiled step can't be taken back; inside of stage(), decode without "
+                "compile_decode"
+            )
         for layer in self._step.layers:
             if layer.seen != self._first.seen:
                 raise self._disagree(layer)
@@ -510,6 +636,7 @@ class PolicyCache:
             reports=tuple(layer.reports for layer in self.layers),
             seen=self.seen,
             left_alone=tuple(sorted(self._left_alone)),
+            staging_bytes=sum(layer.staging_bytes for layer in self.layers),
         )
 
     def reset(self) -> None:
@@ -536,22 +663,26 @@ class PolicyCache:
             True
 
         Raises:
-            CacheStateError: a call was interrupted by an exception, or a compiled step has begun.
+            CacheStateError: a call was interrupted by an exception, a compiled step has begun, or
+                tokens are staged.
             ParameterError: a layout or an observer of third parties can't be written down.
         """
         if self._stepping:
             raise CacheStateError("a step has begun that has not ended; save the cache after it")
+        self._refuse_staged("saved")
         return {**self._made_with(), "layers": [save_layer(layer) for layer in self.layers]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state that :meth:`state_dict` gave; tensors are copied.
 
         Raises:
-            CacheStateError: the state is that of another kind of cache.
+            CacheStateError: the state is that of another kind of cache, or tokens are staged.
         """
+        self._refuse_staged("loaded into")
         check_alike(state, self._made_with())
         for layer, saved in zip(self.layers, state["layers"], strict=True):
             load_layer(layer, saved)
+            layer.restage()
 
     def _made_with(self) -> dict[str, Any]:
         """What a cache must have in common with one whose state it takes."""
@@ -563,7 +694,9 @@ class PolicyCache:
 
         Raises:
             ShapeError: the index is not a vector of integers.
+            CacheStateError: tokens are staged: commit those that stay first.
         """
+        self._refuse_staged("reordered")
         if not isinstance(index, Tensor) or index.dtype not in _INTEGERS or index.ndim != 1:
             raise ShapeError(f"index={index!r} is not a vector of integers [B'], int64 or int32")
         for layer in self.layers:
@@ -575,6 +708,11 @@ def _average(
 ) -> int:
     """Tokens a layer; ``goes_on`` as in :class:`LateLayout`."""
     check_order(policy, layout)
+    if layout.length is not None and layout.length > MOST_POSITIONS:
+        raise LayoutError(
+            f"{layout!r} has {layout.length} tokens, and positions count {MOST_POSITIONS}; give it "
+            f"a length that fits, or a TextLayout without one"
+        )
     if budget is None:
         if layout.evictable is None:
             raise BudgetError(

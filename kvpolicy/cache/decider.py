@@ -33,6 +33,9 @@ class DecisionRecorder(Protocol):
     def padded(self, first: int, dead: Tensor) -> None:
         """Of the tokens from position ``first`` on, these are padding, bool ``[B, T]``."""
 
+    def committed(self, seen: int, staged: int, kept: int) -> None:
+        """Of ``staged`` tokens behind the first ``seen``, the first ``kept`` stay."""
+
     def select_batch(self, index: Tensor) -> None:
         """The batch is reordered."""
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from kvpolicy.cache.checks import check_gradients, check_tokens
 from kvpolicy.cache.decider import Decider
 from kvpolicy.cache.lending import Lending, by_position
 from kvpolicy.cache.plan import LayerPlan
+from kvpolicy.cache.staging import LayerBooks, Staging
 from kvpolicy.cache.terms import Terms
 from kvpolicy.errors import AttentionError, CacheStateError, LayoutError
 from kvpolicy.layout import TextLayout, TokenLayout
@@ -30,14 +32,14 @@ from kvpolicy.policy.policy import EvictionPolicy
 from kvpolicy.policy.view import CacheView
 from kvpolicy.slots import SlotShape, SlotStore
 
-__all__ = ["Layer"]
+__all__ = ["MOST_POSITIONS", "Layer"]
 
 #: Keys, values and positions of some slots, and every observer's reading of them.
 _Before = tuple[tuple[Tensor, Tensor, Tensor], list[Tensor]]
 #: All but a scale.
 _NO_TERMS = (None, None, None, None)
 #: Positions are int32, and ranking adds as much to those that are protected.
-_MOST = 2**30
+MOST_POSITIONS = 2**30
 
 
 class Layer:
@@ -60,6 +62,7 @@ class Layer:
         reports: attention reports that reached the observers.
         decider: asks the policy.
         lending: what the newest call attended to, where other layers borrow it.
+        staging: what can be taken back, inside of a stage; None outside of one.
         whole: False from the first change of a call to its last: an exception between them leaves a
             layer that nobody can tell the state of.
     """
@@ -69,6 +72,9 @@ class Layer:
         self.place(layout, budget)
         self.decider = Decider(plan)
         self.lending = Lending(plan.layer) if plan.lends else None
+        self.staging: Staging | None = None
+        # What the last stage had allocated, for the next one.
+        self._spare: Staging | None = None
         self.reset()
 
     def reset(self) -> None:
@@ -84,6 +90,30 @@ class Layer:
         if self.lending is not None:
             self.lending.passes = []
         self.whole = True
+        self.restage()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy stages nothing, and keeps nothing aside."""
+        return {**vars(self), "staging": None, "_spare": None}
+
+    @property
+    def books(self) -> LayerBooks:
+        """What the layer knows now."""
+        return LayerBooks(*(getattr(self, name) for name in LayerBooks._fields))
+
+    @books.setter
+    def books(self, books: LayerBooks) -> None:
+        for name, value in zip(books._fields, books, strict=True):
+            setattr(self, name, value)
+
+    @property
+    def settled(self) -> int:
+        """The position before which no decision is due."""
+        return self.decider.settled
+
+    @settled.setter
+    def settled(self, settled: int) -> None:
+        self.decider.settled = settled
 
     def replace_policy(self, policy: EvictionPolicy) -> None:
         """Let another object decide, which stands before the policy: tests watch it so."""
@@ -123,6 +153,9 @@ class Layer:
         wants_gradient = query.requires_grad or key.requires_grad or value.requires_grad
         if wants_gradient and self.seen and torch.is_grad_enabled():
             check_gradients(self.plan.layer, query, key, value)
+        staging = self.staging
+        if staging is not None:
+            staging.admit(count)
         if self.plan.bind is not None:
             self._follow(count)
             store = self.store
@@ -135,11 +168,18 @@ class Layer:
             return self._hold_all(query, key, value, terms, weights)
         if store is None:
             if count > self.capacity and layout.compresses_prompt:
+                if staging is not None:
+                    raise staging.no_prompt(count, self.capacity)
                 return self._compress(query, key, value, terms, weights)
+            if staging is not None:
+                staging.close()
             # Observers first: a store says that they are there.
             self.watch(self.shape(key, self.capacity))
             store = self.allocate(key, value)
-        if count > 1 or weights or wants_gradient:
+            if staging is not None:
+                staging.decided()
+        padded = staging is not None and self._may_pad(terms)
+        if count > 1 or weights or wants_gradient or padded:
             return self._tokens(query, key, value, terms, weights, wants_gradient)
         if self.seen >= self.decider.settled:
             self._decide(1)
@@ -154,6 +194,8 @@ class Layer:
         """Write a token for which there is room, attend from it, and report."""
         first = self.seen
         slots, reclaimed = store.take(1)
+        if self.staging is not None:
+            self.staging.keep(store, slots, reclaimed is not None)
         dead = None if terms.visible is None else self._dead(terms, store, 1)
         before = None if dead is None else self._peek(store, slots)
         output, mass, finite = write_and_attend(
@@ -179,11 +221,9 @@ class Layer:
         self.seen = first + 1
         if self.lending is not None:
             self.lending.keep(store, terms)
-        if reclaimed is not None:
-            for observer in self.observers:
-                observer.forget(reclaimed)
-        if mass is not None:
-            self._report(mass, first, store.room, finite)
+        report = None if mass is None else self._report(mass, first, store.room, finite)
+        if reclaimed is not None or report is not None:
+            self._tell(reclaimed, report, first)
         if dead is not None and before is not None:
             self._bury(store, slots, dead, before)
         return output
@@ -197,8 +237,8 @@ class Layer:
         weights: bool,
         wants_gradient: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        """Several tokens: runs of whole blocks with no decision within."""
-        count, first = key.shape[2], self.seen
+        """Several tokens: runs of whole blocks with no decision within; of one block if staged."""
+        count, first, staging = key.shape[2], self.seen, self.staging
         ends = block_ends(terms.visible, first, count)
         outputs: list[Tensor] = []
         given: list[Tensor] = []
@@ -207,10 +247,15 @@ class Layer:
             if self.seen >= self.decider.settled or ends[done] - done > 1:
                 self._decide(ends[done] - done)
             run = ends[done]
-            while run < count and ends[run] - done <= self.decider.settled - self.seen:
+            calm = 0 if staging is not None else self.decider.settled - self.seen
+            while run < count and ends[run] - done <= calm:
                 run = ends[run]
             self.whole = False
             part = slice(done, run)
+            # Of what may be padding, observers are told at once, and then told otherwise.
+            apart = staging is not None and self._may_pad(terms)
+            if staging is not None and apart:
+                staging.isolate()
             new = query[:, :, part], key[:, :, part], value[:, :, part]
             if run - done == 1 and not (weights or wants_gradient):
                 outputs.append(self._token(self.require_store(), *new, terms.rows(part)))
@@ -222,6 +267,8 @@ class Layer:
                 )
                 outputs.append(output)
                 given += [] if weight is None else [weight]
+            if staging is not None and apart:
+                staging.rejoin()
             done = run
         self.whole = True
         output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
@@ -241,11 +288,12 @@ class Layer:
         store, first, count = self.require_store(), self.seen, key.shape[2]
         old = store.cached()
         slots, reclaimed = store.take(count)
+        if self.staging is not None:
+            self.staging.keep(store, slots, reclaimed is not None)
         dead = self._dead(terms, store, count)
         before = None if dead is None else self._peek(store, slots)
         if reclaimed is not None:
-            for observer in self.observers:
-                observer.forget(reclaimed)
+            self._tell(reclaimed, None, first)
         parts = attend_beside(
             query,
             key,
@@ -275,15 +323,18 @@ class Layer:
                 if new.shape[3] < count:
                     rest = slots[..., new.shape[3] :].unsqueeze(2)
                     mass.scatter_(3, rest.expand(*new.shape[:3], -1), 0.0)
-                self._report(mass, first + part.begin, store.room + count - part.end)
+                report = self._report(mass, first + part.begin, store.room + count - part.end)
+                self._tell(None, report, first)
         store.write(slots, key.detach(), value.detach(), first)
         self.seen = first + count
         if dead is not None and before is not None:
             self._bury(store, slots, dead, before)
         return torch.cat(outputs, dim=2), torch.cat(given, dim=2) if weights else None
 
-    def _report(self, mass: Tensor, first: int, room: int, finite: bool | None = None) -> None:
-        """Hand mass to the observers, after refusing NaN; ``finite`` where that is known."""
+    def _report(
+        self, mass: Tensor, first: int, room: int, finite: bool | None = None
+    ) -> AttentionReport:
+        """Mass for the observers, after refusing NaN; ``finite`` where that is known."""
         if mass.device.type != "cpu":
             torch._assert_async(mass.sum().isfinite())
         elif not (math.isfinite(mass.sum().item()) if finite is None else finite):
@@ -292,10 +343,24 @@ class Layer:
                 f"queries or keys are not finite; reset() the cache, which has lost its place"
             )
         assert self.layout is not None
-        report = AttentionReport(mass=mass, first=first, room=room, layout=self.layout)
-        for observer in self.observers:
-            observer.observe(report)
-        self.reports += 1
+        return AttentionReport(mass=mass, first=first, room=room, layout=self.layout)
+
+    def _tell(self, reclaimed: Tensor | None, report: AttentionReport | None, first: int) -> None:
+        """Tell observers of the token, or block, at position ``first``: once it is sure."""
+        if self.staging is None or self.staging.apart:
+            self.deliver(reclaimed, report)
+        else:
+            self.staging.hear(first, reclaimed, report)
+
+    def deliver(self, reclaimed: Tensor | None, report: AttentionReport | None) -> None:
+        """Tell observers which slots hold other tokens now, and what attention did."""
+        if reclaimed is not None:
+            for observer in self.observers:
+                observer.forget(reclaimed)
+        if report is not None:
+            for observer in self.observers:
+                observer.observe(report)
+            self.reports += 1
 
     # -- room --------------------------------------------------------------------------------------
 
@@ -316,16 +381,18 @@ class Layer:
         """Account for a token that a compiled step has written; see :meth:`_token`."""
         store, first = self.require_store(), self.seen
         self.seen = first + 1
-        if reclaimed is not None:
-            for observer in self.observers:
-                observer.forget(reclaimed)
-        if mass is not None:
-            self._report(mass[..., : store.handed_out], first, store.room)
+        if mass is None:
+            self.deliver(reclaimed, None)
+        else:
+            mass = mass[..., : store.handed_out]
+            self.deliver(reclaimed, self._report(mass, first, store.room))
         self.whole = True
 
     def _decide(self, block: int) -> None:
         """Let the policy make room for ``block`` tokens that are written together."""
         store = self.require_store()
+        if self.staging is not None:
+            self.staging.close()
         view = self.view(store, store.room)
         victims = self.decider.victims(store, view, block)
         if victims is not None:
@@ -333,6 +400,8 @@ class Layer:
             store.name_victims(victims)
             self.whole = before
         self.decider.foresee(view, store.room, block)
+        if self.staging is not None:
+            self.staging.decided()
 
     def view(self, store: SlotStore, room: int) -> CacheView:
         """What the policy may read, just before the next token is written."""
@@ -359,8 +428,9 @@ class Layer:
         would keep alone. None where there is no padding to look for: without a mask, and in an
         image, whose prompt is padded inside its pinned prefix, where nobody else's slots are.
         """
-        if terms.visible is None or self.layout is None or not self.layout.compresses_prompt:
+        if not self._may_pad(terms):
             return None
+        assert terms.visible is not None
         first = self.seen
         own = terms.visible[:, 0, :, first : first + count].diagonal(dim1=1, dim2=2)
         dead = (~own).expand(store.shape.batch, count)
@@ -372,6 +442,11 @@ class Layer:
         if self.decider.recorder is not None:
             self.decider.recorder.padded(first, dead)
         return dead.unsqueeze(1)
+
+    def _may_pad(self, terms: Terms) -> bool:
+        """Whether there is padding to look for; see :meth:`_dead`."""
+        text = self.layout is not None and self.layout.compresses_prompt
+        return text and terms.visible is not None
 
     def _peek(self, store: SlotStore, slots: Tensor) -> _Before:
         """What slots hold, and what is known of it."""
@@ -487,7 +562,7 @@ class Layer:
             if self.lending is not None:
                 self.lending.passes.append(part.attended)
             if part.mass is not None:
-                self._report(part.mass, first + part.begin, count - part.end)
+                self.deliver(None, self._report(part.mass, first + part.begin, count - part.end))
         return torch.cat(outputs, dim=2), torch.cat(given, dim=2) if weights else None
 
     def _follow(self, count: int) -> None:
@@ -498,6 +573,9 @@ class Layer:
         """
         bound = self.layout
         assert self.plan.bind is not None
+        if self.staging is not None and count > 1:
+            self._stays(count)
+            return
         known = self.plan.bind(self.plan.layer, self.seen, count, bound)
         if known is None or known[0] is bound:
             return
@@ -512,6 +590,8 @@ class Layer:
                 f"{layout!r} came after {self.seen} tokens, but its prefix has {layout.prefix}: "
                 f"say where tokens sit before the first token behind the prefix is cached"
             )
+        if self.staging is not None:
+            self.staging.close()
         self.whole = False
         self.decider.settled = 0  # what was foreseen was another layout's
         self.place(layout, budget if bound is None else self.budget)
@@ -523,6 +603,65 @@ class Layer:
                 store.write(slots, prefix.keys, prefix.values, 0)
                 self.watch(store.shape)
         self.whole = True
+        if self.staging is not None:
+            self.staging.decided()
+
+    def _stays(self, count: int) -> None:
+        """Refuse several staged tokens among which the layout changes.
+
+        What is asked before each call must be asked before each of them, as if it came alone.
+        """
+        assert self.plan.bind is not None
+        for position in range(self.seen, self.seen + count):
+            known = self.plan.bind(self.plan.layer, position, 1, self.layout)
+            if known is not None and known[0] is not self.layout:
+                raise LayoutError(
+                    f"at position {position}, among {count} tokens that are staged in one call, "
+                    f"{self.layout!r} goes on as {known[0]!r}; bring that token in a call of its "
+                    f"own"
+                )
+
+    # -- staging -----------------------------------------------------------------------------------
+
+    def stage(self, lookahead: int) -> None:
+        """Keep what tokens overwrite from now on, of up to ``lookahead`` tokens at once."""
+        if self._spare is None:
+            self._spare = Staging(self)
+        self._spare.lookahead = lookahead
+        self._spare.begin()
+        self.staging = self._spare
+
+    def unstage(self) -> None:
+        """Forget what is staged, also where it was interrupted, and take tokens for sure again."""
+        try:
+            self.commit(0)
+        finally:
+            self.staging = None
+
+    def restage(self) -> None:
+        """Inside of a stage, all that the layer holds now is sure."""
+        if self.staging is not None:
+            self.staging.begin()
+
+    @property
+    def staged(self) -> int:
+        """Tokens that the layer has seen and that are not sure."""
+        return 0 if self.staging is None else self.staging.staged
+
+    def check_commit(self, count: int) -> None:
+        """Refuse to keep a part of a block; see :meth:`Staging.check`."""
+        if self.staging is not None:
+            self.staging.check(count)
+
+    def commit(self, count: int) -> None:
+        """Keep the first ``count`` staged tokens, of which a layer that is left out has none."""
+        if self.staging is not None:
+            self.staging.commit(min(count, self.staging.staged))
+
+    @property
+    def staging_bytes(self) -> int:
+        """Bytes that stages have allocated, and reports that wait in one."""
+        return 0 if self._spare is None else self._spare.nbytes
 
     # -- what is refused, and batches --------------------------------------------------------------
 
@@ -530,11 +669,11 @@ class Layer:
         """Say where tokens sit, and how many of them may be held."""
         self.layout, self.budget = layout, budget
         length = None if layout is None else layout.length
-        self.most = _MOST if length is None else length
+        self.most = MOST_POSITIONS if length is None else length
 
     def _too_long(self, count: int) -> LayoutError:
         """More tokens than the layout has, or than positions can count."""
-        where = "what positions can count" if self.most == _MOST else f"{self.layout!r}"
+        where = "what positions can count" if self.most == MOST_POSITIONS else f"{self.layout!r}"
         return LayoutError(
             f"position {self.seen + count - 1} is outside {where}, which has {self.most} tokens; "
             f"reset() the cache for a new sequence, or give the layout its real size"
@@ -562,3 +701,4 @@ class Layer:
             for observer in self.observers:
                 observer.mass = observer.mass.index_select(0, index)
         self.whole = True
+        self.restage()

@@ -19,16 +19,19 @@ def build_kernel(
     """Compile the CPU kernel for this machine, in some seconds; every later run uses it.
 
     It lies in ~/.cache/kvpolicy/kernels, or $KVPOLICY_KERNELS; KVPOLICY_NATIVE=0 turns it off.
+    Where there is no compiler, the kernel that came with the installation is measured instead.
     """
     from kvpolicy.ops.cpu import native
     from kvpolicy.ops.cpu.build import build
 
     path = build(compiler)
     console.print(str(path), soft_wrap=True, highlight=False)
-    ratios = native.figures().get("times_as_fast", {})
-    used = ", ".join(f"{name} {ratio:g}" for name, ratio in ratios.items() if native.uses(name))
-    left = ", ".join(f"{name} {ratio:g}" for name, ratio in ratios.items() if not native.uses(name))
-    if ratios:
-        console.print(f"times as fast as torch, one thread: {used}", highlight=False)
-        console.print(f"left to torch: {left or 'nothing'}", highlight=False)
-        console.print(f"skinny products: up to {native.most_rows()} rows", highlight=False)
+    report = native.measured(path)
+    kept = {name: r >= native.SLOWEST for name, r in report["times_as_fast"].items()}
+    used, left = (
+        ", ".join(f"{n} {r:g}" for n, r in report["times_as_fast"].items() if kept[n] is wanted)
+        for wanted in (True, False)
+    )
+    console.print(f"times as fast as torch, one thread: {used}", soft_wrap=True, highlight=False)
+    console.print(f"left to torch: {left or 'nothing'}", soft_wrap=True, highlight=False)
+    console.print(f"skinny products: up to {report['most_rows']} rows", highlight=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Annotated
 
 import typer
@@ -9,7 +10,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from kvpolicy.commands.arguments import find_own
-from kvpolicy.commands.console import console
+from kvpolicy.commands.console import console, say_error
+from kvpolicy.errors import KVPolicyError
 
 __all__ = ["check"]
 
@@ -31,12 +33,46 @@ def check(
     """Hold a policy to every invariant, on generated streams.
 
     Prints a line for each; what breaks one is shown on the smallest stream found. Exits with 1 if
-    any is broken.
+    any is broken. The policy runs in a process of its own: where that crashes, or runs out of
+    memory, it is said on which stream.
     """
+    from kvpolicy.testing.apart import run_apart
+
+    def work(tell: Callable[[str], None]) -> int:
+        try:
+            return _check(policy, set_ or (), examples, seed, invariants, tell)
+        except KVPolicyError as error:
+            say_error(str(error))
+            return 2
+
+    ending = run_apart(work)
+    if ending.status is None:
+        console.show_cursor()  # a progress bar that could not end has hidden it
+        where = f", {ending.told}" if ending.told else ""
+        console.print(
+            f"[bold red]failed[/]     the process that ran {escape(policy)} did not come to its "
+            f"end{escape(where)}: {ending.words}",
+            highlight=False,
+            soft_wrap=True,
+        )
+        raise SystemExit(1)
+    raise SystemExit(ending.status)
+
+
+def _check(
+    policy: str,
+    settings: Sequence[str],
+    examples: int,
+    seed: int,
+    invariants: str | None,
+    tell: Callable[[str], None],
+) -> int:
+    """Check, print, and give the exit status; ``tell`` learns what is being tried."""
     from kvpolicy.testing import INVARIANTS, check_each, policy_named
 
+    tell("while it was made")
     find_own(policy)
-    made = policy_named(policy, set_ or ())
+    made = policy_named(policy, settings)
     names = [name.strip() for name in invariants.split(",")] if invariants else None
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
@@ -46,6 +82,7 @@ def check(
             examples=examples,
             seed=seed,
             invariants=names,
+            on_try=lambda invariant, stream: tell(f"held to {invariant.name!r} on {stream!r}"),
             on_stream=lambda: progress.advance(task),
         )
     console.print(f"{made!r}", markup=False, soft_wrap=True)
@@ -67,5 +104,6 @@ def check(
         console.print(str(outcome.violation), markup=False, highlight=False, soft_wrap=True)
     if failed:
         console.print(f"\n{len(failed)} of {len(outcomes)} invariants are broken", highlight=False)
-        raise SystemExit(1)
+        return 1
     console.print(f"all {len(outcomes)} invariants hold", highlight=False)
+    return 0

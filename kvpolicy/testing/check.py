@@ -77,6 +77,7 @@ def check_each(
     examples: int = 50,
     seed: int = 0,
     invariants: Sequence[str] | None = None,
+    on_try: Callable[[Invariant, Stream], object] | None = None,
     on_stream: Callable[[], object] | None = None,
 ) -> tuple[Outcome, ...]:
     """Hold a policy to every invariant, and tell of each what came of it.
@@ -89,6 +90,7 @@ def check_each(
         examples: how many streams to try.
         seed: of the streams.
         invariants: names of those to check; by default all that apply.
+        on_try: called before each invariant is tried on a stream.
         on_stream: called after each stream.
 
     Raises:
@@ -103,6 +105,8 @@ def check_each(
         for invariant in checked:
             if invariant.name in found:
                 continue
+            if on_try is not None:
+                on_try(invariant, stream)
             try:
                 invariant(case)
             except PolicyCheckError as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -196,30 +196,37 @@ class _Probe:
 
     def __init__(self, spy: _Spy, shape: SlotShape, others: Sequence[AttentionObserver]) -> None:
         self.mass = torch.zeros(shape.batch, shape.heads, shape.slots)
-        self._spy = spy
-        self._others = others
-        self._fresh = [other.mass.clone() for other in others]
+        # Functions, not what they work on: this observer knows nothing that could be taken back.
+        self._look = spy.look
+        self._compare = partial(_compare, spy, others, [other.mass.clone() for other in others])
 
     def observe(self, report: AttentionReport) -> None:
         """Write down what the layer holds in the middle of a call."""
-        self._spy.look("inside the call")
+        self._look("inside the call")
 
     def forget(self, slots: Tensor) -> None:
         """Look, and see whether the other observers have forgotten (they were told before)."""
-        self._spy.look("inside the call")
-        for other, fresh in zip(self._others, self._fresh, strict=True):
-            reading, expected = other.mass.gather(2, slots), fresh.gather(2, slots)
-            if not torch.equal(reading, expected):
-                self._spy.trace.stale.append(
-                    StaleReading(
-                        step=self._spy.step,
-                        layer=self._spy.layer.plan.layer,
-                        observer=type(other).__name__,
-                        slots=slots.clone(),
-                        reading=reading,
-                        fresh=expected,
-                    )
+        self._look("inside the call")
+        self._compare(slots)
+
+
+def _compare(
+    spy: _Spy, others: Sequence[AttentionObserver], untold: list[Tensor], slots: Tensor
+) -> None:
+    """Write down which readings of slots that hold other tokens now are not those of a new one."""
+    for other, fresh in zip(others, untold, strict=True):
+        reading, expected = other.mass.gather(2, slots), fresh.gather(2, slots)
+        if not torch.equal(reading, expected):
+            spy.trace.stale.append(
+                StaleReading(
+                    step=spy.step,
+                    layer=spy.layer.plan.layer,
+                    observer=type(other).__name__,
+                    slots=slots.clone(),
+                    reading=reading,
+                    fresh=expected,
                 )
+            )
 
 
 class _Spy:

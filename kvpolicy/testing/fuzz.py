@@ -1,8 +1,10 @@
 """``python -m kvpolicy.testing.fuzz --minutes 10``: random policies, for as long as you like.
 
 Each run draws a policy with random parameters and drives it through random streams (layouts,
-budgets, step patterns; see ``streams``), held to every invariant; or, where a package offers a
-driver for whole models, through one of those. What a run does follows from its seed alone.
+budgets, dtypes, step patterns; see ``streams``), held to every invariant, and once more with
+copies, exceptions, masks and tokens that are taken back all in one generation (``mixed``); or,
+where a package offers a driver for whole models, through one of those. What a run does follows from
+its seed alone.
 """
 
 from __future__ import annotations
@@ -12,24 +14,25 @@ import random
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass, field, replace
+from typing import Protocol, get_args
 
 import torch
 
 from kvpolicy.errors import KVPolicyError, ParameterError, near_matches
 from kvpolicy.policy.policy import EvictionPolicy
 from kvpolicy.registry import Registry, available
-from kvpolicy.testing.check import find_violation, on_streams
+from kvpolicy.testing.check import on_streams
 from kvpolicy.testing.draw import draw_policy
-from kvpolicy.testing.failure import PolicyCheckError
-from kvpolicy.testing.invariants import INVARIANTS, Case, applicable
-from kvpolicy.testing.streams import Stream
+from kvpolicy.testing.invariants import Case, applicable
+from kvpolicy.testing.mixed import check_mixed
+from kvpolicy.testing.streams import Dtype, Stream
 
 __all__ = ["DRIVERS", "Driver", "Tally", "Violation", "fuzz", "main"]
 
 #: Streams that a policy is driven through in one run.
 STREAMS = 8
+_DTYPES = get_args(Dtype)
 
 
 @dataclass
@@ -42,6 +45,10 @@ class Tally:
         tokens: tokens that they had, times their sequences.
         decisions: times that a policy was asked for victims.
         evictions: tokens that were lost, over heads, sequences and layers.
+        exceptions: calls that were interrupted.
+        copies: caches that went on as copies, or from a file.
+        masks: calls with a mask of their own.
+        commits: times that tokens were taken back.
     """
 
     runs: int = 0
@@ -49,6 +56,10 @@ class Tally:
     tokens: int = 0
     decisions: int = 0
     evictions: int = 0
+    exceptions: int = 0
+    copies: int = 0
+    masks: int = 0
+    commits: int = 0
 
     def __iadd__(self, other: Tally) -> Tally:
         for name, value in vars(other).items():
@@ -112,7 +123,7 @@ class Fuzz:
     def table(self) -> str:
         """Counts by policy, then of all, as lines of text."""
         columns = list(vars(Tally()))
-        lines = [f"{'policy':16}{'on':14}" + "".join(f"{name:>12}" for name in columns)]
+        lines = [f"{'policy':16}{'on':14}" + "".join(f"{name:>11}" for name in columns)]
         total = Tally()
         for (policy, on), tally in sorted(self.tallies.items()):
             total += tally
@@ -122,7 +133,7 @@ class Fuzz:
 
 
 def _figures(tally: Tally) -> str:
-    return "".join(f"{value:>12,}" for value in vars(tally).values())
+    return "".join(f"{value:>11,}" for value in vars(tally).values())
 
 
 def fuzz(
@@ -186,25 +197,36 @@ def _on_core(policy: EvictionPolicy, seed: int) -> Tally:
     invariants = applicable(policy)
 
     def attempt(stream: Stream) -> None:
-        case = Case(policy, stream)
+        case = Case(policy, _in_any_dtype(stream))
         for invariant in invariants:
             invariant(case)
+        happened = check_mixed(case)
         stats = case.trace.stats
         assert stats is not None
         tally.streams += 1
         tally.tokens += stream.tokens * stream.batch
         tally.decisions += len(case.trace.decisions)
         tally.evictions += sum(stats.evictions) * stream.batch * stream.heads
+        tally.exceptions += happened.exceptions
+        tally.copies += happened.copies
+        tally.masks += happened.masks
+        tally.commits += happened.commits
 
     found = on_streams(policy, attempt, examples=STREAMS, seed=seed)
-    if found is not None:
-        raise _smallest(policy, found, seed)
-    return tally
+    if found is None:
+        return tally
+    blamed = {invariant.name: invariant for invariant in invariants}.get(
+        found.invariant, check_mixed
+    )
+
+    def again(stream: Stream) -> None:
+        blamed(Case(policy, _in_any_dtype(stream)))
+
+    raise on_streams(policy, again, examples=STREAMS, seed=seed, shrink=True) or found
 
 
-def _smallest(policy: EvictionPolicy, found: PolicyCheckError, seed: int) -> PolicyCheckError:
-    blamed = [INVARIANTS[found.invariant]]
-    return find_violation(policy, blamed, examples=STREAMS, seed=seed, shrink=True) or found
+def _in_any_dtype(stream: Stream) -> Stream:
+    return replace(stream, dtype=_DTYPES[stream.seed % len(_DTYPES)])
 
 
 def _drivers(chosen: Sequence[str] | None) -> list[str]:

@@ -20,12 +20,15 @@ from kvpolicy.layout import OrderedLayout, RasterLayout, TextLayout, TokenLayout
 from kvpolicy.policies.full import Full
 from kvpolicy.policy.policy import EvictionPolicy
 
-__all__ = ["Attention", "Stream", "Tokens", "streams"]
+__all__ = ["Attention", "Dtype", "Stream", "Tokens", "streams"]
 
 #: What attention looks like: unrelated queries and keys; the same mass for every visible token
 #: (`uniform`: zero queries, `zeros`: zero keys); nearly all mass on few tokens; keys and queries
 #: that repeat, so that masses tie exactly; and integers so far apart that masses are 0 or 1.
 Attention = Literal["random", "uniform", "zeros", "peaked", "tied", "extreme"]
+
+#: Of queries, keys and values.
+Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 
 #: Most rows or tokens beyond what a policy needs before it has to evict.
 _SPARE = 5
@@ -84,7 +87,7 @@ class Stream:
     dim: int = 4
     calls: tuple[int, ...] = (1,)
     attention: Attention = "random"
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Dtype = "float32"
     seed: int = 0
 
     def sizes(self) -> list[int]:
@@ -140,7 +143,7 @@ class Stream:
             key = torch.zeros_like(key)
         elif self.attention == "peaked":
             query = query * 16
-        dtype = torch.float32 if self.dtype == "float32" else torch.bfloat16
+        dtype = getattr(torch, self.dtype)
         return Tokens(query.to(dtype), key.to(dtype), value.to(dtype))
 
     def _vectors(self, heads: int, generator: torch.Generator) -> Tensor:

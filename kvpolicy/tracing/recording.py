@@ -148,11 +148,21 @@ class _Recorder:
     decisions: list[_Decision] = field(default_factory=list)
     #: Position of the first of some tokens, and which of them are padding, bool ``[B, T]``.
     padding: list[tuple[int, Tensor]] = field(default_factory=list)
+    #: Tokens seen before each stage or commit, tokens staged behind them, and how many were kept.
+    passes: list[tuple[int, int, int]] = field(default_factory=list)
 
     def reset(self) -> None:
         """Forget everything: a new sequence begins."""
         self.decisions.clear()
         self.padding.clear()
+        self.passes.clear()
+
+    def committed(self, seen: int, staged: int, kept: int) -> None:
+        """Some staged tokens stay; decisions made for the others were not made."""
+        self.passes.append((seen, staged, kept))
+        after = seen + kept
+        self.decisions = [decision for decision in self.decisions if decision.seen < after]
+        self.padding = [(first, dead) for first, dead in self.padding if first < after]
 
     def select_batch(self, index: Tensor) -> None:
         """Follow a batch whose sequences are reordered."""

@@ -2,18 +2,22 @@
 
 import json
 import os
+import re
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.kernel_library import needs_compiler, uses
+from support.kernel_library import forget, needs_compiler, uses
+from support.processes import run_code
 from typer.testing import CliRunner
 
 import kvpolicy
 from kvpolicy.cli import app
+from kvpolicy.ops.cpu import build as building
 from kvpolicy.ops.cpu import native
 from kvpolicy.ops.cpu.build import build
 from kvpolicy.testing import check_policy
@@ -258,16 +262,21 @@ def test_the_command_says_where_it_lies(folder, monkeypatch):
     assert done.exit_code == 0
     lines = done.output.splitlines()
     assert Path(lines[0]) == native.library()
-    native.figures.cache_clear()
+    figures = native.measured(native.library())
+    assert figures["times_as_fast"].keys() >= {"decode", "lowest", "redundancy", "change_together"}
+    assert 0 <= figures["most_rows"] <= 32
+    assert lines[1].startswith("times as fast as torch, one thread: ")
+    assert lines[2].startswith("left to torch: ")
+    assert lines[3].startswith("skinny products: up to ")
 
 
 def test_it_can_be_turned_off(tmp_path, monkeypatch):
     monkeypatch.setenv("KVPOLICY_KERNELS", str(tmp_path))
     native.library().write_bytes(b"")
     monkeypatch.setenv("KVPOLICY_NATIVE", "0")
-    native.operators.cache_clear()
+    forget()
     assert native.decoder() is None
-    native.operators.cache_clear()
+    forget()
 
 
 @pytest.fixture
@@ -277,11 +286,10 @@ def own_folder(tmp_path, monkeypatch):
     folder.mkdir(0o700)
     monkeypatch.setenv("KVPOLICY_KERNELS", str(folder))
     monkeypatch.setenv("KVPOLICY_NATIVE", "1")
-    native.operators.cache_clear()
-    native.figures.cache_clear()
+    monkeypatch.setattr(native, "SHIPPED", tmp_path / "no wheel")
+    forget()
     yield folder
-    native.operators.cache_clear()
-    native.figures.cache_clear()
+    forget()
 
 
 def decides():
@@ -301,16 +309,81 @@ def test_a_damaged_library_steps_aside_with_one_warning(own_folder):
     assert len(told) == 1
 
 
-@pytest.mark.skipif(os.name != "posix", reason="who may write a file is told on POSIX only")
-@pytest.mark.parametrize("place", ["file", "folder"])
-def test_code_that_others_may_write_is_not_loaded(own_folder, folder, place):
-    path = native.library()
-    for built in (folder / path.name, (folder / path.name).with_suffix(".json")):
-        shutil.copy(built, own_folder)
+def put(good, folder):
+    """A library and its figures, in a folder."""
+    for built in (good, good.with_suffix(".json")):
+        shutil.copy(built, folder)
+    path = folder / good.name
     path.chmod(0o700)
-    (path if place == "file" else own_folder).chmod(0o777)
-    with pytest.warns(RuntimeWarning, match="are not used: others may write"):
+    return path
+
+
+posix = pytest.mark.skipif(os.name != "posix", reason="who may write a file is told on POSIX only")
+
+
+@posix
+@pytest.mark.parametrize("place", ["file", "folder", "parent", "figures"])
+def test_code_that_others_may_write_is_not_loaded(own_folder, folder, place):
+    path = put(folder / native.library().name, own_folder)
+    assert native.untrusted(path) is None
+    assert native.whole(path)
+    lax = {"file": path, "folder": own_folder, "parent": own_folder.parent}
+    lax.get(place, path.with_suffix(".json")).chmod(0o777)
+    words = f"others may write {lax[place]}" if place in lax else "they are not what was built"
+    with pytest.warns(RuntimeWarning, match=f"are not used: {words}"):
         assert native.operators() is None
+
+
+@posix
+def test_a_folder_like_tmp_may_hold_it_further_up_but_not_itself(own_folder, folder):
+    path = put(folder / native.library().name, own_folder)
+    own_folder.parent.chmod(0o1777)
+    assert native.untrusted(path) is None
+    own_folder.chmod(0o1777)
+    assert native.untrusted(path) == f"others may write {own_folder}"
+
+
+@posix
+def test_above_the_home_folder_nobody_looks(own_folder, tmp_path, monkeypatch):
+    """As ssh does it: who owns what lies above is for whoever runs the machine."""
+    tmp_path.chmod(0o777)
+    assert native.untrusted(own_folder) == f"others may write {tmp_path}"
+    monkeypatch.setenv("HOME", str(own_folder))
+    assert native.untrusted(own_folder) is None
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root gives away")
+@pytest.mark.parametrize("place", ["file", "folder", "parent"])
+def test_code_of_another_user_is_not_loaded(own_folder, folder, place):
+    path = put(folder / native.library().name, own_folder)
+    given = {"file": path, "folder": own_folder, "parent": own_folder.parent}[place]
+    os.chown(given, 12345, -1)
+    with pytest.warns(RuntimeWarning, match=f"are not used: {given} belongs to another user"):
+        assert native.operators() is None
+    os.chown(given, os.geteuid(), -1)
+
+
+@posix
+def test_nothing_is_built_where_it_would_not_be_loaded(own_folder, tmp_path):
+    own_folder.chmod(0o775)
+    with pytest.raises(
+        kvpolicy.KernelError, match=r"no code would be loaded from .*\(chmod go-w\)"
+    ):
+        build(fake_compiler(tmp_path, "exit 3"))
+
+
+def test_a_process_keeps_the_library_that_it_has_loaded(own_folder, folder, operators):
+    """torch knows an operator once: a second library that brings it would end the process."""
+    put(folder / native.library().name, own_folder)
+    assert native.operators() is None
+
+
+def test_a_folder_that_can_not_be_read_holds_nothing(own_folder, monkeypatch):
+    def exists(self):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "exists", exists)
+    assert native.in_use() is None
 
 
 def test_an_empty_setting_is_not_the_current_folder(monkeypatch, tmp_path):
@@ -345,41 +418,195 @@ def test_what_can_not_be_loaded_is_not_put_in_place(own_folder, tmp_path):
     assert not list(own_folder.iterdir())
 
 
+def copying(good):
+    """A compiler's work, done by a copy of what it made before."""
+    return f'while [ "$1" != -o ]; do shift; done\ncp "{good}" "$2"\n'
+
+
+@pytest.fixture
+def untried(monkeypatch):
+    """Building without the seconds that measuring takes."""
+    report = {"times_as_fast": {"lowest": 2.0}, "most_rows": 4}
+    monkeypatch.setattr(building, "_try", lambda path: dict(report))
+
+
 @needs_compiler
-def test_building_again_repairs_what_was_damaged(own_folder, folder, tmp_path):
-    """What is there is tried first; a copy of the good one stands for the compiler's work."""
+def test_building_again_repairs_what_was_damaged(own_folder, folder, tmp_path, untried):
+    """What is there is tried first; and what a build that was killed has left goes."""
     good = folder / native.library().name
-    shutil.copy(good.with_suffix(".json"), own_folder)
-    native.library().write_bytes(good.read_bytes()[:10_000])
-    native.library().chmod(0o700)
+    path = put(good, own_folder)
+    path.write_bytes(good.read_bytes()[:10_000])
     with pytest.warns(RuntimeWarning, match="they are not what was built"):
         assert native.operators() is None
-    script = f'while [ "$1" != -o ]; do shift; done\ncp "{good}" "$2"\n'
-    path = build(fake_compiler(tmp_path, script))
+    (own_folder / "building-killed").mkdir()
+    (own_folder / "building-killed" / "kernels.cpp").write_text("half of it")
+    assert build(fake_compiler(tmp_path, copying(good))) == path
     assert path.read_bytes() == good.read_bytes()
     assert native.whole(path)
-    figures = native.figures()
-    assert figures["times_as_fast"].keys() >= {"decode", "lowest", "redundancy", "change_together"}
-    assert 0 <= figures["most_rows"] <= 32
     assert sorted(file.suffix for file in own_folder.iterdir()) == [".json", ".so"]
     assert not path.stat().st_mode & 0o077
 
 
-def test_what_was_slower_here_is_left_to_torch(own_folder, operators):
-    with pytest.MonkeyPatch.context() as patch:
+@needs_compiler
+@posix
+def test_folders_are_private_whatever_the_umask(own_folder, folder, tmp_path, untried, monkeypatch):
+    good = folder / native.library().name
+    monkeypatch.setenv("KVPOLICY_KERNELS", str(own_folder / "a" / "b"))
+    before = os.umask(0)
+    try:
+        path = build(fake_compiler(tmp_path, copying(good)))
+    finally:
+        os.umask(before)
+    for made in (path, path.with_suffix(".json"), path.parent, path.parent.parent):
+        assert not made.stat().st_mode & 0o077, made
+    assert native.whole(path)
+
+
+@needs_compiler
+@posix
+def test_two_builds_take_turns_and_the_second_finds_the_first_ones(
+    own_folder, folder, tmp_path, untried
+):
+    good = folder / native.library().name
+    compiler = fake_compiler(tmp_path, f'echo x >> "{tmp_path}/calls"\nsleep 0.2\n' + copying(good))
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(build, [compiler] * 2)
+    assert first == second
+    assert len((tmp_path / "calls").read_text().split()) == 2, "compiled and linked once"
+
+
+def test_what_was_slower_here_is_left_to_torch(own_folder, operators, monkeypatch):
+    slow = native.Library(own_folder, most_rows=8, times_as_fast={"lowest": 0.9, "pool": 1.5})
+    with monkeypatch.context() as patch:
+        patch.setattr(native, "in_use", lambda: slow)
         patch.setattr(native, "operators", lambda: operators)
         patch.setattr(native, "uses", uses)
         _what_was_slower()
 
 
 def _what_was_slower():
-    slow = {"times_as_fast": {"lowest": 0.9, "pool": 1.5}, "most_rows": 8, "sha256": ""}
-    native.library().with_suffix(".json").write_text(json.dumps(slow))
-    native.library().with_suffix(".json").chmod(0o600)
     served = torch.zeros(1)
     assert native.serving("lowest", served) is None
     assert native.serving("pool", served) is not None
     assert native.most_rows() == 8
+
+
+# -- what a wheel brings ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def wheel(own_folder, folder, tmp_path, monkeypatch):
+    """As if the installation had brought kernels; those of the tests stand for both kinds."""
+    brought = tmp_path / "built"
+    brought.mkdir(exist_ok=True)
+    (good,) = folder.glob("*.so")
+    for name in ("x86-64-v3", "x86-64-v4"):
+        shutil.copy(good, brought / f"{name}.so")
+    said = {
+        "torch": torch.__version__.partition("+")[0],
+        "sha256": dict.fromkeys(("x86-64-v3", "x86-64-v4"), native.digest(good)),
+    }
+    (brought / "built.json").write_text(json.dumps(said))
+    monkeypatch.setattr(native, "SHIPPED", brought)
+    return brought
+
+
+SHIPPED = """
+import os, pathlib, torch, kvpolicy
+from kvpolicy.ops.cpu import native
+
+os.environ |= {{"KVPOLICY_NATIVE": "1", "KVPOLICY_KERNELS": "nothing here"}}
+native.SHIPPED = pathlib.Path({shipped!r})
+native.in_use.cache_clear(), native.operators.cache_clear()
+cache = kvpolicy.PolicyCache("h2o", 8, layout=kvpolicy.TextLayout(), num_layers=1)
+for _ in range(12):
+    key = torch.randn(1, 1, 1, 4)
+    cache.attend(0, key, key, key)
+assert cache.stats().evictions == (4,)
+print(native.in_use(), native.decoder())
+"""
+
+
+@needs_compiler
+def test_what_a_wheel_brings_is_used(wheel, tmp_path):
+    done = run_code(SHIPPED.format(shipped=str(wheel)), tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert str(native.shipped()) in done.stdout
+    assert "kvpolicy_cpu.decode" in done.stdout
+    assert not done.stderr
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("capability", "name", "rows"),
+    [("AVX512", "x86-64-v4", 16), ("AVX2", "x86-64-v3", 8), ("DEFAULT", None, None)],
+)
+def test_the_processor_says_which(wheel, monkeypatch, capability, name, rows):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(native, "_load", lambda path: True)
+    path = native.shipped()
+    assert (path and path.stem) == name
+    found = native.in_use()
+    assert (found and found.most_rows) == rows
+    if name == "x86-64-v4":  # a wheel that was built where there is none of these
+        said = json.loads((wheel / "built.json").read_text())
+        del said["sha256"]["x86-64-v4"]
+        (wheel / "built.json").write_text(json.dumps(said))
+        assert native.shipped().stem == "x86-64-v3"
+
+
+@needs_compiler
+@pytest.mark.parametrize("case", ["another torch", "cut short", "lost", "no JSON", "no digests"])
+def test_what_a_wheel_brings_steps_aside_in_words(wheel, monkeypatch, case):
+    path, table = native.shipped(), wheel / "built.json"
+    said = json.loads(table.read_text())
+    words = "it is damaged"
+    match case:
+        case "another torch":
+            table.write_text(json.dumps(said | {"torch": "2.5.1"}))
+            words = f"are for torch 2.5.1, and are not used with {torch.__version__}"
+        case "cut short":
+            path.write_bytes(path.read_bytes()[:10_000])
+        case "lost":
+            path.unlink()
+        case "no JSON":
+            table.write_text("{")
+            words = "are not used: JSONDecodeError"
+        case "no digests":
+            table.write_text(json.dumps({"torch": said["torch"]}))
+            words = "are not used: KeyError"
+    with pytest.warns(RuntimeWarning, match=re.escape(words) + ".*`kvpolicy build-kernel`") as told:
+        assert decides()
+    assert len(told) == 1
+    assert native.in_use() is None
+
+
+@needs_compiler
+def test_what_was_built_here_comes_first(wheel, own_folder, folder, monkeypatch):
+    monkeypatch.setattr(native, "_load", lambda path: True)
+    assert native.in_use().path.parent == wheel
+    forget()
+    path = put(folder / native.library().name, own_folder)
+    assert native.in_use().path == path
+    forget()
+    path.write_bytes(b"no library")
+    with pytest.warns(RuntimeWarning, match="they are not what was built"):
+        assert native.in_use().path.parent == wheel
+
+
+@needs_compiler
+def test_without_a_compiler_what_a_wheel_brings_is_measured(
+    wheel, own_folder, untried, monkeypatch
+):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    path = build()
+    assert path.parent == own_folder
+    assert native.digest(path) == native.digest(native.shipped())
+    assert native.measured(path)["most_rows"] == 4
+    with pytest.raises(kvpolicy.KernelError, match="no-such-compiler"):
+        path.unlink()
+        build("no-such-compiler")
 
 
 def test_without_a_compiler_it_says_so(tmp_path, monkeypatch):

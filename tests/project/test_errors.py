@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import re
 import shutil
+import sys
 import tempfile
 from importlib.resources import files
 from pathlib import Path
@@ -20,6 +22,7 @@ from kvpolicy import (
     Budget,
     BudgetError,
     CacheStateError,
+    KernelError,
     LayoutError,
     ParameterError,
     PerLayer,
@@ -32,7 +35,13 @@ from kvpolicy import (
     WindowMass,
     create,
 )
+from kvpolicy.ops.cpu.build import build
 
+try:
+    from kvpolicy.lab.run.plan import Plan, read_plan
+    from kvpolicy.lab.run.subject import load_subject
+except ImportError:
+    read_plan = None
 try:
     from kvpolicy_adapters import zoo
     from kvpolicy_adapters.zoo.fashion import read_fashion
@@ -46,6 +55,7 @@ BUILT_IN = {
     AttentionError: FloatingPointError,
     BudgetError: ValueError,
     CacheStateError: RuntimeError,
+    KernelError: RuntimeError,
     LayoutError: ValueError,
     ParameterError: ValueError,
     ShapeError: ValueError,
@@ -73,6 +83,48 @@ def begun(**options) -> PolicyCache:
     for layer in range(2):
         attend(layer=layer, on=started)
     return started
+
+
+def interrupted() -> PolicyCache:
+    """A cache whose second token was broken off in layer 0."""
+    started = begun(policy="h2o")
+    with pytest.raises(AttentionError):
+        attend(tokens() * NAN, on=started)
+    return started
+
+
+def far() -> PolicyCache:
+    """A cache that has counted as many tokens as there can be."""
+    made = begun(layout=TextLayout(), policy="h2o")
+    for layer in made.layers:
+        layer.seen = 2**30
+    return made
+
+
+def naming(slot: int):
+    """Ask a policy that names a slot that there is none of."""
+
+    class Wild(kvpolicy.policies.Random):
+        def victims(self, view, count):
+            return torch.full_like(super().victims(view, count), slot)
+
+    made = cache(policy=Wild(), num_layers=1)
+    for _ in range(GRID.length):
+        attend(on=made)
+
+
+def kernels(where: str, compiler: str | None = None):
+    """Build the CPU kernels, nearly."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KVPOLICY_KERNELS", where)
+        build(compiler or sys.executable)
+
+
+def plan_of(text: str, name: str = "plan.yaml"):
+    """Read a plan's file."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / name).write_text(text)
+        return read_plan(Path(folder) / name)
 
 
 def damaged(case: str):
@@ -316,6 +368,31 @@ WRONG = [
     ),
     (lambda: kvpolicy.register("linear")(kvpolicy.policies.H2O), ParameterError, "is taken by"),
     (lambda: kvpolicy.register("My Policy"), ParameterError, "'My Policy'", "lower-case"),
+    # after an exception, and beyond what can be counted
+    (
+        lambda: attend(on=interrupted()),
+        CacheStateError,
+        "was interrupted",
+        "reset()",
+    ),
+    (lambda: interrupted().state_dict(), CacheStateError, "was interrupted", "reset()"),
+    (lambda: attend(on=far()), LayoutError, "position 1073741824", "positions can count"),
+    *[
+        (
+            lambda layout=layout: cache("h2o", 8, layout),
+            LayoutError,
+            f"{layout.length} tokens",
+            "positions count 1073741824",
+        )
+        for layout in (TextLayout(length=2**30 + 1), RasterLayout(rows=2**16, cols=2**16))
+    ],
+    # what native code would trust
+    *[
+        (lambda slot=slot: naming(slot), ShapeError, f"Wild.victims named slot {slot};", "0 to 8")
+        for slot in (-5, -1, 9, 10**9)
+    ],
+    (lambda: kernels("/tmp", "no-such-compiler"), KernelError, "(no-such-compiler)", "PATH"),
+    (lambda: kernels("/dev/null/x"), KernelError, "/dev/null/x", "$KVPOLICY_KERNELS"),
 ]
 
 if zoo is not None:
@@ -339,6 +416,59 @@ if zoo is not None:
         ],
     ]
     BUILT_IN[zoo.CorruptFileError] = OSError
+
+
+if read_plan is not None:
+    plan = {"subject": "a:B", "policies": ["h2o"]}
+    WRONG += [
+        # what data names is not run
+        (lambda: load_subject("subprocess:call"), ParameterError, "'subprocess:call'", "measure()"),
+        (lambda: load_subject("os:system"), ParameterError, "'os:system'", "not a class"),
+        (lambda: load_subject("json:dumps"), ParameterError, "not a class with a method measure()"),
+        (
+            lambda: plan_of("subject: subprocess:call\npolicies: [h2o]"),
+            ParameterError,
+            "names 'subprocess:call'",
+            "--own subprocess:call",
+        ),
+        (
+            lambda: plan_of("subject: fashion-ar\npolicies: [os:system]"),
+            ParameterError,
+            "names 'os:system'",
+            "--own os:system",
+        ),
+        (
+            lambda: plan_of("subject: !!python/object/apply:os.system [ls]\npolicies: [h2o]"),
+            ParameterError,
+            "is not YAML",
+            "python/object/apply",
+        ),
+        (lambda: plan_of("- fashion-ar"), ParameterError, "plan.yaml", "must be a mapping"),
+        (lambda: plan_of("2026-01-02: a"), ParameterError, "plan.yaml", "must be a mapping"),
+        (lambda: plan_of("{", "plan.json"), ParameterError, "plan.json is not JSON"),
+        (lambda: plan_of("", "plan.txt"), ParameterError, "must end in .yaml"),
+        # what JSON can't hold would be another plan the next time
+        *[
+            (
+                lambda value=value: Plan(**plan, options={"mark": value}),
+                ParameterError,
+                "options",
+                words,
+            )
+            for value, words in (
+                (NAN, "mark=nan"),
+                (INF, "mark=inf"),
+                ("\ud800", r"mark='\ud800'"),
+                ([1, {"a": NAN}], "nan"),
+                (datetime.date(2026, 1, 2), "mark"),
+            )
+        ],
+        (
+            lambda: Plan(subject="a:B", policies=[{"name": "h2o", "parameters": {"recent": NAN}}]),
+            ParameterError,
+            "recent=nan",
+        ),
+    ]
 
 
 @pytest.mark.parametrize(

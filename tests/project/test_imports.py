@@ -119,6 +119,8 @@ def test_adapters_stand_on_the_library_not_on_its_tools():
         tools = {"kvpolicy.cli", "kvpolicy.commands", "kvpolicy.testing", "kvpolicy.lab"}
         if module in ("kvpolicy_adapters.evaluation.subjects", "kvpolicy_adapters.bench.shapes"):
             tools.remove("kvpolicy.lab")  # a subject, or a shape, speaks the lab's protocol
+        if module.startswith("kvpolicy_adapters.evaluation.drawing"):
+            tools.remove("kvpolicy.lab")  # and so does an image model
         if module == "kvpolicy_adapters.evaluation.fuzz":
             tools.remove("kvpolicy.testing")  # and this one the fuzz's
         for line, name in names:

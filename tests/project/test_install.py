@@ -1,8 +1,11 @@
 """What an installation brings, and what importing it leaves alone."""
 
 import email
+import hashlib
 import json
 import os
+import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -14,9 +17,14 @@ from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
+import torch
 from packaging.requirements import Requirement
 
+import kvpolicy
+from kvpolicy.ops.cpu import native
+
 ROOT = Path(__file__).parents[2]
+BUILD = (sys.executable, "-m", "build", "--no-isolation")
 
 # Attention of two layers over 3 lines of 4 tokens, in a budget of one line and a half.
 ATTEND = """
@@ -105,10 +113,66 @@ def wheel(tmp_path_factory):
     """A wheel of the project as it lies here, built with the build backend of this environment."""
     pytest.importorskip("hatchling", reason="the dev extra brings the build backend")
     out = tmp_path_factory.mktemp("wheel")
-    build = ("-m", "build", "--wheel", "--no-isolation", "--outdir", out, ROOT)
-    run(sys.executable, *build, cwd=out)
-    (wheel,) = out.glob("*.whl")
+    said = run(
+        *BUILD, "--wheel", "--outdir", out, ROOT, cwd=out, PATH="", CXX="", KVPOLICY_NATIVE="1"
+    )
+    assert re.search("without CPU kernels: there is no C\\+\\+ compiler .*build-kernel", said), said
+    (wheel,) = out.glob("*-py3-none-any.whl")
     return wheel
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    (sys.platform, platform.machine()) != ("linux", "x86_64"), reason="kernels are for x86-64"
+)
+def test_a_wheel_carries_the_kernels(folder, tmp_path):
+    """A copy of the kernels that tests have built stands for the compiler's work."""
+    pytest.importorskip("hatchling", reason="the dev extra brings the build backend")
+    (good,) = folder.glob("*.so")
+    compiler = tmp_path / "compiler"
+    compiler.write_text(f'#!/bin/sh\nwhile [ "$1" != -o ]; do shift; done\ncp "{good}" "$2"\n')
+    compiler.chmod(0o755)
+    run(
+        *BUILD,
+        "--wheel",
+        "--outdir",
+        tmp_path,
+        ROOT,
+        cwd=tmp_path,
+        CXX=str(compiler),
+        KVPOLICY_NATIVE="1",
+    )
+    (wheel,) = tmp_path.glob("*-py3-none-linux_x86_64.whl")
+    inside = zipfile.ZipFile(wheel)
+    built = native.SHIPPED.relative_to(Path(kvpolicy.__file__).parents[1]).as_posix()
+    said = json.loads(inside.read(f"{built}/built.json"))
+    assert said["torch"] == torch.__version__.partition("+")[0]
+    assert "x86-64-v3" in said["sha256"]
+    for name, digest in said["sha256"].items():
+        library = inside.read(f"{built}/{name}.so")
+        assert hashlib.sha256(library).hexdigest() == digest == native.digest(good)
+    wheel_says = inside.read(next(name for name in inside.namelist() if name.endswith("/WHEEL")))
+    assert b"Root-Is-Purelib: false" in wheel_says
+
+    # A compiler that fails, or whose work can't be loaded, costs the kernels and not the wheel.
+    for script, words in (
+        ("echo out of memory >&2; exit 3", "out of memory"),
+        ('while [ "$1" != -o ]; do shift; done; echo > "$2"', "the trial of x86-64-v[34] failed"),
+    ):
+        compiler.write_text(f"#!/bin/sh\n{script}\n")
+        out = tmp_path / "without"
+        said = run(
+            *BUILD,
+            "--wheel",
+            "--outdir",
+            out,
+            ROOT,
+            cwd=tmp_path,
+            CXX=str(compiler),
+            KVPOLICY_NATIVE="1",
+        )
+        assert re.search(f"without CPU kernels: (.*\n)*.*{words}", said), said
+        assert next(out.iterdir()).name.endswith("-py3-none-any.whl")
 
 
 def message(wheel):
@@ -133,8 +197,7 @@ def test_wheel_holds_the_packages_and_their_data(wheel):
 
 @pytest.mark.slow
 def test_the_source_distribution_builds_the_same_wheel(wheel, tmp_path):
-    build = (sys.executable, "-m", "build", "--no-isolation")
-    run(*build, "--sdist", "--outdir", tmp_path, ROOT, cwd=tmp_path)
+    run(*BUILD, "--sdist", "--outdir", tmp_path, ROOT, cwd=tmp_path)
     (archive,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(archive) as packed:
         names = packed.getnames()
@@ -143,7 +206,8 @@ def test_the_source_distribution_builds_the_same_wheel(wheel, tmp_path):
     assert {"tests/conftest.py", "docs/index.md", "examples/text.py", "Makefile"} <= inside
     assert not [name for name in inside if "__pycache__" in name or ".venv" in name]
     (source,) = (path for path in tmp_path.iterdir() if path.is_dir())
-    run(*build, "--wheel", "--outdir", tmp_path / "again", source, cwd=tmp_path)
+    again = ("--wheel", "--outdir", tmp_path / "again", source)
+    run(*BUILD, *again, cwd=tmp_path, KVPOLICY_NATIVE="0")
     (again,) = (tmp_path / "again").glob("*.whl")
     with zipfile.ZipFile(again) as first, zipfile.ZipFile(wheel) as second:
         assert sorted(first.namelist()) == sorted(second.namelist())

@@ -10,7 +10,7 @@ from filelock import FileLock
 from kvpolicy.ops.cpu import native
 from kvpolicy.ops.cpu.build import build
 
-__all__ = ["COMPILER", "folder", "kernel", "needs_compiler", "operators", "uses"]
+__all__ = ["COMPILER", "folder", "forget", "kernel", "needs_compiler", "operators", "uses"]
 
 COMPILER = next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
 #: What the fixtures below replace.
@@ -38,9 +38,10 @@ def folder(request, tmp_path_factory):
     return built
 
 
-def _forget():
+def forget():
+    """Which library this process uses: the next to ask looks for it anew."""
+    native.in_use.cache_clear()
     native.operators.cache_clear()
-    native.figures.cache_clear()
 
 
 @pytest.fixture(scope="session")
@@ -49,9 +50,9 @@ def operators(folder):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KVPOLICY_KERNELS", str(folder))
         patch.setenv("KVPOLICY_NATIVE", "1")
-        _forget()
+        forget()
         found = native.operators()
-    _forget()
+    forget()
     with pytest.MonkeyPatch.context() as patch:
         # Which were faster while a busy machine built them is no matter of tests.
         patch.setattr(native, "uses", lambda name: True)
@@ -64,6 +65,6 @@ def kernel(folder, monkeypatch):
     monkeypatch.setenv("KVPOLICY_KERNELS", str(folder))
     monkeypatch.setenv("KVPOLICY_NATIVE", "1")
     monkeypatch.setattr(native, "uses", lambda name: True)
-    _forget()
+    forget()
     yield native.decoder()
-    _forget()
+    forget()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from typing import NamedTuple
@@ -77,6 +78,24 @@ class Raises(Mine):
         return {}["no such slot"]
 
 
+class Crashes(Mine):
+    """Ends the process where it decides."""
+
+    how: str = "SIGSEGV"
+
+    def victims(self, view, count):
+        import os, signal, sys
+
+        match self.how:
+            case "leaves":
+                os._exit(0)
+            case "exits":
+                sys.exit(0)
+            case "memory":
+                torch.empty(2**60)
+        os.kill(os.getpid(), getattr(signal, self.how))
+
+
 made = Mine(window=2)
 nothing = 3
 '''
@@ -97,15 +116,15 @@ class Done(NamedTuple):
 
 
 @pytest.fixture
-def check(folder, monkeypatch, capsys):
-    """``kvpolicy check``, in this process."""
+def check(folder, monkeypatch, capfd):
+    """``kvpolicy check``, which copies this process and waits."""
 
     def call(*arguments: str) -> Done:
         monkeypatch.setattr(sys, "argv", ["kvpolicy", "check", *arguments])
         monkeypatch.setenv("COLUMNS", "100")
         with pytest.raises(SystemExit) as raised:
             main()
-        return Done(raised.value.code or 0, *capsys.readouterr())
+        return Done(raised.value.code or 0, *capfd.readouterr())
 
     return call
 
@@ -125,17 +144,17 @@ def plugin(folder, pytester):
 
 
 def test_a_line_for_each_invariant(check):
-    done = check("theirs:Mine", "--set", "window=2", "--examples", "10")
+    done = check("theirs:Mine", "--set", "window=2", "--examples", "3")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Mine(window=2, weight=1.0)" in done.stdout
     for invariant in applicable(policy_named("h2o")):
-        assert f"passed     {invariant.name} (10 streams)" in done.stdout
+        assert f"passed     {invariant.name} (3 streams)" in done.stdout
     assert "not asked  line locality" in done.stdout
     assert "invariants hold" in done.stdout
 
 
 def test_what_is_broken_is_shown_on_the_smallest_stream(check):
-    done = check("theirs:Broken")
+    done = check("theirs:Broken", "--invariants", "pins,budget")
     assert done.returncode == 1, done.stdout + done.stderr
     for words in (
         "failed     pins",
@@ -156,6 +175,41 @@ def test_a_policy_that_raises_is_told_where(check):
     assert "failed     runs" in done.stdout
     assert "KeyError: 'no such slot' (raised in victims, theirs.py line" in done.stdout
     assert 'return {}["no such slot"]' in done.stdout
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no other process without fork")
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("SIGSEGV", "it was ended by SIGSEGV: memory was read or written"),
+        ("SIGABRT", "it was ended by SIGABRT"),
+        ("SIGKILL", "it was ended by SIGKILL, which is what systems do when memory runs out"),
+        ("leaves", "it left with exit status 0 before it was done"),
+        ("exits", "it left with exit status 0 before it was done"),
+    ],
+)
+def test_a_crash_is_an_answer_in_words(check, how, words):
+    """Also where it looks like success; and where it was: on which stream, held to what."""
+    done = check("theirs:Crashes", "--set", f"how={how}", "--examples", "10")
+    assert done.returncode == 1, done.stdout + done.stderr
+    said = " ".join(done.stdout.split())
+    assert "the process that ran theirs:Crashes did not come to its end, held to '" in said
+    assert "on Stream(layout=" in said
+    assert words in said
+    assert "Traceback" not in done.stderr
+
+
+def test_memory_that_is_not_to_be_had_breaks_an_invariant(check):
+    done = check("theirs:Crashes", "--set", "how=memory", "--invariants", "runs")
+    assert done.returncode == 1
+    assert "RuntimeError: [enforce fail at alloc_cpu.cpp" in done.stdout
+
+
+def test_a_module_that_ends_the_process_is_said_too(folder, check):
+    (folder / "rude.py").write_text("import os\nos._exit(7)\n")
+    done = check("rude:Policy")
+    assert done.returncode == 1
+    assert "while it was made: it left with exit status 7" in " ".join(done.stdout.split())
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, cast
 
@@ -18,7 +20,8 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from kvpolicy import CacheView, EvictionPolicy, RasterLayout, Reclaim, TextLayout
+from kvpolicy import CacheStateError, CacheView, EvictionPolicy, RasterLayout, Reclaim, TextLayout
+from kvpolicy.testing.faults import Interrupt, Interrupted
 from kvpolicy.testing.fuzz import Tally
 from kvpolicy_adapters.attach import attach
 from kvpolicy_adapters.transformers.cache import TransformersCache
@@ -73,10 +76,10 @@ _MODELS: dict[str, Callable[[], Any]] = {
 
 
 @cache
-def _model(name: str) -> Any:
+def _model(name: str, dtype: torch.dtype) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = _MODELS[name]().eval().requires_grad_(False)
+        model = _MODELS[name]().eval().requires_grad_(False).to(dtype)
     # Random weights of the usual size attend almost uniformly: sharpen them, so that a wrong cache
     # changes what comes out.
     for parameter_name, weight in model.named_parameters():
@@ -85,20 +88,75 @@ def _model(name: str) -> Any:
     return model
 
 
+@dataclass(frozen=True)
+class _Run:
+    """Tokens for a model, and the calls that bring them.
+
+    Attributes:
+        model: of transformers.
+        tokens: ``[B, T]``.
+        calls: sizes of the calls; they add up to T.
+        prefix: pinned tokens.
+        mask: what is a token and what is padding, ``[B, T]``; None where all are tokens.
+        what: the whole of it, for messages.
+    """
+
+    model: Any
+    tokens: Tensor
+    calls: list[int]
+    prefix: int
+    mask: Tensor | None
+    what: str
+
+    def call(self, cache: TransformersCache, first: int, size: int) -> Tensor:
+        """The logits of some tokens."""
+        seen = None if self.mask is None else self.mask[:, : first + size]
+        part = self.tokens[:, first : first + size]
+        output = self.model(part, use_cache=True, attention_mask=seen, **cache.as_argument)
+        logits: Tensor = output.logits
+        return logits
+
+    def feed(self, cache: TransformersCache, begin: int = 0, end: int | None = None) -> Tensor:
+        """Bring the tokens of some calls; the logits of all of them."""
+        logits, first = [], sum(self.calls[:begin])
+        for size in self.calls[begin:end]:
+            logits.append(self.call(cache, first, size))
+            first += size
+            self.look(cache, first)
+        return torch.cat(logits or [self.tokens.new_empty(len(self.tokens), 0)], dim=1)
+
+    def look(self, cache: TransformersCache, seen: int) -> None:
+        """What must hold after every call."""
+        stats = cache.stats()
+        for layer, positions in enumerate(_held(cache)):
+            most = self.prefix + stats.budgets[layer]
+            assert stats.peak_tokens[layer] <= most, f"layer {layer} held too much: {self.what}"
+            there = positions.masked_fill(positions < 0, seen).sort(-1).values
+            twice = (there[..., 1:] == there[..., :-1]) & (there[..., 1:] < seen)
+            assert not twice.any(), f"layer {layer} holds a position twice: {self.what}"
+            if self.mask is None:  # a prefix begins behind padding
+                pinned = min(self.prefix, seen)
+                there = there[..., :pinned]
+                assert (there == torch.arange(pinned)).all(), f"prefix is lost: {self.what}"
+
+
 @torch.inference_mode()
 def drive_model(policy: EvictionPolicy, seed: int) -> Tally:
     """Attach a random tiny model and bring it tokens in a random pattern of calls.
 
     What must hold: the budget, at the end of every call; prefix cached, and nothing twice; the same
-    again after ``reset``; a reordered batch goes on as if it had been in that order; all of the
-    model's own output where everything fits; and the model as it was, afterwards.
+    again after ``reset``, in a copy that goes on alone, and after an exception anywhere in the
+    model, unless the cache says that it can't go on; a reordered batch goes on as if it had been in
+    that order; all of the model's own output where everything fits; and the model as it was,
+    afterwards.
 
     Raises:
         AssertionError: one of these does not hold.
     """
     rng = random.Random(seed)
     name = rng.choice(list(_MODELS))
-    model = _model(name)
+    dtype = rng.choice((torch.float32, torch.float32, torch.bfloat16))
+    model = _model(name, dtype)
     prefix = rng.randint(0, 4)
     floor = _floor(policy, prefix)
     count = min(prefix + floor + rng.randint(1, 16), _MOST_TOKENS)
@@ -112,33 +170,44 @@ def drive_model(policy: EvictionPolicy, seed: int) -> Tally:
     tokens = torch.randint(1, VOCAB, (batch, count), generator=generator)
     calls = _calls(rng, count)
     reclaim: Reclaim = rng.choice(("lazy", "eager"))
-    what = f"{name}, {policy!r}, {layout!r}, budget {budget}, {reclaim}, batch {batch}, {calls}"
+    mask = _padding(rng, batch, count) if isinstance(layout, TextLayout) else None
+    what = (
+        f"{name}, {dtype}, {policy!r}, {layout!r}, budget {budget}, {reclaim}, batch {batch}, "
+        f"{calls}{'' if mask is None else f', padding {(mask == 0).sum(1).tolist()}'}"
+    )
+    run = _Run(model, tokens, calls, prefix, mask, what)
+    tally = Tally(streams=1, tokens=batch * count, masks=int(mask is not None))
     before = model.config._attn_implementation
     with attach(model, policy=policy, budget=budget, layout=layout, reclaim=reclaim) as cache:
         counting = _Counting(policy)
         for layer in cache.policy_cache.layers:
             layer.replace_policy(cast(EvictionPolicy, counting))
-        first = _feed(model, cache, tokens, calls, prefix, what)
+        first = run.feed(cache)
         held = _held(cache)
-        stats, decisions = cache.stats(), counting.decisions
+        stats, tally.decisions = cache.stats(), counting.decisions
         cache.reset()
-        again = _feed(model, cache, tokens, calls, prefix, what)
+        again = run.feed(cache)
         assert torch.equal(first, again), f"another output after reset(): {what}"
         assert _same(held, _held(cache)), f"other tokens are kept after reset(): {what}"
-        if batch > 1 and len(calls) > 1:
-            _reordered(model, cache, tokens, calls, prefix, rng, what)
+        if len(calls) > 1:
+            middle = rng.randint(1, len(calls) - 1)
+            _copied(run, cache, middle, first, held)
+            _interrupted(run, cache, middle, held, rng)
+            tally.copies, tally.exceptions = 1, 1
+            if batch > 1:
+                _reordered(run, cache, middle, rng)
     assert model.config._attn_implementation == before, f"the model has changed: {what}"
-    if max(stats.evictions) == 0 and not stats.left_alone:
-        plain = model(tokens).logits
-        off = float((plain - first).abs().max() / plain.abs().max())
-        assert off < 1e-3, f"everything fits, but the output is off by {off:.2g}: {what}"
+    fits = max(stats.evictions) == 0 and not stats.left_alone
+    if fits and dtype == torch.float32:
+        seen = torch.ones_like(tokens) if mask is None else mask
+        plain = model(tokens, attention_mask=seen).logits
+        off = (plain - first).abs().amax(-1).masked_fill(seen == 0, 0.0) / plain.abs().max()
+        assert off.max() < 1e-3, (
+            f"everything fits, but the output is off by {off.max():.2g}: {what}"
+        )
     heads = sum(positions.shape[1] for positions in held) // len(held)
-    return Tally(
-        streams=1,
-        tokens=batch * count,
-        decisions=decisions,
-        evictions=sum(stats.evictions) * batch * heads,
-    )
+    tally.evictions = sum(stats.evictions) * batch * heads
+    return tally
 
 
 class _Counting:
@@ -179,30 +248,18 @@ def _calls(rng: random.Random, count: int) -> list[int]:
     return calls
 
 
-def _feed(
-    model: Any, cache: TransformersCache, tokens: Tensor, calls: list[int], prefix: int, what: str
-) -> Tensor:
-    """Bring tokens call by call; the logits of all of them."""
-    logits, first = [], cache.get_seq_length()
-    for size in calls:
-        part = tokens[:, first : first + size]
-        logits.append(model(part, use_cache=True, **cache.as_argument).logits)
-        first += size
-        _look(cache, first, prefix, what)
-    return torch.cat(logits, dim=1)
-
-
-def _look(cache: TransformersCache, seen: int, prefix: int, what: str) -> None:
-    """What must hold after every call."""
-    stats = cache.stats()
-    for layer, positions in enumerate(_held(cache)):
-        most = prefix + stats.budgets[layer]
-        assert stats.peak_tokens[layer] <= most, f"layer {layer} held too much: {what}"
-        there = positions.masked_fill(positions < 0, seen).sort(-1).values
-        twice = (there[..., 1:] == there[..., :-1]) & (there[..., 1:] < seen)
-        assert not twice.any(), f"layer {layer} holds a position twice: {what}"
-        pinned = min(prefix, seen)
-        assert (there[..., :pinned] == torch.arange(pinned)).all(), f"prefix is lost: {what}"
+def _padding(rng: random.Random, batch: int, count: int) -> Tensor | None:
+    """Rows that begin, or end, later or sooner than others; None where all are whole."""
+    if rng.random() < 0.6:
+        return None
+    mask = torch.ones(batch, count, dtype=torch.int64)
+    for row in mask:
+        missing = rng.randint(0, count // 2)
+        if rng.random() < 0.7:
+            row[:missing] = 0
+        elif missing:
+            row[-missing:] = 0
+    return mask
 
 
 def _held(cache: TransformersCache) -> list[Tensor]:
@@ -213,22 +270,63 @@ def _same(ours: list[Tensor], theirs: list[Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
-def _reordered(
-    model: Any,
-    cache: TransformersCache,
-    tokens: Tensor,
-    calls: list[int],
-    prefix: int,
-    rng: random.Random,
-    what: str,
+def _copied(
+    run: _Run, cache: TransformersCache, middle: int, first: Tensor, held: list[Tensor]
 ) -> None:
-    """Reorder the batch in the middle; the budget and the prefix hold all the same."""
-    middle = rng.randint(1, len(calls) - 1)
-    index = torch.LongTensor([rng.randrange(len(tokens)) for _ in tokens])
+    """A copy made in the middle goes on alone, as the original would have."""
     cache.reset()
-    _feed(model, cache, tokens, calls[:middle], prefix, what)
+    run.feed(cache, end=middle)
+    before = _held(cache)
+    other = copy.deepcopy(cache)
+    rest = run.feed(other, middle)
+    assert torch.equal(rest, first[:, -rest.shape[1] :]), f"a copy goes on otherwise: {run.what}"
+    assert _same(held, _held(other)), f"a copy keeps other tokens: {run.what}"
+    assert _same(before, _held(cache)), f"the original followed its copy: {run.what}"
+
+
+def _interrupted(
+    run: _Run, cache: TransformersCache, middle: int, held: list[Tensor], rng: random.Random
+) -> None:
+    """An exception somewhere in the model: the cache goes on exactly, or says that it can't."""
+    cache.reset()
+    run.feed(cache, end=middle)
+    first, size = cache.get_seq_length(), run.calls[middle]
+    trial = copy.deepcopy(cache)
+    with Interrupt() as counter:
+        run.call(trial, first, size)
+    at, behind = rng.randrange(counter.count), rng.random() < 0.5
+    where = f"an exception at operation {at} of {counter.count}, {run.what}"
+    try:
+        with Interrupt(at, behind=behind):
+            run.call(cache, first, size)
+    except Interrupted:
+        pass
+    layers = cache.policy_cache.layers
+    taken = all(layer.whole and layer.seen == first + size for layer in layers)
+    refused = ""
+    try:
+        run.feed(cache, middle + taken)
+    except CacheStateError as error:
+        refused = str(error)
+    if refused:
+        assert "reset()" in refused, f"{refused} says not what to do after {where}"
+        cache.reset()
+        run.feed(cache)
+    assert _same(held, _held(cache)), f"other tokens are kept after {where}"
+
+
+def _reordered(run: _Run, cache: TransformersCache, middle: int, rng: random.Random) -> None:
+    """Reorder the batch in the middle; the budget and the prefix hold all the same."""
+    batch = len(run.tokens)
+    index = torch.LongTensor([rng.randrange(batch) for _ in range(batch)])
+    cache.reset()
+    run.feed(cache, end=middle)
     before = _held(cache)
     cache.reorder_cache(index)
     moved = [positions.index_select(0, index) for positions in before]
-    assert _same(moved, _held(cache)), f"reorder_cache({index.tolist()}) mixed tokens up: {what}"
-    _feed(model, cache, tokens[index], calls[middle:], prefix, what)
+    assert _same(moved, _held(cache)), (
+        f"reorder_cache({index.tolist()}) mixed tokens up: {run.what}"
+    )
+    mask = None if run.mask is None else run.mask[index]
+    moved_run = replace(run, tokens=run.tokens[index], mask=mask)
+    moved_run.feed(cache, middle)

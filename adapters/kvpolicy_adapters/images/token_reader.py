@@ -48,10 +48,12 @@ class Image:
     Attributes:
         start: position of its first token.
         grid: its rows, columns, line break and suffix; without a prefix.
+        opened: position behind the token that completed its header.
     """
 
     start: int
     grid: RasterLayout
+    opened: int = 0
 
     @property
     def stop(self) -> int:
@@ -103,7 +105,7 @@ class TokenReader:
             self._restart(ids.shape[0])
         elif (first, after) == self._newest:
             return
-        elif self.images and self.images[-1].start <= first < self.read:
+        elif self._counted(first):
             self.read = first  # nothing in an image was looked at
             for text in self._texts:
                 text.clear()
@@ -125,6 +127,11 @@ class TokenReader:
                 if self._opens(column):
                     break
 
+    def _counted(self, first: int) -> bool:
+        """Whether tokens were taken back to where the newest image is: counted, never looked at."""
+        image = self.images[-1] if self.images else None
+        return image is not None and image.opened <= first <= image.stop and first < self.read
+
     def _opens(self, tokens: Sequence[int]) -> bool:
         """Take in one more token of text a row; whether an image begins."""
         if len(tokens) != len(self._texts):  # a batch that was selected from, or repeated
@@ -141,7 +148,7 @@ class TokenReader:
         if found[0] is None:
             return False
         grid, begun = found[0]
-        self.images.append(Image(self.read - begun, grid))
+        self.images.append(Image(self.read - begun, grid, self.read))
         for text in self._texts:
             text.clear()
         return True

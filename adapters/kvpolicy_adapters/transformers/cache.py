@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +22,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from kvpolicy import CacheStateError, CacheStats, ModelError, PolicyCache, TokenLayout
 from kvpolicy_adapters.transformers.cache_argument import as_argument
+from kvpolicy_adapters.transformers.left_alone import LeftAlone
 from kvpolicy_adapters.transformers.masks import PolicyLength
 
 __all__ = ["PolicyLayer", "TransformersCache", "marked_layer"]
@@ -141,6 +143,7 @@ class TransformersCache(Cache):
         self.policy_cache = policy_cache
         self.chunked = chunked
         self._block = _Block()
+        self._left_alone: LeftAlone | None = None
         self.expected: PolicyLayer | None = None
         #: Attention modules, by id, that have brought it their tokens; and the ids ``[B, T]`` of
         #: those tokens, as far as they are known.
@@ -162,9 +165,9 @@ class TransformersCache(Cache):
         made = object.__new__(type(self))
         memo[id(self)] = made
         for name, value in vars(self).items():
-            if name not in ("layers", "expected", "_modules"):
+            if name not in ("layers", "expected", "_modules", "_left_alone"):
                 setattr(made, name, copy.deepcopy(value, memo))
-        made.expected, made._modules = None, self._modules
+        made.expected, made._modules, made._left_alone = None, self._modules, None
         made.layers = [
             PolicyLayer(made, layer.index)
             if isinstance(layer, PolicyLayer)
@@ -240,11 +243,54 @@ class TransformersCache(Cache):
             )
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
+    @contextmanager
+    def stage(self, lookahead: int) -> Iterator[None]:
+        """Take tokens that may be taken back; see :meth:`kvpolicy.PolicyCache.stage`.
+
+        Layers that the policy leaves alone take them back, too.
+
+        Raises:
+            CacheStateError: one of those can't; and what PolicyCache raises.
+            ParameterError: ``lookahead`` is no integer, or less than 1.
+        """
+        with self.policy_cache.stage(lookahead):
+            own = [
+                (index, layer)
+                for index, layer in enumerate(self.layers)
+                if not isinstance(layer, PolicyLayer)
+            ]
+            self._left_alone = LeftAlone(own)
+            try:
+                yield
+            finally:
+                self.expected = None
+                left_alone, self._left_alone = self._left_alone, None
+                left_alone.end()
+
+    @property
+    def staged(self) -> int:
+        """Tokens that are staged now, and not yet committed."""
+        return self.policy_cache.staged
+
+    def commit(self, count: int) -> None:
+        """Keep the first ``count`` staged tokens; see :meth:`kvpolicy.PolicyCache.commit`.
+
+        Raises:
+            CacheStateError: there is no stage, or PolicyCache can't.
+            ParameterError: ``count`` is no integer, or more tokens than are staged.
+        """
+        self.policy_cache.commit(count)
+        self.expected = None
+        if self._left_alone is not None:
+            self._left_alone.commit(count)
+
     def reset(self) -> None:
         """Forget everything: the next token is the first of a new sequence."""
         self.expected = self.said = None
         self.policy_cache.reset()
         self._of_others("reset")
+        if self._left_alone is not None:
+            self._left_alone.begin()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Follow the beams."""

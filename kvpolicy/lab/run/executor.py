@@ -1,26 +1,44 @@
-"""What the runner asks of whatever measures cells for it.
+"""What is asked of whatever does work for a run: cells that are measured, images that are drawn.
 
-An executor takes tasks and gives each back with its outcome, in the order in which they end. It
+An executor takes jobs and gives each back with its outcome, in the order in which they end. It
 writes nothing: whoever reads the outcomes does, so that a worker needs no disk in common with it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeVar
 
-from kvpolicy.lab.run.worker import Outcome, Task
+__all__ = ["DEATHS", "Executor", "Job", "JobKind"]
 
-__all__ = ["DEATHS", "Executor", "Outcomes"]
-
-#: Tasks with their outcomes; ``close()`` ends the workers.
-Outcomes: TypeAlias = Generator[tuple[Task, Outcome], None, None]
-#: How often a task may kill its worker before it counts as failed.
+#: How often a job may kill its worker before it counts as failed.
 DEATHS = 3
 
 
+class Job(Protocol):
+    """A piece of work that a worker, in whatever process, can do by itself."""
+
+    @property
+    def id(self) -> str:
+        """Its name, which no other job of the run has."""
+
+    @property
+    def threads(self) -> int | None:
+        """Of torch, while it works; None for torch's own number."""
+
+    @property
+    def gpus(self) -> int:
+        """Devices that it needs to itself."""
+
+    def perform(self) -> Any:
+        """Do it; what goes wrong is an outcome too (:class:`kvpolicy.lab.run.worker.Raised`)."""
+
+
+JobKind = TypeVar("JobKind", bound=Job)
+
+
 class Executor(Protocol):
-    """What the runner asks of an executor."""
+    """What a run asks of an executor."""
 
     @property
     def name(self) -> str:
@@ -28,7 +46,7 @@ class Executor(Protocol):
 
     @property
     def workers(self) -> int:
-        """Cells that are measured at a time."""
+        """Jobs at a time."""
 
-    def run(self, tasks: Sequence[Task]) -> Outcomes:
-        """Measure every task; closing the iterator ends the workers."""
+    def run(self, jobs: Sequence[JobKind]) -> Generator[tuple[JobKind, Any], None, None]:
+        """Do every job; closing the iterator ends the workers."""

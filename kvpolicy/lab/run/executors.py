@@ -1,4 +1,4 @@
-"""Where cells are measured: in this process, in processes of this machine, or on a Ray cluster."""
+"""Where jobs are done: in this process, in processes of this machine, or on a Ray cluster."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing import connection, get_context, parent_process
 from typing import Any
 
 from kvpolicy.errors import ParameterError, near_matches
-from kvpolicy.lab.run.executor import DEATHS, Executor, Outcomes
-from kvpolicy.lab.run.worker import Raised, Task, measure_cell
+from kvpolicy.lab.run.executor import DEATHS, Executor, Job, JobKind
+from kvpolicy.lab.run.worker import Raised
 
 __all__ = ["Inline", "Processes", "make_executor", "processors"]
 
@@ -24,54 +24,54 @@ _PATIENCE = 2.0
 
 @dataclass(frozen=True)
 class Inline:
-    """One cell after the other, in this process."""
+    """One job after the other, in this process."""
 
     name: str = "inline"
     workers: int = 1
 
-    def run(self, tasks: Sequence[Task]) -> Outcomes:
-        """Measure every task; see :class:`~kvpolicy.lab.run.executor.Executor`."""
-        for task in tasks:
-            yield task, measure_cell(task)
+    def run(self, jobs: Sequence[JobKind]) -> Generator[tuple[JobKind, Any], None, None]:
+        """Do every job; see :class:`~kvpolicy.lab.run.executor.Executor`."""
+        for job in jobs:
+            yield job, job.perform()
 
 
 @dataclass(eq=False)
 class _Worker:
-    """One process, its end of the pipe, and the task that it has."""
+    """One process, its end of the pipe, and the job that it has."""
 
     process: Any
     pipe: Any
-    task: Task | None = None
+    job: Any = None
 
 
 @dataclass(frozen=True)
 class Processes:
-    """Processes of this machine, each with a cell of its own.
+    """Processes of this machine, each with a job of its own.
 
-    A process that dies takes only the try of its own cell with it: it is replaced, and its cell is
+    A process that dies takes only the try of its own job with it: it is replaced, and its job is
     tried again, up to ``DEATHS`` times. Where this process dies, however suddenly, its workers end
-    at once, so that no cell is measured twice by those left over.
+    at once, so that no job is done twice by those left over.
     """
 
     workers: int
     name: str = "processes"
     _context: Any = field(default_factory=lambda: get_context("spawn"), repr=False)
 
-    def run(self, tasks: Sequence[Task]) -> Outcomes:
-        """Measure every task; see :class:`~kvpolicy.lab.run.executor.Executor`."""
-        waiting = deque(tasks)
+    def run(self, jobs: Sequence[JobKind]) -> Generator[tuple[JobKind, Any], None, None]:
+        """Do every job; see :class:`~kvpolicy.lab.run.executor.Executor`."""
+        waiting = deque(jobs)
         deaths: dict[str, int] = {}
         crew = [self._start() for _ in range(min(self.workers, len(waiting)))]
         try:
-            while waiting or any(worker.task for worker in crew):
+            while waiting or any(worker.job for worker in crew):
                 for worker in crew:
-                    if worker.task is None and waiting:
-                        worker.task = waiting.popleft()
+                    if worker.job is None and waiting:
+                        worker.job = waiting.popleft()
                         with suppress(OSError):  # dead already: seen below
-                            worker.pipe.send(worker.task)
-                ready = set(connection.wait([w.pipe for w in crew if w.task]))
+                            worker.pipe.send(worker.job)
+                ready = set(connection.wait([w.pipe for w in crew if w.job]))
                 for number, worker in enumerate(crew):
-                    if worker.pipe not in ready or (task := worker.task) is None:
+                    if worker.pipe not in ready or (job := worker.job) is None:
                         continue
                     try:
                         outcome = worker.pipe.recv()
@@ -79,14 +79,14 @@ class Processes:
                         worker.pipe.close()
                         worker.process.join()
                         crew[number] = self._start()
-                        died = deaths[task.cell.id] = deaths.get(task.cell.id, 0) + 1
+                        died = deaths[job.id] = deaths.get(job.id, 0) + 1
                         if died < DEATHS:
-                            waiting.append(task)
+                            waiting.append(job)
                             continue
                         outcome = Raised(*_death(worker.process.exitcode))
                     else:
-                        worker.task = None
-                    yield task, outcome
+                        worker.job = None
+                    yield job, outcome
         finally:
             for worker in crew:
                 worker.pipe.close()
@@ -107,16 +107,16 @@ class Processes:
 
 
 def _serve(pipe: Any) -> None:
-    """A worker's life: a task in, an outcome out, until the pipe is closed."""
+    """A worker's life: a job in, an outcome out, until the pipe is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.dup2(2, 1)  # what libraries print, below Python, is not for standard output either
     threading.Thread(target=_end_with_parent, daemon=True).start()
     while True:
         try:
-            task = pipe.recv()
+            job: Job = pipe.recv()
         except EOFError:
             return
-        pipe.send(measure_cell(task))
+        pipe.send(job.perform())
 
 
 @contextmanager
@@ -165,7 +165,7 @@ def make_executor(name: str, workers: int | None, threads: int, address: str | N
 
     Args:
         name: which.
-        workers: cells at a time; by default as many as processors allow with these threads. A
+        workers: jobs at a time; by default as many as processors allow with these threads. A
             Ray cluster that runs elsewhere has its own number.
         threads: of torch, in each worker.
         address: of a Ray cluster; None for one of this machine.

@@ -6,7 +6,6 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 from matplotlib.figure import Figure
 
 from kvpolicy.lab.compare.comparison import Entry, compare
@@ -99,7 +98,7 @@ def image_sheets(
         at = "from the full cache" if budget is None else f"at a budget of {budget}"
         title = f"Drawn {at} (top: full cache), same seed down each column"
         sheets[f"images-{_in_a_name(budget)}"] = contact_sheet(
-            [(name, remark, np.asarray(images[:count])) for name, remark, images in rows],
+            [(name, remark, list(images[:count])) for name, remark, images in rows],
             names,
             title,
         )

@@ -279,7 +279,8 @@ def read_plan(path: Path, own: Collection[str] = ()) -> Plan:
     except Exception as error:
         if isinstance(error, ParameterError | ModuleNotFoundError):
             raise
-        raise ParameterError(f"plan {path} is not YAML: {error}") from None
+        said = " ".join(str(error).split())  # with the place, in several lines
+        raise ParameterError(f"plan {path} is not YAML: {said}") from None
     if not isinstance(fields, dict) or not all(isinstance(name, str) for name in fields):
         raise ParameterError(
             f"plan {path} must be a mapping with at least 'subject' and 'policies'"

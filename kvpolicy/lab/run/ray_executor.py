@@ -1,19 +1,19 @@
-"""Cells on a Ray cluster: Ray places them, starts workers, and replaces those that die."""
+"""Jobs on a Ray cluster: Ray places them, starts workers, and replaces those that die."""
 
 from __future__ import annotations
 
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 
 from kvpolicy.errors import ParameterError
-from kvpolicy.lab.run.executor import DEATHS, Outcomes
-from kvpolicy.lab.run.worker import Raised, Task, measure_cell
+from kvpolicy.lab.run.executor import DEATHS, Job, JobKind
+from kvpolicy.lab.run.worker import Raised
 
 __all__ = ["OnRay"]
 
@@ -32,25 +32,27 @@ class OnRay:
     address: str | None = None
     name: str = "ray"
 
-    def run(self, tasks: Sequence[Task]) -> Outcomes:
-        """Measure every task; see :class:`kvpolicy.lab.run.executor.Executor`."""
+    def run(self, jobs: Sequence[JobKind]) -> Generator[tuple[JobKind, Any], None, None]:
+        """Do every job; see :class:`kvpolicy.lab.run.executor.Executor`."""
         ours = not ray.is_initialized()
         if ours:
-            self._begin(max((task.threads for task in tasks), default=1))
-        running: dict[Any, Task] = {}
+            self._begin(max((job.threads or 1 for job in jobs), default=1))
+        running: dict[Any, JobKind] = {}
         try:
-            for task in tasks:
+            for job in jobs:
                 # A worker that dies is Ray's business: it starts another and tries again.
-                remote = ray.remote(num_cpus=task.threads, max_retries=DEATHS - 1)(measure_cell)
-                running[remote.remote(task)] = task
+                remote = ray.remote(
+                    num_cpus=job.threads or 1, num_gpus=job.gpus, max_retries=DEATHS - 1
+                )(_perform)
+                running[remote.remote(job)] = job
             while running:
                 (done,), _ = ray.wait(list(running), num_returns=1)
-                task = running.pop(done)
+                job = running.pop(done)
                 try:
                     outcome = ray.get(done)
                 except ray.exceptions.RayError as error:
                     outcome = Raised(f"{type(error).__name__}: the worker was lost", str(error))
-                yield task, outcome
+                yield job, outcome
         finally:
             for left in running:
                 ray.cancel(left, force=True)
@@ -76,3 +78,7 @@ class OnRay:
         except (ConnectionError, ValueError, RuntimeError) as error:
             where = self.address or "this machine"
             raise ParameterError(f"no Ray cluster at {where}: {error}") from error
+
+
+def _perform(job: Job) -> Any:
+    return job.perform()

@@ -67,6 +67,20 @@ class Task:
     threads: int = 1
     trace: bool = False
 
+    @property
+    def id(self) -> str:
+        """The cell's."""
+        return self.cell.id
+
+    @property
+    def gpus(self) -> int:
+        """None: a subject says itself where it computes."""
+        return 0
+
+    def perform(self) -> Outcome:
+        """Measure the cell."""
+        return measure_cell(self)
+
 
 @dataclass(frozen=True)
 class Measured:

@@ -26,14 +26,15 @@ _STYLE: Any = {
 
 
 def contact_sheet(
-    rows: Sequence[tuple[str, str, NDArray[np.uint8]]],
+    rows: Sequence[tuple[str, str, Sequence[NDArray[np.uint8]]]],
     column_names: Sequence[str],
     title: str,
 ) -> Figure:
     """One row a policy, one column a class.
 
     Args:
-        rows: name, remark, and images uint8 ``[columns, height, width]`` of each policy.
+        rows: name, remark, and images of each policy, one a column: uint8 ``[height, width]``,
+            whose 0 is shown white, or ``[height, width, 3]`` in colour.
         column_names: what stands above the columns.
         title: what the reader looks at.
 
@@ -62,7 +63,8 @@ def contact_sheet(
                         (cell - 0.06) / size[1],
                     )
                 )
-                axes.imshow(255 - images[c], cmap="gray", vmin=0, vmax=255)
+                grey = images[c].ndim == 2
+                axes.imshow(255 - images[c] if grey else images[c], cmap="gray", vmin=0, vmax=255)
                 _bare(axes)
                 if r == 0:
                     axes.set_title(column_names[c], size=7, pad=4)

@@ -8,14 +8,15 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-import torch
 
 import kvpolicy.ops.cpu as here
 from kvpolicy.errors import KernelError
 from kvpolicy.ops.cpu import native
+from kvpolicy.ops.cpu.compiling import CompileError, compile_library, find_compiler
 
 __all__ = ["build"]
 
@@ -28,7 +29,8 @@ def build(compiler: str | None = None) -> Path:
 
     They are loaded by a process of their own, which computes with each of them what torch computes
     without, and measures both: where a kernel is not the faster one on this machine, torch goes on
-    doing it. What was chosen lies beside the library, in a file of JSON.
+    doing it. What was chosen lies beside the library, in a file of JSON. Where there is no
+    compiler, the library that came with the installation is tried and measured instead.
 
     Args:
         compiler: the C++ compiler; by default ``$CXX``, or the first of c++, g++ and clang++.
@@ -38,58 +40,87 @@ def build(compiler: str | None = None) -> Path:
 
     Raises:
         KernelError: there is no compiler, or it fails, or what it made can't be loaded or computes
-            something else, or the folder can't be written; nothing is left behind then.
+            something else, or the folder can't be written, or others can write it; nothing is
+            left behind then.
     """
     into = native.library()
     if native.whole(into):
         return into
-    found = shutil.which(compiler or os.environ.get("CXX") or "c++") or next(
-        (path for name in ("g++", "clang++") if (path := shutil.which(name))), None
-    )
-    if found is None or (compiler is not None and shutil.which(compiler) is None):
+    found = find_compiler(compiler)
+    brought = native.shipped() if found is None and compiler is None else None
+    if found is None and brought is None:
         wanted = compiler or "c++, g++ or clang++"
         raise KernelError(f"no C++ compiler ({wanted}) is on the PATH; kvpolicy works without one")
     try:
-        into.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=into.parent, prefix="building-") as folder:
-            made = Path(folder, into.name)
-            _compile(found, Path(folder), made)
-            made.chmod(0o700)
-            figures = Path(folder, "figures.json")
-            report = _try(made) | {"sha256": native.digest(made)}
-            figures.write_text(json.dumps(report), encoding="utf-8")
-            figures.chmod(0o600)
-            # Figures first: a library is used as soon as it is there.
-            for written, place in ((figures, into.with_suffix(".json")), (made, into)):
-                with written.open("rb") as file:
-                    os.fsync(file.fileno())
-                os.replace(written, place)  # whole or not at all: others may be looking
+        _make(into.parent)
+        refused = native.untrusted(into.parent)
+        if refused is not None:
+            raise KernelError(
+                f"no code would be loaded from {into.parent}: {refused}; see to that (chmod go-w), "
+                f"or name another folder in $KVPOLICY_KERNELS"
+            )
+        with _alone(into.parent):
+            if native.whole(into):  # another process was first
+                return into
+            with tempfile.TemporaryDirectory(dir=into.parent, prefix="building-") as folder:
+                made = Path(folder, into.name)
+                if found is not None:
+                    compile_library(found, native.march(), made)
+                elif brought is not None:
+                    shutil.copyfile(brought, made)
+                made.chmod(0o700)
+                figures = Path(folder, "figures.json")
+                report = _try(made) | {"sha256": native.digest(made)}
+                figures.write_text(json.dumps(report), encoding="utf-8")
+                figures.chmod(0o600)
+                # Figures first: a library is used as soon as it is there.
+                for written, place in ((figures, into.with_suffix(".json")), (made, into)):
+                    with written.open("rb") as file:
+                        os.fsync(file.fileno())
+                    os.replace(written, place)  # whole or not at all: others may be looking
+    except CompileError as error:
+        raise KernelError(str(error)) from error
     except OSError as error:
         raise KernelError(
             f"the kernels can't be put into {into.parent}: {error}; name another folder in "
             f"$KVPOLICY_KERNELS"
         ) from error
+    native.in_use.cache_clear()
     native.operators.cache_clear()
-    native.figures.cache_clear()
     return into
 
 
-def _compile(compiler: str, folder: Path, into: Path) -> None:
-    torch_folder = Path(torch.__file__).parent
-    headers = [torch_folder / "include", torch_folder / "include/torch/csrc/api/include"]
-    libraries = torch_folder / "lib"
-    # torch's own OpenMP, so that both share its threads; a second one's would fight for the cores.
-    openmp: list[str | Path] = [*sorted(libraries.glob("lib*omp*.so*"))] or ["-fopenmp"]
-    abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"
-    unit = folder / "kernels.cpp"
-    # One unit: most of the time goes into torch's headers, once for each.
-    unit.write_text("".join(f'#include "{source}"\n' for source in native.SOURCES))
-    command = [compiler, *native.flags(), "-fopenmp", abi, *(f"-I{path}" for path in headers)]
-    command += ["-shared", str(unit), f"-L{libraries}", "-ltorch_cpu", "-lc10"]
-    command += [*map(str, openmp), "-o", str(into)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise KernelError(f"{compiler} failed ({done.returncode}):\n{done.stderr.strip()}")
+def _make(folder: Path) -> None:
+    """Make a folder, and those on the way to it, for nobody else, whatever the umask."""
+    for place in reversed((folder, *folder.parents)):
+        if not place.exists():
+            place.mkdir(mode=0o700, exist_ok=True)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One build at a time, and nothing there of one that was killed.
+
+    Where the system, or the disk, has no locks, builds go on side by side, and what is left of
+    others stays.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except OSError:  # NFS may have none for folders
+            pass
+        else:
+            for left in folder.glob("building-*"):
+                shutil.rmtree(left, ignore_errors=True)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _try(path: Path) -> dict[str, Any]:

@@ -2,8 +2,9 @@
 
 ``kvpolicy build-kernel`` (:mod:`kvpolicy.ops.cpu.build`) compiles the ``*_cpu.cpp`` of this folder
 with the system's C++ compiler into one library in this user's cache folder, whose name carries the
-sources, torch's version and what this processor can do. Whoever decodes then finds it there;
-without it, torch's own operators do the same.
+sources, torch's version and what this processor can do. Whoever decodes then finds it there. A
+wheel brings libraries of its own, one an instruction set, for the torch that it was built with.
+Without either, torch's own operators do the same.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ import hashlib
 import json
 import os
 import platform
+import stat
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,40 +25,40 @@ import torch
 from torch import Tensor
 
 from kvpolicy.errors import KernelError
+from kvpolicy.ops.cpu.compiling import HEADERS, SOURCES, flags
 
 __all__ = [
     "DTYPES",
+    "SHIPPED",
     "SLOWEST",
-    "SOURCES",
     "Kernel",
+    "Library",
     "decoder",
     "digest",
-    "figures",
-    "flags",
+    "in_use",
     "library",
     "linear",
+    "march",
+    "measured",
     "most_rows",
     "operators",
     "serves",
     "serving",
+    "shipped",
     "stepper",
-    "trusted",
+    "untrusted",
     "uses",
     "whole",
 ]
 
-SOURCES = tuple(sorted(Path(__file__).parent.glob("*_cpu.cpp")))
-_HEADERS = tuple(sorted(Path(__file__).parent.glob("*.h")))
-#: No contraction: which products and sums are fused is written in the sources (see lanes.h).
-_FLAGS = (
-    *("-std=c++20", "-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math"),
-    "-ffp-contract=off",
-)
 #: Of the keys and values that kernels read.
 DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 
 #: A kernel that takes longer than torch, but for noise, is not used.
 SLOWEST = 0.97
+
+#: Where a wheel has its libraries, and ``built.json``, which says what they were built for.
+SHIPPED = Path(__file__).parent / "built"
 
 #: An operator of torch.
 Kernel = Callable[..., Any]
@@ -65,6 +68,27 @@ Decoder = Callable[..., tuple[Tensor, Tensor, bool]]
 Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
+@dataclass(frozen=True)
+class Library:
+    """A library of kernels, and what it is used for.
+
+    Attributes:
+        path: where it lies.
+        most_rows: up to which the kernel for skinny products is the faster one.
+        times_as_fast: each kernel as torch without it, where that was measured.
+    """
+
+    path: Path
+    most_rows: int
+    times_as_fast: Mapping[str, float] = field(default_factory=dict)
+
+
+#: Rows that a library's kernel for skinny products serves where nobody has measured it.
+_MOST_ROWS = {"x86-64-v4": 16, "x86-64-v3": 8}
+#: What a process has loaded, it keeps: torch knows an operator once.
+_loaded: Path | None = None
+
+
 def library() -> Path:
     """Where the library for this machine lies, or would lie.
 
@@ -72,8 +96,8 @@ def library() -> Path:
         KernelError: nobody knows this user's home folder, and ``$KVPOLICY_KERNELS`` names no other.
     """
     what = hashlib.sha256()
-    sources = [source.read_text() for source in (*SOURCES, *_HEADERS)]
-    for part in (*sources, *flags(), torch.__version__, platform.machine(), _features()):
+    sources = [source.read_text() for source in (*SOURCES, *HEADERS)]
+    for part in (*sources, *flags(march()), torch.__version__, platform.machine(), _features()):
         what.update(part.encode())
     try:
         folder = Path(os.environ.get("KVPOLICY_KERNELS") or "~/.cache/kvpolicy/kernels")
@@ -83,25 +107,39 @@ def library() -> Path:
     return folder / f"cpu-{what.hexdigest()[:16]}.so"
 
 
-def flags() -> tuple[str, ...]:
-    """For this processor, or the one that ``$KVPOLICY_MARCH`` names, as compilers name them."""
-    return (*_FLAGS, f"-march={os.environ.get('KVPOLICY_MARCH') or 'native'}")
+def march() -> str:
+    """This processor, or the one that ``$KVPOLICY_MARCH`` names, as compilers name them."""
+    return os.environ.get("KVPOLICY_MARCH") or "native"
 
 
-def trusted(path: Path) -> str | None:
-    """Why code from this file must not be loaded, in words; None if it may.
+def untrusted(path: Path) -> str | None:
+    """Why code from this file, or folder, must not be loaded, in words; None if it may.
 
-    Whoever can write the file, or its folder, can run code as the user who loads it.
+    Whoever can write the file, or a folder on the way to it, can run code as the user who loads it.
+    As ssh does with its files, folders are looked at up to the home folder, or the root.
     """
     if os.name != "posix":
         return None
-    for place in (path, path.parent):
+    path = path.resolve()
+    own = {path, path if path.is_dir() else path.parent}
+    for place in (path, *path.parents):
         status = place.stat()
         if status.st_uid not in (0, os.geteuid()):
             return f"{place} belongs to another user"
-        if status.st_mode & 0o022:
+        # In a folder like /tmp everybody may write, and nobody move what belongs to others.
+        shared = status.st_mode & stat.S_ISVTX and place not in own
+        if status.st_mode & 0o022 and not shared:
             return f"others may write {place}"
+        if place == _home():
+            break
     return None
+
+
+def _home() -> Path | None:
+    try:
+        return Path.home().resolve()
+    except RuntimeError:
+        return None
 
 
 def digest(path: Path) -> str:
@@ -109,66 +147,130 @@ def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-@functools.cache
-def figures() -> dict[str, Any]:
-    """What was measured when the library was built; empty where that is not known."""
+def measured(path: Path) -> dict[str, Any]:
+    """What was measured when a library was built; empty where that is not known."""
+    beside = path.with_suffix(".json")
     try:
-        path = library().with_suffix(".json")
-        if trusted(path) is not None:
+        if untrusted(beside) is not None:
             return {}
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(beside.read_text(encoding="utf-8"))
         return {
             "times_as_fast": dict(found["times_as_fast"]),
             "most_rows": int(found["most_rows"]),
             "sha256": str(found["sha256"]),
         }
-    except (OSError, ValueError, KeyError, TypeError, KernelError):
+    except (OSError, ValueError, KeyError, TypeError):
         return {}
-
-
-@functools.cache
-def operators() -> Any:
-    """The kernels, operators of torch by name; None unless built, or if ``$KVPOLICY_NATIVE`` is 0.
-
-    A library that can't be loaded, or that others could have written, is left alone, with a
-    warning: whatever it would do faster is done by torch.
-    """
-    if os.environ.get("KVPOLICY_NATIVE", "1") == "0":
-        return None
-    try:
-        path = library()
-        if not path.exists():
-            return None
-        refused = trusted(path)
-        # Of a file that was cut short, or written over, loading would end the whole process.
-        if refused is None and figures().get("sha256") != digest(path):
-            refused = "they are not what was built"
-        if refused is None:
-            torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
-            return torch.ops.kvpolicy_cpu
-    except KernelError:
-        return None  # no folder: nothing was built
-    except OSError as error:
-        refused = str(error)
-    warnings.warn(
-        f"the CPU kernels in {path} are not used: {refused}; `kvpolicy build-kernel` makes them "
-        f"anew, and KVPOLICY_NATIVE=0 does without",
-        RuntimeWarning,
-        stacklevel=2,
-    )
-    return None
 
 
 def whole(path: Path) -> bool:
     """Whether there is a library, bit for bit the one that was built, which may be loaded."""
-    figures.cache_clear()
-    return path.exists() and trusted(path) is None and figures().get("sha256") == digest(path)
+    return (
+        path.exists() and untrusted(path) is None and measured(path).get("sha256") == digest(path)
+    )
+
+
+def shipped() -> Path | None:
+    """The library for this processor that the installation brought, if it did.
+
+    Raises:
+        KernelError: it was built for another torch, or it is damaged.
+    """
+    try:
+        said = json.loads((SHIPPED / "built.json").read_text(encoding="utf-8"))
+        built_for, digests = str(said["torch"]), dict(said["sha256"])
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise KernelError(f"the CPU kernels in {SHIPPED} are not used: {error!r}") from error
+    if built_for != _public(torch.__version__):
+        raise KernelError(
+            f"the CPU kernels that came with kvpolicy are for torch {built_for}, and are not used "
+            f"with {torch.__version__}"
+        )
+    capability = torch.backends.cpu.get_cpu_capability()
+    wide = ["x86-64-v4"] if capability.startswith(("AVX512", "AVX10")) else []
+    for name in wide + (["x86-64-v3"] if wide or capability == "AVX2" else []):
+        if name in digests:
+            path = SHIPPED / f"{name}.so"
+            # Of a file that was cut short, loading would end the whole process.
+            if not path.exists() or digest(path) != digests[name]:
+                raise KernelError(f"the CPU kernels in {path} are not used: it is damaged")
+            return path
+    return None
+
+
+def _public(version: str) -> str:
+    """A version without what says which devices it was built for."""
+    return version.partition("+")[0]
+
+
+@functools.cache
+def in_use() -> Library | None:
+    """The library that this process uses: built here, or brought by the installation.
+
+    None where there is neither, or if ``$KVPOLICY_NATIVE`` is 0. A library that can't be loaded, or
+    that others could have written, is left alone, with a warning: whatever it would do faster is
+    done by torch.
+    """
+    if os.environ.get("KVPOLICY_NATIVE", "1") == "0":
+        return None
+    for find in (_find_built, _find_shipped):
+        try:
+            found = find()
+            if found is not None and _load(found.path):
+                return found
+        except (KernelError, OSError) as error:
+            warnings.warn(
+                f"{error}; `kvpolicy build-kernel` makes them anew, and KVPOLICY_NATIVE=0 does "
+                f"without",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+    return None
+
+
+def _find_built() -> Library | None:
+    try:
+        path = library()
+        if not path.exists():
+            return None
+    except (KernelError, PermissionError):
+        return None  # no folder that this user could read: nothing was built
+    report = measured(path)
+    refused = untrusted(path)
+    # Of a file that was cut short, or written over, loading would end the whole process.
+    if refused is None and report.get("sha256") != digest(path):
+        refused = "they are not what was built"
+    if refused is not None:
+        raise KernelError(f"the CPU kernels in {path} are not used: {refused}")
+    return Library(path.resolve(), report["most_rows"], report["times_as_fast"])
+
+
+def _find_shipped() -> Library | None:
+    path = shipped()
+    return None if path is None else Library(path, _MOST_ROWS[path.stem])
+
+
+def _load(path: Path) -> bool:
+    """Load a library, unless this process has another one already; whether it has this one."""
+    global _loaded
+    if _loaded is None:
+        torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
+        _loaded = path
+    return _loaded == path
+
+
+@functools.cache
+def operators() -> Any:
+    """The kernels, operators of torch by name; None without a library."""
+    return None if in_use() is None else torch.ops.kvpolicy_cpu
 
 
 def uses(name: str) -> bool:
     """Whether a kernel was the faster one when the library was built, or nobody knows."""
-    ratio: float = figures().get("times_as_fast", {}).get(name, 1.0)
-    return ratio >= SLOWEST
+    found = in_use()
+    return found is None or found.times_as_fast.get(name, 1.0) >= SLOWEST
 
 
 def decoder() -> Decoder | None:
@@ -185,8 +287,8 @@ def stepper() -> Callable[..., Tensor] | None:
 
 def most_rows() -> int:
     """Rows up to which the kernel for skinny products is the faster one on this machine."""
-    rows: int = figures().get("most_rows", 16)
-    return rows
+    found = in_use()
+    return 16 if found is None else found.most_rows
 
 
 def linear() -> Linear | None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ from torch import Tensor
 from kvpolicy import ParameterError
 from kvpolicy_adapters.images.llamagen.configuration import SIZES, LlamaGenConfig
 from kvpolicy_adapters.images.llamagen.modeling import LlamaGen
+from kvpolicy_adapters.images.tensors import read_checkpoint, weights_of
 
 __all__ = ["read_official"]
 
@@ -49,13 +48,11 @@ def read_official(
         ParameterError: the file holds more than tensors, or they are not those of a LlamaGen.
         OSError: the file can't be read.
     """
-    checkpoint = source if isinstance(source, Mapping) else _read(Path(source))
-    nested = (checkpoint[key] for key in _NESTED if isinstance(checkpoint.get(key), Mapping))
-    found = next(nested, checkpoint)
+    checkpoint = source if isinstance(source, Mapping) else read_checkpoint(source)
     weights = {
         name: tensor
-        for name, tensor in found.items()
-        if isinstance(tensor, Tensor) and not any(part in name for part in _MADE_ANEW)
+        for name, tensor in weights_of(checkpoint, _NESTED).items()
+        if not any(part in name for part in _MADE_ANEW)
     }
     with torch.device("meta"):
         model = LlamaGen(_configuration(weights, grid_size, num_attention_heads))
@@ -75,22 +72,6 @@ def read_official(
     model.load_state_dict(weights, assign=True)
     model.config.dtype = weights["output.weight"].dtype
     return model.eval()
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """A checkpoint of tensors, and of nothing that could run code."""
-    try:
-        # Training scripts save their parsed arguments along, which are plain values.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
-        raise ParameterError(
-            f"{path} can't be read as a checkpoint of tensors ({str(error).splitlines()[0]}); if "
-            f"it holds Python objects and you trust it, load it yourself and give the state dict"
-        ) from error
-    if not isinstance(checkpoint, dict):
-        raise ParameterError(f"{path} holds a {type(checkpoint).__name__}, not a state dict")
-    return checkpoint
 
 
 def _configuration(

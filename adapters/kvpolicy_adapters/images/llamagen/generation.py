@@ -11,6 +11,7 @@ from transformers import Cache, DynamicCache
 from kvpolicy import CacheStateError, Decoder, ParameterError, Sampling, ShapeError
 from kvpolicy_adapters.images.guidance import guided
 from kvpolicy_adapters.images.llamagen.configuration import LlamaGenConfig
+from kvpolicy_adapters.images.sampling import RowSampler
 from kvpolicy_adapters.transformers.cache_argument import either
 
 __all__ = ["generate"]
@@ -44,6 +45,7 @@ def generate(
     top_p: float = 1.0,
     seed: int | None = None,
     decoder: Decoder | str = "sequential",
+    sampler: RowSampler | None = None,
 ) -> Tensor:
     """Draw one image for each condition.
 
@@ -66,6 +68,8 @@ def generate(
         seed: makes the draw repeatable; None to go on from torch's own generator.
         decoder: or its spelling: ``sjd:window=32`` draws several tokens a pass, with the cache of
             ``attach``.
+        sampler: draws each image with random numbers of its own, and with a temperature and limits
+            of its own instead of those above; for the sequential decoder.
 
     Returns:
         Image tokens, int64 ``[B, n, n]``, row by row; the tokenizer's decoder makes pixels of them.
@@ -142,6 +146,12 @@ def generate(
     # The condition is no tokens: zeros stand for it.
     prompt = torch.zeros(batch, prefix, dtype=torch.int64, device=condition.device)
     drawn = Decoder.parse(decoder).decode(
-        step, cache, prompt, count, sampling=sampling, generator=chance
+        step,
+        cache,
+        prompt,
+        count,
+        sampling=sampling,
+        generator=chance,
+        rules=() if sampler is None else (sampler,),
     )
     return drawn.tokens[:, prefix:].reshape(batch, config.grid_size, config.grid_size)

@@ -1,0 +1,1 @@
+"""What ``kvpolicy draw`` draws with: a file a family of models."""

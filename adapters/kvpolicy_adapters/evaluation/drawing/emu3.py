@@ -1,0 +1,120 @@
+"""Emu3, as transformers' ``Emu3ForConditionalGeneration``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvpolicy import LateLayout, RasterLayout
+from kvpolicy.lab.draw.image_model import Drawn, Sampler
+from kvpolicy.lab.draw.items import Item
+from kvpolicy.lab.run.subject import Setting
+from kvpolicy_adapters.attach import attach
+from kvpolicy_adapters.evaluation.drawing.common import (
+    fits,
+    left_padded,
+    needs_prompt,
+    row_sampler,
+)
+from kvpolicy_adapters.images.emu3 import GridRule
+from kvpolicy_adapters.images.families import layout_of
+from kvpolicy_adapters.images.guidance import Guidance
+from kvpolicy_adapters.images.memory import in_pieces
+from kvpolicy_adapters.images.vqgan import to_pixels
+
+__all__ = ["Emu3Images"]
+
+_CFG, _TOP_K = 3.0, 2048
+_NEGATIVE = "lowres, bad anatomy, bad hands, cropped, worst quality, low quality, blurry"
+#: End of frame, end of image, end of sequence.
+_SUFFIX = 3
+
+
+class Emu3Images:
+    """Draws with an Emu3 and the decoder of its own; guidance is away from a negative prompt.
+
+    Args:
+        model: the model.
+        processor: its processor, which says the size in the prompt.
+        size: pixels a side of the pictures; None for what the decoder gives.
+    """
+
+    name = "emu3"
+
+    def __init__(self, model: Any, processor: Any, *, size: int | None = None) -> None:
+        self._model, self._processor, self._size = model, processor, size
+        self.num_layers = model.config.text_config.num_hidden_layers
+
+    @property
+    def layout(self) -> LateLayout:
+        """A reader of the size that the prompt gives; it follows one generation."""
+        layout = layout_of(self._model)
+        assert isinstance(layout, LateLayout)  # this family's always is
+        return layout
+
+    def check(self, item: Item, sampler: Sampler) -> None:
+        """Refuse a class, and a prompt that is too long.
+
+        Raises:
+            ParameterError: says which.
+        """
+        ids, grid = self._prompt(needs_prompt(self.name, item))
+        room = self._model.config.text_config.max_position_embeddings - _count(grid)
+        fits(item, len(ids), room)
+
+    def draw(self, items: Sequence[Item], setting: Setting, sampler: Sampler, seed: int) -> Drawn:
+        """Draw a batch, uint8 ``[B, rows, cols, 3]``."""
+        model = self._model
+        found = [self._prompt(needs_prompt(self.name, item)) for item in items]
+        grid = found[0][1]
+        text = model.config.text_config
+        ids, mask = left_padded([prompt for prompt, _ in found], text.pad_token_id, model.device)
+        negative = torch.tensor([self._prompt(_NEGATIVE)[0]], device=model.device)
+        scale = _CFG if sampler.cfg is None else sampler.cfg
+        how: dict[str, Any] = {"policy": setting.policy, "budget": setting.budget}
+        with ExitStack() as stack:
+            caches = [stack.enter_context(attach(model, **how))]
+            processors: list[Any] = []
+            if scale > 1:
+                caches.append(stack.enter_context(attach(model, **how)))
+                processors.append(Guidance(scale, model, caches[1], negative))
+            top_k = min(_TOP_K, text.vocab_size)
+            processors.append(row_sampler(items, seed, _count(grid), sampler, top_k=top_k))
+            tokens = model.generate(
+                ids,
+                attention_mask=mask,
+                **caches[0].as_argument,
+                logits_processor=processors,
+                prefix_allowed_tokens_fn=GridRule(model),
+                guidance_scale=None,
+                max_new_tokens=_count(grid),
+                do_sample=False,
+            )[:, ids.shape[1] :]
+            stats = tuple(cache.stats() for cache in caches)
+
+        def paint(some: Tensor) -> Tensor:
+            with torch.no_grad():
+                pixels: Tensor = model.decode_image_tokens(
+                    image_tokens=some, height=grid.rows, width=grid.cols
+                )
+            return pixels.flatten(1, -4) if pixels.ndim == 5 else pixels
+
+        return Drawn(to_pixels(in_pieces(paint, tokens), self._size).numpy(), stats)
+
+    def _prompt(self, prompt: str) -> tuple[list[int], RasterLayout]:
+        """The ids of a prompt that ends where the image begins, and the grid that it says."""
+        found = self._processor(
+            text=[prompt], return_for_image_generation=True, return_tensors="pt"
+        )
+        ids: list[int] = found["input_ids"][0].tolist()
+        reader: Any = self.layout
+        grid, _ = reader.header.grid(ids)
+        return ids, grid
+
+
+def _count(grid: RasterLayout) -> int:
+    return grid.rows * grid.line_length + _SUFFIX

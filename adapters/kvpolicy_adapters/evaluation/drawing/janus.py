@@ -1,0 +1,101 @@
+"""Janus-Pro, as transformers' ``JanusForConditionalGeneration``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor
+
+from kvpolicy.lab.draw.image_model import Drawn, Sampler
+from kvpolicy.lab.draw.items import Item
+from kvpolicy.lab.run.subject import Setting
+from kvpolicy_adapters.attach import attach
+from kvpolicy_adapters.evaluation.drawing.common import (
+    fits,
+    left_padded,
+    needs_prompt,
+    row_sampler,
+)
+from kvpolicy_adapters.images.families import layout_of
+from kvpolicy_adapters.images.guidance import guided
+from kvpolicy_adapters.images.memory import in_pieces
+from kvpolicy_adapters.images.vqgan import to_pixels
+
+__all__ = ["JanusImages"]
+
+_CFG = 5.0
+
+
+class JanusImages:
+    """Draws with a Janus and the decoder of its own.
+
+    Args:
+        model: the model.
+        processor: its processor.
+        size: pixels a side of the pictures; None for what the decoder gives.
+    """
+
+    name = "janus"
+
+    def __init__(self, model: Any, processor: Any, *, size: int | None = None) -> None:
+        self._model, self._processor, self._size = model, processor, size
+        self.layout = layout_of(model)
+        self.num_layers = model.config.text_config.num_hidden_layers
+        self._tokens: int = model.config.vision_config.num_image_tokens
+
+    def check(self, item: Item, sampler: Sampler) -> None:
+        """Refuse a class, and a prompt that is too long.
+
+        Raises:
+            ParameterError: says which.
+        """
+        room = self._model.config.text_config.max_position_embeddings - self._tokens
+        fits(item, len(self._ids(needs_prompt(self.name, item))), room)
+
+    def draw(self, items: Sequence[Item], setting: Setting, sampler: Sampler, seed: int) -> Drawn:
+        """Draw a batch, uint8 ``[B, rows, cols, 3]``."""
+        model = self._model
+        prompts = [self._ids(needs_prompt(self.name, item)) for item in items]
+        ids, mask = left_padded(prompts, model.generation_config.pad_token_id, model.device)
+        halves = _Halves(_CFG if sampler.cfg is None else sampler.cfg)
+        with attach(model, policy=setting.policy, budget=setting.budget) as cache:
+            tokens = model.generate(
+                ids,
+                attention_mask=mask,
+                generation_mode="image",
+                # Guided by the processor below, which must come before the one that draws.
+                guidance_scale=1,
+                do_sample=False,
+                logits_processor=[halves, row_sampler(items, seed, self._tokens, sampler)],
+                **cache.as_argument,
+            )
+            stats = cache.stats()
+
+        def paint(some: Tensor) -> Tensor:
+            with torch.no_grad():
+                pixels: Tensor = model.decode_image_tokens(some)
+            return pixels.movedim(-1, 1)
+
+        return Drawn(to_pixels(in_pieces(paint, tokens), self._size).numpy(), (stats,))
+
+    def _ids(self, prompt: str) -> list[int]:
+        said = [{"role": "user", "content": [{"type": "text", "text": prompt}]}]
+        text = self._processor.apply_chat_template(said, add_generation_prompt=True)
+        found = self._processor(text=text, generation_mode="image", return_tensors="pt")
+        ids: list[int] = found["input_ids"][0].tolist()
+        return ids
+
+
+class _Halves(LogitsProcessor):
+    """Guidance between the halves of the batch that Janus's own ``generate`` doubles."""
+
+    def __init__(self, scale: float) -> None:
+        self.scale = scale
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Scores ``[B, V]`` of scores ``[2 B, V]``, the unconditional half behind the other."""
+        conditional, unconditional = scores.chunk(2)
+        return guided(conditional, unconditional, self.scale)

@@ -1,0 +1,53 @@
+"""Published checkpoints, read as tensors and plain values, and never as code."""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from kvpolicy import ParameterError
+
+__all__ = ["read_checkpoint", "weights_of"]
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """What a ``.safetensors`` file holds, or any other file that torch's weights-only reader takes.
+
+    Args:
+        path: the file.
+
+    Raises:
+        ParameterError: it is truncated, holds more than tensors and plain values, or holds no
+            mapping.
+        OSError: it can't be read.
+    """
+    path = Path(path)
+    try:
+        if path.suffix == ".safetensors":
+            return dict(load_file(path))
+        # Training scripts save their parsed arguments along, which are plain values.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError, RuntimeError, SafetensorError) as error:
+        raise ParameterError(
+            f"{path} can't be read as a checkpoint of tensors ({str(error).splitlines()[0]}); if "
+            f"it holds Python objects and you trust it, load it yourself and give the state dict"
+        ) from error
+    if not isinstance(checkpoint, dict):
+        raise ParameterError(f"{path} holds a {type(checkpoint).__name__}, not a state dict")
+    return checkpoint
+
+
+def weights_of(checkpoint: Mapping[str, Any], nested: Iterable[str]) -> dict[str, Tensor]:
+    """The tensors of a checkpoint, which may lie under the first of these names that it has."""
+    inside = (checkpoint[key] for key in nested if isinstance(checkpoint.get(key), Mapping))
+    found = next(inside, checkpoint)
+    return {name: tensor for name, tensor in found.items() if isinstance(tensor, Tensor)}

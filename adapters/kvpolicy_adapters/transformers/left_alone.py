@@ -1,0 +1,58 @@
+"""Layers that the policy leaves alone, while tokens are staged: transformers' own are cropped."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from kvpolicy import CacheStateError
+
+__all__ = ["LeftAlone"]
+
+
+class LeftAlone:
+    """transformers' own cache layers, inside of a stage.
+
+    Args:
+        layers: those layers, by their index in the model.
+
+    Raises:
+        CacheStateError: one of them can't take tokens back.
+    """
+
+    def __init__(self, layers: Sequence[tuple[int, Any]]) -> None:
+        self.layers = [layer for _, layer in layers]
+        for index, layer in layers:
+            slides = getattr(layer, "is_sliding", False)
+            if not getattr(layer, "is_croppable", hasattr(layer, "crop")) or (
+                slides and not hasattr(layer, "activate_past_recording")
+            ):
+                raise CacheStateError(
+                    f"layer {index}, which the policy leaves alone, is a {type(layer).__name__} of "
+                    f"transformers, which can't take tokens back in this version; decode without a "
+                    f"stage, or with a budget smaller than its window"
+                )
+        self._recorded = [getattr(layer, "record_past", None) for layer in self.layers]
+        for layer in self.layers:
+            if hasattr(layer, "activate_past_recording"):
+                layer.activate_past_recording()
+        self.begin()
+
+    def begin(self) -> None:
+        """All that the layers hold now is sure."""
+        self._seen = [layer.get_seq_length() for layer in self.layers]
+
+    def commit(self, count: int) -> None:
+        """Keep the first ``count`` tokens since the last commit."""
+        for layer, before in zip(self.layers, self._seen, strict=True):
+            staged = layer.get_seq_length() - before
+            if staged:
+                layer.crop(min(count, staged) - staged)
+        self.begin()
+
+    def end(self) -> None:
+        """Forget what was not committed."""
+        self.commit(0)
+        for layer, recorded in zip(self.layers, self._recorded, strict=True):
+            if recorded is not None:
+                layer.record_past = recorded

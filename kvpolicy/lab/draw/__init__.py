@@ -1,0 +1,1 @@
+"""Drawing many images from one checkpoint: prompts in, a folder of pictures out."""

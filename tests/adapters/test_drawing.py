@@ -1,0 +1,253 @@
+"""What ``kvpolicy draw`` draws with: each family, with the real class at a tiny size."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason="needs the extra 'transformers'")
+
+from support.tiny_image_models import EMU3_HEADER, chameleon, emu3, janus
+from test_vqgan import RUNS, checkpoint_of
+
+import kvpolicy
+from kvpolicy.errors import AttentionError, ParameterError
+from kvpolicy.lab.draw.image_model import ModelSource, Sampler
+from kvpolicy.lab.draw.items import Item
+from kvpolicy.lab.run.subject import Setting
+from kvpolicy_adapters.evaluation.drawing.chameleon import ChameleonImages
+from kvpolicy_adapters.evaluation.drawing.checkpoint import open_checkpoint
+from kvpolicy_adapters.evaluation.drawing.emu3 import Emu3Images
+from kvpolicy_adapters.evaluation.drawing.fashion import FashionImages
+from kvpolicy_adapters.evaluation.drawing.janus import JanusImages
+from kvpolicy_adapters.evaluation.drawing.llamagen import LlamaGenImages
+from kvpolicy_adapters.images.llamagen import LlamaGen, LlamaGenConfig
+from kvpolicy_adapters.images.sampling import RowSampler
+from kvpolicy_adapters.images.vqgan_checkpoint import read_vqgan
+
+PROMPTS = ("a fox", "a red fox in the snow", "a red hat")
+
+
+def items(*prompts):
+    return [Item(f"{row}.png", row, 0, prompt) for row, prompt in enumerate(prompts)]
+
+
+def setting(policy="linear", budget="1/2"):
+    return Setting(kvpolicy.create(policy), budget)
+
+
+def words(text, **options):
+    """A tokenizer of a dozen words."""
+    ids = [5 + sum(map(ord, word)) % 7 for word in text.split()]
+    return SimpleNamespace(input_ids=ids)
+
+
+def agrees(model, wanted, *, budget):
+    """Draw together and one by one: the same pictures, and the budget held in every cache."""
+    for item in wanted:
+        model.check(item, Sampler())
+    together = model.draw(wanted, setting(budget=str(budget)), Sampler(), seed=3)
+    assert together.images.dtype == np.uint8
+    assert len({image.tobytes() for image in together.images}) == len(wanted)
+    for stats in together.stats:
+        assert min(stats.evictions) > 0
+        assert set(stats.budgets) == {budget}
+    alone = model.draw(wanted[1:2], setting(budget=str(budget)), Sampler(), seed=3)
+    same_picture(alone.images[0], together.images[1])
+    return together
+
+
+def same_picture(one, other):
+    """The same codes; a decoder's sums may round otherwise in another batch, by one level."""
+    apart = np.abs(one.astype(int) - other.astype(int))
+    assert apart.max() <= 1
+    assert (apart > 0).mean() < 0.01
+
+
+@pytest.fixture(scope="module")
+def vqgan():
+    return read_vqgan(checkpoint_of(RUNS[0]))
+
+
+# --- LlamaGen ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def llamagen_files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llamagen")
+    torch.manual_seed(0)
+    config = LlamaGenConfig(
+        grid_size=16,
+        vocab_size=64,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_classes=10,
+    )
+    state = LlamaGen(config).state_dict()
+    state["output.weight"] = torch.randn_like(state["output.weight"])
+    torch.save({"model": state}, folder / "c2i_tiny_256.pt")
+    torch.save(checkpoint_of(RUNS[0]), folder / "vq.pt")
+    return folder
+
+
+def llamagen_source(folder, **changes):
+    fields = {"options": (("heads", 4),), "vq": str(folder / "vq.pt")} | changes
+    return ModelSource("llamagen", str(folder / "c2i_tiny_256.pt"), **fields)
+
+
+def test_llamagen(llamagen_files):
+    model = LlamaGenImages(llamagen_source(llamagen_files))
+    wanted = [Item(f"{row}.png", row, 0) for row in (1, 2, 9)]
+    drawn = agrees(model, wanted, budget=128)
+    assert drawn.images.shape == (3, 32, 32, 3)
+    other = model.draw(wanted[1:2], setting(), Sampler(), seed=4).images[0]
+    assert np.abs(other.astype(int) - drawn.images[1]).max() > 50
+    full = model.draw(wanted[:1], setting("full", None), Sampler(), seed=3)
+    assert max(full.stats[0].evictions) == 0
+    half = LlamaGenImages(llamagen_source(llamagen_files, options=(("heads", 4), ("size", 8))))
+    assert half.draw(wanted[:1], setting(), Sampler(cfg=1.0), 0).images.shape == (1, 8, 8, 3)
+    with pytest.raises(ParameterError, match="10 is not one of llamagen's 0 to 9"):
+        model.check(Item("a.png", 10, 0), Sampler())
+    with pytest.raises(ParameterError, match="--classes"):
+        model.check(Item("a.png", 0, 0, "a fox"), Sampler())
+
+
+def test_files_of_llamagen_that_do_not_go_together(llamagen_files, tmp_path):
+    folder = llamagen_files
+    with pytest.raises(ParameterError, match="--vq is missing"):
+        LlamaGenImages(llamagen_source(folder, vq=None))
+    with pytest.raises(ParameterError, match=r"c2i_tiny_256\.pt holds no VQGAN"):
+        LlamaGenImages(llamagen_source(folder, vq=str(folder / "c2i_tiny_256.pt")))
+    weights = checkpoint_of(RUNS[0])["model"]
+    weights["quantize.embedding.weight"] = torch.randn(32, 4)
+    torch.save(weights, tmp_path / "other.pt")
+    with pytest.raises(ParameterError, match=r"32 codes, but .* draws 64"):
+        LlamaGenImages(llamagen_source(folder, vq=str(tmp_path / "other.pt")))
+    with pytest.raises(ParameterError, match="no option 'gird'; did you mean 'grid'"):
+        LlamaGenImages(llamagen_source(folder, options=(("gird", 4),)))
+    unnamed = tmp_path / "model.pt"
+    unnamed.write_bytes((folder / "c2i_tiny_256.pt").read_bytes())
+    with pytest.raises(ParameterError, match="grid=16"):
+        LlamaGenImages(ModelSource("llamagen", str(unnamed), vq=str(folder / "vq.pt")))
+    with pytest.raises(ParameterError, match="float32"):
+        LlamaGenImages(llamagen_source(folder, dtype="float23"))
+
+
+# --- The families of transformers ------------------------------------------------------------
+
+
+def test_janus():
+    class Processor:
+        def apply_chat_template(self, messages, add_generation_prompt):
+            assert add_generation_prompt
+            return messages[0]["content"][0]["text"]
+
+        def __call__(self, text, generation_mode, return_tensors):
+            assert generation_mode == "image"
+            return {"input_ids": torch.tensor([[1, *words(text).input_ids, 3]])}
+
+    images = JanusImages(janus(), Processor(), size=12)
+    drawn = agrees(images, items(*PROMPTS), budget=32)
+    assert drawn.images.shape == (3, 12, 12, 3)
+    guided = images.draw(items("a fox"), setting(budget="32"), Sampler(cfg=1.0), 3).images
+    assert (guided[0] != drawn.images[0]).any()  # guidance did something
+    long = Item("a.png", 0, 0, "very " * 63)
+    with pytest.raises(ParameterError, match="65 tokens long; the model has room for 64 before"):
+        images.check(long, Sampler())
+    with pytest.raises(ParameterError, match="--prompts"):
+        images.check(Item("a.png", 0, 0), Sampler())
+
+
+@pytest.mark.parametrize("pixels", [160, None], ids=["lumina-mgpt", "anole"])
+def test_chameleon(pixels, vqgan):
+    model = chameleon(sizes=pixels is not None)
+    tokenizer = words
+    tokenizer.bos_token_id = 0
+    images = ChameleonImages(model, tokenizer, vqgan, pixels=pixels, size=16)
+    drawn = agrees(images, items(*PROMPTS), budget=50)
+    assert drawn.images.shape == (3, 16, 16, 3)
+    assert len(drawn.stats) == (2 if pixels else 1)
+    if pixels:
+        with pytest.raises(ParameterError, match="no token for this size"):
+            ChameleonImages(model, tokenizer, vqgan, pixels=161)
+    else:
+        with pytest.raises(ParameterError, match="without guidance"):
+            images.check(items("a fox")[0], Sampler(cfg=4.0))
+
+
+def test_emu3():
+    def processor(text, return_for_image_generation, return_tensors):
+        assert return_for_image_generation
+        ids = [1, *(15 for _ in text[0].split()), *EMU3_HEADER]
+        return {"input_ids": torch.tensor([ids])}
+
+    images = Emu3Images(emu3(), processor, size=24)
+    drawn = agrees(images, items(*PROMPTS), budget=44)
+    assert drawn.images.shape == (3, 24, 24, 3)
+    assert len(drawn.stats) == 2
+
+
+def test_a_checkpoint_of_something_else(tmp_path):
+    from transformers import LlamaConfig
+
+    with pytest.raises(ParameterError, match="no image model"):
+        open_checkpoint(ModelSource("checkpoint", str(tmp_path / "nowhere")))
+    LlamaConfig().save_pretrained(tmp_path)
+    with pytest.raises(ParameterError, match="type 'llama', which draws no images"):
+        open_checkpoint(ModelSource("checkpoint", str(tmp_path)))
+
+
+# --- fashion-ar --------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_fashion_ar():
+    model = FashionImages(ModelSource("fashion-ar"))
+    wanted = [Item("a.png", 1, 0), Item("b.png", 0, 0, "bag"), Item("c.png", 1, 1)]
+    drawn = model.draw(wanted, setting("linear", "1/6"), Sampler(), seed=0)
+    assert drawn.images.shape == (3, 28, 28)
+    assert max(drawn.stats[0].peak_tokens) == 131
+    alone = model.draw(wanted[1:2], setting("linear", "1/6"), Sampler(), seed=0)
+    assert (alone.images[0] == drawn.images[1]).all()
+    pixels = torch.from_numpy(drawn.images // 17).long().flatten(1)
+    seen = model._zoo.classify(pixels)  # which sees some trousers as a dress
+    assert (seen == torch.tensor([1, 8, 1])).sum() >= 2
+    with pytest.raises(ParameterError, match="knows no 'bga'; did you mean 'bag'"):
+        model.check(Item("a.png", 0, 0, "bga"), Sampler())
+    with pytest.raises(ParameterError, match="without guidance"):
+        model.check(wanted[0], Sampler(cfg=2.0))
+    with pytest.raises(ParameterError, match="vq="):
+        FashionImages(ModelSource("fashion-ar", vq="vqgan.ckpt"))
+
+
+# --- The sampler -------------------------------------------------------------------------------
+
+
+def test_tokens_are_drawn_with_their_probabilities():
+    chances = (torch.arange(1000, dtype=torch.float64)[:, None] + 0.5) / 1000
+    logits = torch.tensor([0.1, 0.0, 0.2, 0.7]).log().expand(1000, 4)
+    scores = RowSampler(chances)(torch.zeros(1000, 1), logits)
+    assert torch.isinf(scores).sum(1).eq(3).all()
+    assert scores.argmax(1).bincount(minlength=4).tolist() == [100, 0, 200, 700]
+    limited = RowSampler(chances, top_k=2)(torch.zeros(1000, 1), logits).argmax(1)
+    assert limited.bincount(minlength=4).tolist() == [0, 0, 222, 778]
+    likeliest = RowSampler(chances, temperature=0)(torch.zeros(1000, 1), logits).argmax(1)
+    assert likeliest.unique().tolist() == [3]
+    almost = torch.full((1, 1), 1 - 2.0**-48, dtype=torch.float64)
+    last = RowSampler(almost)(torch.zeros(1, 1), torch.tensor([[1.0, 2.0, -torch.inf]]))
+    assert last.argmax(1).item() == 1
+
+
+def test_a_sampler_is_for_one_generation_of_its_rows():
+    sampler = RowSampler(torch.zeros(2, 1, dtype=torch.float64))
+    with pytest.raises(ParameterError, match="3 rows"):
+        sampler(torch.zeros(3, 1), torch.zeros(3, 4))
+    sampler(torch.zeros(2, 1), torch.zeros(2, 4))
+    with pytest.raises(ParameterError, match="token 1"):
+        sampler(torch.zeros(2, 1), torch.zeros(2, 4))
+    with pytest.raises(AttentionError, match="NaN"):
+        RowSampler(torch.zeros(1, 1))(torch.zeros(1, 1), torch.full((1, 4), torch.nan))
