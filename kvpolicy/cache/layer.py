@@ -237,7 +237,7 @@ class Layer:
         weights: bool,
         wants_gradient: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        """Several tokens: runs of whole blocks with no decision within; of one block if staged."""
+        """Several tokens: runs of whole blocks with no decision within."""
         count, first, staging = key.shape[2], self.seen, self.staging
         ends = block_ends(terms.visible, first, count)
         outputs: list[Tensor] = []
@@ -247,17 +247,25 @@ class Layer:
             if self.seen >= self.decider.settled or ends[done] - done > 1:
                 self._decide(ends[done] - done)
             run = ends[done]
-            calm = 0 if staging is not None else self.decider.settled - self.seen
+            # Of what may be padding, observers are told at once, and then told otherwise.
+            apart = staging is not None and self._may_pad(terms)
+            # Staged tokens come as if alone: only those of a block are written together.
+            in_turn = staging is not None and run - done == 1 and not (weights or wants_gradient)
+            calm = self.decider.settled - self.seen
             while run < count and ends[run] - done <= calm:
+                if staging is not None and (
+                    apart or not in_turn or self.lending is not None or ends[run] - run > 1
+                ):
+                    break
                 run = ends[run]
             self.whole = False
             part = slice(done, run)
-            # Of what may be padding, observers are told at once, and then told otherwise.
-            apart = staging is not None and self._may_pad(terms)
             if staging is not None and apart:
                 staging.isolate()
             new = query[:, :, part], key[:, :, part], value[:, :, part]
-            if run - done == 1 and not (weights or wants_gradient):
+            if staging is not None and in_turn and run - done > 1:
+                outputs += self._in_turn(staging, *new, terms.rows(part))
+            elif run - done == 1 and not (weights or wants_gradient):
                 outputs.append(self._token(self.require_store(), *new, terms.rows(part)))
                 if self.lending is not None and run < count:
                     self.lending.copy_slots()
@@ -274,6 +282,51 @@ class Layer:
         output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
         return output, torch.cat(given, dim=2) if weights else None
 
+    def _in_turn(
+        self, staging: Staging, query: Tensor, key: Tensor, value: Tensor, terms: Terms
+    ) -> list[Tensor]:
+        """Staged tokens with no decision between them, each as :meth:`_token` has it.
+
+        All that it takes to take them back is kept aside at once.
+        """
+        store, first, count = self.require_store(), self.seen, key.shape[2]
+        fresh, handed_out = store.fresh, store.handed_out
+        slots, reclaimed = store.take(count)
+        staging.keep(store, slots, reclaimed is not None)
+        outputs = []
+        for token in range(count):
+            part = slice(token, token + 1)
+            slot, rows = slots[:, :, part], terms.rows(part)
+            output, mass, finite = write_and_attend(
+                store.kernel,
+                store.write,
+                query[:, :, part],
+                store.keys,
+                store.values,
+                store.positions,
+                slot,
+                key[:, :, part],
+                value[:, :, part],
+                first + token,
+                handed_out + min(token + 1, fresh),
+                scale=rows.scale,
+                visible=rows.visible,
+                bias=rows.bias,
+                softcap=rows.softcap,
+                sinks=rows.sinks,
+                need_mass=self.need_mass,
+                may_be_empty=store.may_be_empty,
+            )
+            self.seen += 1
+            outputs.append(output)
+            report = None
+            if mass is not None:
+                room = store.room + count - token - 1
+                report = self._report(mass, first + token, room, finite)
+            if token >= fresh or report is not None:
+                staging.hear(first + token, slot if token >= fresh else None, report)
+        return outputs
+
     def _run(
         self,
         query: Tensor,
@@ -289,7 +342,7 @@ class Layer:
         old = store.cached()
         slots, reclaimed = store.take(count)
         if self.staging is not None:
-            self.staging.keep(store, slots, reclaimed is not None)
+            self.staging.keep(store, slots, reclaimed is not None, together=True)
         dead = self._dead(terms, store, count)
         before = None if dead is None else self._peek(store, slots)
         if reclaimed is not None:

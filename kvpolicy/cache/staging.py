@@ -178,13 +178,16 @@ class Staging:
             f"once, and none of them could be taken back alone; bring the prompt before the stage"
         )
 
-    def keep(self, store: SlotStore, slots: Tensor, reclaims: bool) -> None:
-        """Keep aside what slots ``[B, H, T]`` hold, before T tokens are written together.
+    def keep(
+        self, store: SlotStore, slots: Tensor, reclaims: bool, *, together: bool = False
+    ) -> None:
+        """Keep aside what slots ``[B, H, T]`` hold, before T tokens are written.
 
         Args:
             store: the layer's.
             slots: where the tokens go.
             reclaims: whether any of these slots has held a token before.
+            together: whether they are a block.
         """
         if self._segments[-1].end is not None:  # a decision was tried, and was refused
             self._open(decided=True)
@@ -192,7 +195,7 @@ class Staging:
             self._aside = _Aside(store, self.lookahead)
         count = slots.shape[2]
         self._aside.keep(store, slots, self.kept, reclaims)
-        if count > 1:
+        if together and count > 1:
             self._blocks.append((self.kept, self.kept + count))
         self.kept += count
 
