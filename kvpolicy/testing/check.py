@@ -11,7 +11,7 @@ from hypothesis import seed as seeded
 from kvpolicy.cache.cache import Reclaim
 from kvpolicy.errors import ParameterError, near_matches
 from kvpolicy.policy.policy import EvictionPolicy
-from kvpolicy.testing import faults, masks  # noqa: F401 (their invariants join the others)
+from kvpolicy.testing import faults, masks, rollback  # noqa: F401 (their invariants join the others)
 from kvpolicy.testing.failure import PolicyCheckError
 from kvpolicy.testing.invariants import INVARIANTS, Case, Invariant, applicable
 from kvpolicy.testing.streams import Stream, streams

@@ -6,6 +6,7 @@ A mutant that survives is a hole in the suite, and fails the test.
 from __future__ import annotations
 
 import itertools
+import random
 from collections.abc import Callable
 from typing import ClassVar
 
@@ -19,14 +20,17 @@ import kvpolicy.cache.beside
 import kvpolicy.cache.cache
 import kvpolicy.cache.layer
 import kvpolicy.cache.lending
+import kvpolicy.cache.readings
 from kvpolicy import CumulativeMass, FadingMass, LineMass, Need, OrderedLayout, SlotStore
 from kvpolicy.cache.layer import Layer
 from kvpolicy.cache.lending import Pass
+from kvpolicy.cache.staging import Staging, _Aside
 from kvpolicy.policies import (
     H2O,
     RKV,
     SSD,
     Full,
+    KNorm,
     Linear,
     Linear2D,
     Near,
@@ -848,6 +852,154 @@ def looks_one_token_ahead_whatever_the_horizon(patch):
     return Near(anchors=0)
 
 
+# -- staging ---------------------------------------------------------------------------------------
+
+
+def _restores(patch, change):
+    """Stores whose books come back changed."""
+    books = SlotStore.books
+
+    def restore(self, given):
+        books.fset(self, given._replace(**change(self, given)))
+
+    patch.setattr(SlotStore, "books", property(books.fget, restore))
+
+
+@caught_by("rollback")
+def leaves_a_reading_as_rejected_tokens_made_it(patch):
+    patch.setattr(kvpolicy.cache.readings, "give_back", lambda observers, readings: None)
+    return H2O()
+
+
+@caught_by("rollback")
+def gives_back_readings_but_not_what_observers_count(patch):
+    def give_back(observers, readings):
+        for observer, reading in zip(observers, readings, strict=True):
+            observer.mass.copy_(reading["mass"])
+
+    patch.setattr(kvpolicy.cache.readings, "give_back", give_back)
+    return KNorm()
+
+
+@caught_by("rollback")
+def lets_a_random_stream_run_on(patch):
+    class Rolls(CumulativeMass):
+        def __init__(self, shape):
+            super().__init__(shape)
+            self.dice = random.Random(0)
+
+        def observe(self, report):
+            super().observe(report)
+            self.mass *= self.dice.random()
+
+    class Dice(H2O):
+        def observers(self, shape):
+            return (Rolls(shape),)
+
+    copied = kvpolicy.cache.readings.copied
+    patch.setattr(
+        kvpolicy.cache.readings,
+        "copied",
+        lambda value, into: value if isinstance(value, random.Random) else copied(value, into),
+    )
+    return Dice()
+
+
+@caught_by("rollback")
+def tells_observers_of_rejected_tokens(patch):
+    whole = Staging._deliver
+    patch.setattr(Staging, "_deliver", lambda self, count: whole(self, self.kept))
+    return Linear(**SMALL_LINEAR)
+
+
+@caught_by("rollback")
+def hands_out_a_victim_less_after_a_rollback(patch):
+    _restores(patch, lambda store, books: {"reclaimed": books.reclaimed + 1})
+    return Linear(**SMALL_LINEAR)
+
+
+@caught_by("rollback")
+def hands_out_a_victim_twice_after_a_rollback(patch):
+    _restores(patch, lambda store, books: {"reclaimed": 0})
+    return Linear(**SMALL_LINEAR)
+
+
+@caught_by("rollback")
+def remembers_a_peak_of_rejected_tokens(patch):
+    _restores(patch, lambda store, books: {"peak": store.peak})
+    return StreamingLLM(sinks=1)
+
+
+@caught_by("rollback")
+def believes_a_decision_that_was_taken_back(patch):
+    """The next decision is foreseen where a rejected token's decision put it."""
+    patch.setattr(
+        Layer, "settled", property(lambda self: self.decider.settled, lambda self, settled: None)
+    )
+    return Linear(**SMALL_LINEAR)
+
+
+@caught_by("rollback")
+def keeps_a_decision_of_the_first_rejected_token(patch):
+    whole = Staging._open
+    patch.setattr(Staging, "_open", lambda self, decided: whole(self, decided=False))
+    return Linear(**SMALL_LINEAR)
+
+
+@caught_by("rollback")
+def counts_the_reports_of_rejected_tokens(patch):
+    books = Layer.books
+    patch.setattr(
+        Layer,
+        "books",
+        property(books.fget, lambda self, b: books.fset(self, b._replace(reports=self.reports))),
+    )
+    return H2O()
+
+
+@caught_by("rollback")
+def leaves_the_position_of_a_rejected_token(patch):
+    whole = _Aside.put_back
+
+    def put_back(self, store, begin, end, kept):
+        stays = store.positions.clone()
+        whole(self, store, begin, end, kept)
+        store.positions.copy_(stays)
+
+    patch.setattr(_Aside, "put_back", put_back)
+    return Linear(**SMALL_LINEAR)
+
+
+@caught_by("rollback")
+def leaves_the_key_of_a_rejected_token(patch):
+    whole = _Aside.put_back
+
+    def put_back(self, store, begin, end, kept):
+        stays = store.keys.clone()
+        whole(self, store, begin, end, kept)
+        store.keys.copy_(stays)
+
+    patch.setattr(_Aside, "put_back", put_back)
+    return StreamingLLM(sinks=1)
+
+
+@caught_by("rollback")
+def puts_back_what_the_last_of_two_tokens_replaced(patch):
+    whole = torch.Tensor.scatter_reduce_
+
+    def last(self, dim, index, source, reduce):
+        return whole(self, dim, index, source, "amax", include_self=False)
+
+    patch.setattr(torch.Tensor, "scatter_reduce_", last)
+    return Random()
+
+
+@caught_by("rollback")
+def leaves_a_rejected_token_in_a_fresh_slot(patch):
+    patch.setattr(SlotStore, "empty_fresh", lambda self, end: None)
+    return Random()
+
+
 # -- the tests -------------------------------------------------------------------------------------
 
 
@@ -862,7 +1014,7 @@ def test_is_caught(name, monkeypatch):
 
 def test_every_invariant_has_a_mutant():
     assert {invariant for invariant, _ in MUTANTS.values()} == set(INVARIANTS)
-    assert len(MUTANTS) >= 24
+    assert len(MUTANTS) > 67
 
 
 def test_the_page_says_what_is_caught():
