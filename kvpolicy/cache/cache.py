@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -54,6 +55,9 @@ class CacheStats:
         left_alone: layers that need no policy, so that none of the above is theirs: their sliding
             window is no larger than their budget, or they keep no keys and values of their own.
         staging_bytes: bytes allocated to take staged tokens back; see :meth:`PolicyCache.stage`.
+        passes: how often staged tokens were committed.
+        staged: tokens that were staged before these commits.
+        accepted: tokens that they kept.
     """
 
     policy: str
@@ -66,6 +70,14 @@ class CacheStats:
     seen: int
     left_alone: tuple[int, ...] = ()
     staging_bytes: int = 0
+    passes: int = 0
+    staged: int = 0
+    accepted: int = 0
+
+    @property
+    def acceptance(self) -> float:
+        """Share of the staged tokens that were kept; NaN where none were staged."""
+        return self.accepted / self.staged if self.staged else math.nan
 
 
 class PolicyCache:
@@ -174,6 +186,8 @@ class PolicyCache:
         self._step = CompiledStep(tuple(self._attending.values()))
         self._stepping = False
         self._lookahead: int | None = None
+        # Commits, tokens staged before them, and tokens that they kept.
+        self._counted = (0, 0, 0)
 
     def __getstate__(self) -> dict[str, Any]:
         """What ``copy.deepcopy`` copies: a copy is not inside of a stage.
@@ -359,7 +373,7 @@ class PolicyCache:
     # -- staging -----------------------------------------------------------------------------------
 
     @contextmanager
-    def stage(self, lookahead: int) -> Iterator[None]:
+    def stage(self, lookahead: int, *, sure: int = 0) -> Iterator[None]:
         """Take tokens that may be taken back, up to ``lookahead`` of them at once.
 
         Inside the block tokens come as ever, in any number of calls. They are *staged*: attention
@@ -384,9 +398,11 @@ class PolicyCache:
         Args:
             lookahead: tokens that may be staged at once, W, at least 1. A layer keeps aside W slots
                 a head, allocated when the first token is staged, and used again by later stages.
+            sure: tokens before this position come for sure, also inside of the block: a prompt, in
+                the same call as what is staged behind it.
 
         Raises:
-            ParameterError: ``lookahead`` is no integer, or less than 1.
+            ParameterError: ``lookahead`` is no integer, or less than 1; or ``sure`` less than 0.
             CacheStateError: a stage or a compiled step has begun that has not ended; a layer was
                 interrupted; or an observer knows what can't be copied. In the block: more tokens
                 are staged than ``lookahead``; or a prompt comes that has to be compressed, or that
@@ -394,6 +410,8 @@ class PolicyCache:
         """
         if isinstance(lookahead, bool) or not isinstance(lookahead, int) or lookahead < 1:
             raise ParameterError(f"lookahead={lookahead!r} must be an integer, at least 1")
+        if isinstance(sure, bool) or not isinstance(sure, int) or sure < 0:
+            raise ParameterError(f"sure={sure!r} must be a position, an integer of at least 0")
         if self._lookahead is not None:
             raise CacheStateError(
                 f"a stage of {self._lookahead} tokens has begun that has not ended; commit() in "
@@ -408,13 +426,18 @@ class PolicyCache:
                 raise self._disagree(layer)
         try:
             for layer in self._step.layers:
-                layer.stage(lookahead)
+                layer.stage(lookahead, sure)
             self._lookahead = lookahead
             yield
         finally:
             self._lookahead = None
             for layer in self._step.layers:
                 layer.unstage()
+
+    @property
+    def staging(self) -> bool:
+        """Whether a stage has begun and not ended."""
+        return self._lookahead is not None
 
     @property
     def staged(self) -> int:
@@ -449,6 +472,9 @@ class PolicyCache:
                 if layer.seen not in (0, self._first.seen):
                     raise self._disagree(layer)
                 layer.check_commit(count)
+        if staged := self.staged:
+            before = self._counted
+            self._counted = (before[0] + 1, before[1] + staged, before[2] + count)
         for layer in self._step.layers:
             layer.commit(count)
 
@@ -637,6 +663,9 @@ class PolicyCache:
             seen=self.seen,
             left_alone=tuple(sorted(self._left_alone)),
             staging_bytes=sum(layer.staging_bytes for layer in self.layers),
+            passes=self._counted[0],
+            staged=self._counted[1],
+            accepted=self._counted[2],
         )
 
     def reset(self) -> None:
@@ -644,6 +673,7 @@ class PolicyCache:
         for layer in self.layers:
             layer.reset()
         self._stepping = False
+        self._counted = (0, 0, 0)
 
     def state_dict(self) -> dict[str, Any]:
         """The cache in tensors, numbers and text, for ``torch.save``; tensors are its own.
@@ -670,7 +700,8 @@ class PolicyCache:
         if self._stepping:
             raise CacheStateError("a step has begun that has not ended; save the cache after it")
         self._refuse_staged("saved")
-        return {**self._made_with(), "layers": [save_layer(layer) for layer in self.layers]}
+        layers = [save_layer(layer) for layer in self.layers]
+        return {**self._made_with(), "layers": layers, "counted": list(self._counted)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state that :meth:`state_dict` gave; tensors are copied.
@@ -683,6 +714,8 @@ class PolicyCache:
         for layer, saved in zip(self.layers, state["layers"], strict=True):
             load_layer(layer, saved)
             layer.restage()
+        passes, staged, accepted = state.get("counted", (0, 0, 0))
+        self._counted = (passes, staged, accepted)
 
     def _made_with(self) -> dict[str, Any]:
         """What a cache must have in common with one whose state it takes."""

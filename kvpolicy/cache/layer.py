@@ -75,6 +75,8 @@ class Layer:
         self.staging: Staging | None = None
         # What the last stage had allocated, for the next one.
         self._spare: Staging | None = None
+        # The position of the first token to be staged, in a stage that has not come to it.
+        self._opens: int | None = None
         self.reset()
 
     def reset(self) -> None:
@@ -94,7 +96,7 @@ class Layer:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy stages nothing, and keeps nothing aside."""
-        return {**vars(self), "staging": None, "_spare": None}
+        return {**vars(self), "staging": None, "_spare": None, "_opens": None}
 
     @property
     def books(self) -> LayerBooks:
@@ -142,6 +144,8 @@ class Layer:
         """Cache T tokens and attend from them; see :meth:`PolicyCache.attend`."""
         if not self.whole:
             raise self.interrupted()
+        if self._opens is not None:
+            return self._open_stage(self._opens, query, key, value, terms, weights)
         store = self.store
         if store is None or not store.accepts(query, key, value):
             check_tokens(query, key, value)
@@ -676,16 +680,73 @@ class Layer:
 
     # -- staging -----------------------------------------------------------------------------------
 
-    def stage(self, lookahead: int) -> None:
-        """Keep what tokens overwrite from now on, of up to ``lookahead`` tokens at once."""
+    def stage(self, lookahead: int, sure: int) -> None:
+        """Keep what tokens from position ``sure`` on overwrite, of up to ``lookahead`` at once."""
         if self._spare is None:
             self._spare = Staging(self)
         self._spare.lookahead = lookahead
+        if self.seen < sure:
+            self._opens = sure
+        else:
+            self._spare.begin()
+            self.staging = self._spare
+
+    def _open_stage(
+        self,
+        opens: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        terms: Terms,
+        weights: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Take tokens before the first that is staged, and those behind it."""
+        check_tokens(query, key, value)
+        terms.check(key, query.shape[1], self.seen)
+        count = key.shape[2]
+        sure = min(opens - self.seen, count)
+        length, end = self.seen + count, self.seen + sure
+        visible = terms.visible
+        if visible is not None and bool(visible[:, :, :sure, end:].any()):
+            raise CacheStateError(
+                f"tokens before position {opens} are not staged, but the mask lets them see tokens "
+                f"that are; stage all of them, or bring them apart"
+            )
+        self._opens = None
+        try:
+            part = slice(0, sure)
+            output, given = self.attend(
+                *(tensor[:, :, part] for tensor in (query, key, value)),
+                terms.rows(part).columns(end),
+                weights,
+            )
+        except BaseException:
+            self._opens = opens
+            raise
+        if end < opens:
+            self._opens = opens
+            return output, given
+        assert self._spare is not None
         self._spare.begin()
         self.staging = self._spare
+        if sure == count:
+            return output, given
+        passes = [] if self.lending is None else [each.copied() for each in self.lending.passes]
+        part = slice(sure, count)
+        rest, more = self.attend(
+            *(tensor[:, :, part] for tensor in (query, key, value)), terms.rows(part), weights
+        )
+        if self.lending is not None:
+            self.lending.passes = passes + self.lending.passes
+        output = torch.cat([output, rest], dim=2)
+        if given is None or more is None:
+            return output, None
+        wider = torch.nn.functional.pad(given, (0, length - end))
+        return output, torch.cat([wider, more], dim=2)
 
     def unstage(self) -> None:
         """Forget what is staged, also where it was interrupted, and take tokens for sure again."""
+        self._opens = None
         try:
             self.commit(0)
         finally:

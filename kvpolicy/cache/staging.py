@@ -191,9 +191,13 @@ class Staging:
         """
         if self._segments[-1].end is not None:  # a decision was tried, and was refused
             self._open(decided=True)
-        if self._aside is None or not self._aside.fits(store, self.lookahead):
-            self._aside = _Aside(store, self.lookahead)
-        count = slots.shape[2]
+        count, aside = slots.shape[2], self._aside
+        if aside is None or not aside.fits(store, self.kept + count):
+            room = min(self.lookahead, max(2 * self.kept, self.kept + count, _FIRST))
+            self._aside = _Aside(store, room)
+            if aside is not None and self.kept:
+                self._aside.copy_from(aside, self.kept)
+        assert self._aside is not None
         self._aside.keep(store, slots, self.kept, reclaims)
         if together and count > 1:
             self._blocks.append((self.kept, self.kept + count))
@@ -326,11 +330,18 @@ class Staging:
             layer.lending.passes = []
 
 
-class _Aside:
-    """What slots held before staged tokens were written into them, W a head; allocated once."""
+#: Slots a head that are allocated at first, where more may be staged.
+_FIRST = 64
 
-    def __init__(self, store: SlotStore, lookahead: int) -> None:
-        size = (*store.positions.shape[:2], lookahead)
+
+class _Aside:
+    """What slots held before staged tokens were written into them, W a head.
+
+    Where W is large it is allocated as it is needed, and then kept.
+    """
+
+    def __init__(self, store: SlotStore, room: int) -> None:
+        size = (*store.positions.shape[:2], room)
         with torch.inference_mode(False):  # as slots are: they may outlive this call's mode
             self.keys = store.keys.new_empty(*size, store.keys.shape[3])
             self.values = store.values.new_empty(*size, store.values.shape[3])
@@ -338,7 +349,7 @@ class _Aside:
             self.slots = torch.zeros(size, dtype=torch.int64, device=store.keys.device)
             #: Of each slot, the first token taken back that was written into it.
             self.first = torch.empty_like(store.positions, dtype=torch.int64)
-            self.turns = torch.arange(lookahead, device=store.keys.device)
+            self.turns = torch.arange(room, device=store.keys.device)
         self.store = store
 
     @property
@@ -346,13 +357,18 @@ class _Aside:
         tensors = (self.keys, self.values, self.positions, self.slots, self.first, self.turns)
         return sum(tensor.nbytes for tensor in tensors)
 
-    def fits(self, store: SlotStore, lookahead: int) -> bool:
-        """Whether it serves these slots."""
+    def fits(self, store: SlotStore, count: int) -> bool:
+        """Whether it serves ``count`` tokens in these slots."""
         return (
-            self.first.shape == store.positions.shape
-            and self.store is store
-            and self.turns.shape[0] >= lookahead
+            self.store is store
+            and self.turns.shape[0] >= count
+            and self.first.shape == store.positions.shape
         )
+
+    def copy_from(self, other: _Aside, count: int) -> None:
+        """Take over what was kept aside for the first ``count`` tokens."""
+        for name in ("keys", "values", "positions", "slots"):
+            getattr(self, name)[:, :, :count] = getattr(other, name)[:, :, :count]
 
     def keep(self, store: SlotStore, slots: Tensor, at: int, reclaims: bool) -> None:
         """Copy what slots ``[B, H, T]`` hold to the places from ``at`` on."""

@@ -34,6 +34,11 @@ class Terms(NamedTuple):
         """The terms of some of the queries."""
         return self._replace(visible=_rows(self.visible, part), bias=_rows(self.bias, part))
 
+    def columns(self, end: int) -> Terms:
+        """The terms by position, up to position ``end``."""
+        visible, bias = (None if t is None else t[..., :end] for t in (self.visible, self.bias))
+        return self._replace(visible=visible, bias=bias)
+
     def check(self, key: Tensor, query_heads: int, seen: int) -> None:
         """Refuse terms that don't fit the new tokens, whose keys are ``[B, H, T, D]``.
 

@@ -190,12 +190,6 @@ def test_a_model_that_keeps_the_cache_stays_within_its_first_rotation():
 
 REFUSED = {
     "use_cache=False": ({"use_cache": False}, "nothing for a policy to evict"),
-    "prompt lookup": ({"prompt_lookup_num_tokens": 3}, "takes tokens back"),
-    "guidance_scale": ({"guidance_scale": 2.0}, "attach twice"),
-    "use_cache=False in a configuration": (
-        {"generation_config": transformers.GenerationConfig(**GREEDY, use_cache=False)},
-        "nothing for a policy to evict",
-    ),
 }
 
 
@@ -204,13 +198,6 @@ def test_what_goes_past_the_policy_is_refused(model, cache, way):
     options, said = REFUSED[way]
     with pytest.raises(kvpolicy.KVPolicyError, match=said):
         model.generate(prompt(1), **GREEDY | options | as_argument(cache))
-
-
-def test_an_assistant_is_refused(model, cache):
-    with pytest.raises(kvpolicy.ParameterError, match="without an assistant model"):
-        model.generate(
-            prompt(1), assistant_model=tiny_models.llama(), **GREEDY, **as_argument(cache)
-        )
 
 
 def test_transformers_refuses_two_caches(model, cache):

@@ -35,7 +35,6 @@ class PolicyLayer(CacheLayerMixin):
 
     is_compileable = False
     is_sliding = False
-    is_croppable = False
 
     def __init__(self, cache: TransformersCache, index: int) -> None:
         super().__init__()
@@ -97,17 +96,13 @@ class PolicyLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Nothing to do: :meth:`TransformersCache.reset` forgets all layers at once."""
 
-    def crop(self, tokens_to_remove: int) -> None:
-        """Take the newest tokens back.
+    @property
+    def is_croppable(self) -> bool:
+        """Whether tokens are staged, so that they can be taken back."""
+        return self.policy_cache.staging
 
-        Raises:
-            CacheStateError: more than none is asked for.
-        """
-        if tokens_to_remove != 0:
-            raise CacheStateError(
-                f"crop({tokens_to_remove}): what these tokens evicted can't be brought back; "
-                f"decode without an assistant model"
-            )
+    def crop(self, tokens_to_remove: int) -> None:
+        """Nothing to do: :meth:`TransformersCache.crop` crops all layers at once."""
 
 
 class _Block:
@@ -244,28 +239,35 @@ class TransformersCache(Cache):
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     @contextmanager
-    def stage(self, lookahead: int) -> Iterator[None]:
+    def stage(self, lookahead: int, *, sure: int = 0) -> Iterator[None]:
         """Take tokens that may be taken back; see :meth:`kvpolicy.PolicyCache.stage`.
 
-        Layers that the policy leaves alone take them back, too.
+        Layers that the policy leaves alone take them back, too. Inside the block transformers'
+        own ``crop`` commits.
 
         Raises:
-            CacheStateError: one of those can't; and what PolicyCache raises.
+            CacheStateError: one of those layers can't, or all are left alone; and what PolicyCache
+                raises.
             ParameterError: ``lookahead`` is no integer, or less than 1.
         """
-        with self.policy_cache.stage(lookahead):
-            own = [
-                (index, layer)
-                for index, layer in enumerate(self.layers)
-                if not isinstance(layer, PolicyLayer)
-            ]
-            self._left_alone = LeftAlone(own)
-            try:
+        own = [
+            (n, layer) for n, layer in enumerate(self.layers) if not isinstance(layer, PolicyLayer)
+        ]
+        if len(own) == len(self.layers):
+            raise CacheStateError(
+                "all layers are left alone, so nothing is under a policy, and nothing to stage; "
+                "give a budget smaller than the windows of the layers"
+            )
+        if self.policy_cache.staging:
+            raise CacheStateError("a stage has begun that has not ended; leave it first")
+        left_alone = LeftAlone(own)
+        try:
+            with self.policy_cache.stage(lookahead, sure=sure):
+                self._left_alone = left_alone
                 yield
-            finally:
-                self.expected = None
-                left_alone, self._left_alone = self._left_alone, None
-                left_alone.end()
+        finally:
+            self.expected = self._left_alone = None
+            left_alone.end(self.policy_cache.seen)
 
     @property
     def staged(self) -> int:
@@ -282,15 +284,48 @@ class TransformersCache(Cache):
         self.policy_cache.commit(count)
         self.expected = None
         if self._left_alone is not None:
-            self._left_alone.commit(count)
+            self._left_alone.crop(self.policy_cache.seen)
+
+    def activate_past_recording(self) -> None:
+        """What decoding with candidates asks of a cache before it crops: be inside of a stage.
+
+        Raises:
+            CacheStateError: there is none.
+        """
+        if not self.policy_cache.staging:
+            raise CacheStateError(
+                "this cache takes tokens back inside of `with cache.stage(lookahead)`, which "
+                "generate opens by itself where it is asked for an assistant model, "
+                "prompt_lookup_num_tokens or assistant_early_exit"
+            )
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Keep all staged tokens but the newest: transformers' name of :meth:`commit`.
+
+        Args:
+            tokens_to_remove: how many, with a minus sign; where it is positive, how many tokens of
+                the sequence are to be left, as versions before 5.18 have it.
+
+        Raises:
+            CacheStateError: more are to be removed than are staged.
+        """
+        tokens_to_remove = int(tokens_to_remove)  # 5.17 counts matches in a tensor
+        seen, staged = self.policy_cache.seen, self.staged
+        removed = seen - tokens_to_remove if tokens_to_remove > 0 else -tokens_to_remove
+        if removed > staged:
+            raise CacheStateError(
+                f"crop({tokens_to_remove}) would take back {removed} of {seen} tokens, but "
+                f"{staged} are staged: what the others evicted is gone; bring tokens that may be "
+                f"taken back inside of `with cache.stage(lookahead)`"
+            )
+        if self.policy_cache.staging and removed >= 0:
+            self.commit(staged - removed)
 
     def reset(self) -> None:
         """Forget everything: the next token is the first of a new sequence."""
         self.expected = self.said = None
         self.policy_cache.reset()
         self._of_others("reset")
-        if self._left_alone is not None:
-            self._left_alone.begin()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Follow the beams."""

@@ -10,6 +10,7 @@ with, so that the attention function can tell a call that belongs to it and come
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from functools import partial, update_wrapper
 from typing import Any
@@ -25,6 +26,8 @@ __all__ = ["refuse_dropped_cache", "unwatch", "watch"]
 
 #: The cache that ``generate`` runs with in this thread.
 _RUNNING: ContextVar[TransformersCache | None] = ContextVar("kvpolicy_generates", default=None)
+#: Candidates that may be staged at once; what they need is allocated as they come.
+_MOST_CANDIDATES = 1 << 16
 #: Blocks that watch a model, by its id; and what the object itself had in place of the methods.
 _WATCHED: dict[int, tuple[int, dict[str, Any]]] = {}
 
@@ -59,7 +62,12 @@ def _generate(
     """``generate``, held to what a cache under a policy can do."""
     cache = given_cache(args, kwargs)
     if not isinstance(cache, TransformersCache):
-        return original(*args, **kwargs)
+        # Also the model as its own assistant (assistant_early_exit), which has a cache of its own.
+        token = _RUNNING.set(None)
+        try:
+            return original(*args, **kwargs)
+        finally:
+            _RUNNING.reset(token)
     settings = kwargs.get("generation_config") or getattr(model, "generation_config", None)
 
     def asked(name: str) -> Any:
@@ -71,10 +79,14 @@ def _generate(
             "generate(use_cache=False) computes every token anew and keeps none, so there is "
             "nothing for a policy to evict; leave use_cache out, or the cache"
         )
-    if kwargs.get("assistant_model") is not None or asked("prompt_lookup_num_tokens"):
+    guessed = kwargs.get("assistant_model") is not None or any(
+        asked(name) is not None for name in ("prompt_lookup_num_tokens", "assistant_early_exit")
+    )
+    if asked("use_mtp"):
         raise ParameterError(
-            "assisted decoding takes tokens back, and what these evicted can't be brought back; "
-            "decode without an assistant model and without prompt_lookup_num_tokens"
+            "generate(use_mtp=True) drafts with layers that read this model's hidden states, and "
+            "was not tried on a cache under a policy; use an assistant model, "
+            "prompt_lookup_num_tokens or assistant_early_exit"
         )
     inputs = _ids(args, kwargs)
     before = cache.get_seq_length()
@@ -83,9 +95,11 @@ def _generate(
     alone = inputs is not None and mask is not None and mask.shape[-1] > inputs.shape[1]
     if before and not alone:
         _check_goes_on(cache, inputs)
+    stage = nullcontext() if not guessed else _stage(cache, inputs, before)
     token = _RUNNING.set(cache)
     try:
-        output = original(*args, **kwargs)
+        with stage:
+            output = original(*args, **kwargs)
     finally:
         _RUNNING.reset(token)
     seen = cache.get_seq_length()
@@ -96,6 +110,28 @@ def _generate(
         )
     cache.said = _said(output, inputs, seen)
     return output
+
+
+def _stage(
+    cache: TransformersCache, inputs: Tensor | None, before: int
+) -> AbstractContextManager[None]:
+    """A stage for candidates behind a prompt, which comes in one call with the first of them.
+
+    Raises:
+        CacheStateError: the cache has seen tokens, which transformers would bring once more.
+        ParameterError: the prompt does not come as ids, so its length is not known.
+    """
+    if before:
+        raise CacheStateError(
+            f"this cache has seen {before} tokens, and decoding with candidates brings the whole "
+            f"sequence anew; reset() the cache first"
+        )
+    if inputs is None:
+        raise ParameterError(
+            "decoding with candidates under a policy has to know the prompt's length; pass it as "
+            "input_ids"
+        )
+    return cache.stage(_MOST_CANDIDATES, sure=inputs.shape[1])
 
 
 def _generate_batch(

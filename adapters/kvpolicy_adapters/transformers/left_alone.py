@@ -36,23 +36,17 @@ class LeftAlone:
         for layer in self.layers:
             if hasattr(layer, "activate_past_recording"):
                 layer.activate_past_recording()
-        self.begin()
 
-    def begin(self) -> None:
-        """All that the layers hold now is sure."""
-        self._seen = [layer.get_seq_length() for layer in self.layers]
+    def crop(self, seen: int) -> None:
+        """Take back all but the first ``seen`` tokens of the sequence."""
+        for layer in self.layers:
+            length = layer.get_seq_length()
+            if length:  # none that keeps no tokens
+                layer.crop(min(seen - length, 0))
 
-    def commit(self, count: int) -> None:
-        """Keep the first ``count`` tokens since the last commit."""
-        for layer, before in zip(self.layers, self._seen, strict=True):
-            staged = layer.get_seq_length() - before
-            if staged:
-                layer.crop(min(count, staged) - staged)
-        self.begin()
-
-    def end(self) -> None:
-        """Forget what was not committed."""
-        self.commit(0)
+    def end(self, seen: int) -> None:
+        """Take back all but the first ``seen`` tokens, and keep no more of them than before."""
+        self.crop(seen)
         for layer, recorded in zip(self.layers, self._recorded, strict=True):
             if recorded is not None:
                 layer.record_past = recorded
