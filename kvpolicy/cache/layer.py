@@ -714,10 +714,11 @@ class Layer:
             )
         self._opens = None
         try:
-            part = slice(0, sure)
             output, given = self.attend(
-                *(tensor[:, :, part] for tensor in (query, key, value)),
-                terms.rows(part).columns(end),
+                query[:, :, :sure],
+                key[:, :, :sure],
+                value[:, :, :sure],
+                terms.rows(slice(0, sure)).columns(end),
                 weights,
             )
         except BaseException:
@@ -732,9 +733,12 @@ class Layer:
         if sure == count:
             return output, given
         passes = [] if self.lending is None else [each.copied() for each in self.lending.passes]
-        part = slice(sure, count)
         rest, more = self.attend(
-            *(tensor[:, :, part] for tensor in (query, key, value)), terms.rows(part), weights
+            query[:, :, sure:],
+            key[:, :, sure:],
+            value[:, :, sure:],
+            terms.rows(slice(sure, count)),
+            weights,
         )
         if self.lending is not None:
             self.lending.passes = passes + self.lending.passes

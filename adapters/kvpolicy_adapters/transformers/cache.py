@@ -97,7 +97,7 @@ class PolicyLayer(CacheLayerMixin):
         """Nothing to do: :meth:`TransformersCache.reset` forgets all layers at once."""
 
     @property
-    def is_croppable(self) -> bool:
+    def is_croppable(self) -> bool:  # type: ignore[override]  # transformers' own is one, too
         """Whether tokens are staged, so that they can be taken back."""
         return self.policy_cache.staging
 
