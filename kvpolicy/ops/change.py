@@ -17,6 +17,7 @@ from torch import Tensor
 from kvpolicy.ops.cpu import native
 from kvpolicy.ops.portions import portions
 from kvpolicy.ops.rank import oldest_of_lowest
+from kvpolicy.ops.sums import sum_over, whole_tiles
 
 __all__ = ["alone", "changes", "foreseen", "together"]
 
@@ -38,9 +39,12 @@ def alone(values: Tensor, mass: Tensor) -> Tensor:
         in_one_pass: Tensor = served(values, mass)
         return in_one_pass
     values, read = foreseen(values, mass)
-    distance = values.square().sum(-1).unsqueeze(2) + read.square().sum(-1, keepdim=True)
+    slots = mass.shape[-1]
+    mass, values = whole_tiles(mass, -1), whole_tiles(values, -2)
+    squares = values.new_ones(1, values.shape[-1]) @ values.square().transpose(2, 3)
+    distance = squares + read.square().sum(-1, keepdim=True)
     distance = distance.sub_(read @ values.transpose(2, 3), alpha=2).clamp_(min=0)
-    return distance.mul_(mass).mul_(mass).sum(2)
+    return sum_over(distance.mul_(mass).mul_(mass), 2)[..., :slots]
 
 
 def together(values: Tensor, mass: Tensor, cost: Tensor, positions: Tensor, count: int) -> Tensor:
@@ -85,10 +89,12 @@ def changes(mass: Tensor, values: Tensor, read: Tensor) -> Tensor:
 
     Multiplied out: a product of two matrices, less a thin one and its transpose.
     """
+    slots = mass.shape[-1]
+    mass, values = whole_tiles(mass, -1), whole_tiles(values, -2)
     along = (read @ values.transpose(2, 3)).sub_(read.square().sum(-1, keepdim=True), alpha=0.5)
     of_pairs = (values @ values.transpose(2, 3)).mul_(mass.transpose(2, 3) @ mass)
     cross = along.mul_(mass).transpose(2, 3) @ mass
-    return of_pairs.sub_(cross).sub_(cross.transpose(2, 3))
+    return of_pairs.sub_(cross).sub_(cross.transpose(2, 3))[..., :slots, :slots]
 
 
 def _one_by_one(of_pairs: Tensor, cost: Tensor, positions: Tensor, count: int) -> Tensor:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kvpolicy.ops.cpu import native
 from kvpolicy.ops.portions import NEAR, portions
+from kvpolicy.ops.sums import sum_over, whole_tiles
 
 __all__ = ["cosines", "redundancy"]
 
@@ -46,15 +47,16 @@ def cosines(keys: Tensor, positions: Tensor, out: Tensor, *, similar: float) -> 
     keys = keys.to(torch.float32)
     length = torch.linalg.vector_norm(keys, dim=-1, keepdim=True).clamp_(min=1e-8)
     # What is out has no length, and so is like none.
-    keys = keys * (~out).unsqueeze(-1).to(torch.float32).div_(length)
+    keys = whole_tiles(keys * (~out).unsqueeze(-1).to(torch.float32).div_(length), -2)
     total = keys.new_zeros(keys.shape[:3])
     newer = (positions + 1).unsqueeze(2)
+    newer = whole_tiles(newer, -1)
     heads, slots = positions.shape[1:]
     rows = max(NEAR // (heads * slots), 1)
     for part in portions(len(keys), heads * slots**2, keys.device):
         for first in range(0, slots, rows):
             total[part] += _added_by(keys[part], newer[part], first, rows, similar)
-    return total
+    return total[..., :slots]
 
 
 def _serving(name: str, keys: Tensor) -> native.Kernel | None:
@@ -64,7 +66,13 @@ def _serving(name: str, keys: Tensor) -> native.Kernel | None:
 def _added_by(keys: Tensor, newer: Tensor, first: int, rows: int, similar: float) -> Tensor:
     """What some tokens add to the cosines of all: ``[b, H, S]``."""
     cosine = keys[:, :, first : first + rows] @ keys.transpose(2, 3)
-    cosine.diagonal(first, dim1=2, dim2=3).zero_()
+    own = cosine.diagonal(first, dim1=2, dim2=3)
+    itself = own.clone()
+    own.fill_(-2.0)  # like nobody
     newest, place = (newer * (cosine > similar)).max(-1, keepdim=True)
+    # Taken off behind the sum: equal keys have their own cosine at different places of it.
+    own.copy_(itself)
     cosine.scatter_(3, place, cosine.gather(3, place).masked_fill_(newest > 0, 0.0))
-    return cosine.sum(2)
+    added = (cosine.new_ones(1, cosine.shape[2]) @ cosine).squeeze(2)
+    added[:, :, first : first + rows] -= itself
+    return added

@@ -123,10 +123,8 @@ class _Mixture:
     def bring(self, cache: PolicyCache, call: _Call) -> list[Tensor]:
         part = slice(call.first, call.first + call.size)
         visible = None
-        if call.masked:
-            visible = self.visible[:, :, part, : part.stop]
-            if call.first:  # later, a block needs room for all of it at once
-                visible = visible.tril(call.first)
+        if call.masked:  # without blocks, which may need more room than the budget gives
+            visible = self.visible[:, :, part, : part.stop].tril(call.first)
         return [
             cache.attend(
                 layer,
