@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kvpolicy.ops.cpu import native
 from kvpolicy.ops.portions import NEAR, portions
-from kvpolicy.ops.sums import sum_over, whole_tiles
+from kvpolicy.ops.sums import whole_tiles
 
 __all__ = ["cosines", "redundancy"]
 
@@ -68,11 +68,11 @@ def _added_by(keys: Tensor, newer: Tensor, first: int, rows: int, similar: float
     cosine = keys[:, :, first : first + rows] @ keys.transpose(2, 3)
     own = cosine.diagonal(first, dim1=2, dim2=3)
     itself = own.clone()
-    own.fill_(-2.0)  # like nobody
+    own.zero_()
     newest, place = (newer * (cosine > similar)).max(-1, keepdim=True)
+    cosine.scatter_(3, place, cosine.gather(3, place).masked_fill_(newest > 0, 0.0))
     # Taken off behind the sum: equal keys have their own cosine at different places of it.
     own.copy_(itself)
-    cosine.scatter_(3, place, cosine.gather(3, place).masked_fill_(newest > 0, 0.0))
     added = (cosine.new_ones(1, cosine.shape[2]) @ cosine).squeeze(2)
     added[:, :, first : first + rows] -= itself
     return added
