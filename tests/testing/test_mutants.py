@@ -81,6 +81,17 @@ def names_a_slot_twice(patch):
     return Twice()
 
 
+@caught_by("runs")
+def names_positions_instead_of_slots(patch):
+    """As many slots as there are: a kernel that believed it would write beside its memory."""
+
+    class Positions(StreamingLLM):
+        def victims(self, view, count):
+            return view.positions.gather(-1, super().victims(view, count)).long()
+
+    return Positions(sinks=1)
+
+
 @caught_by("decision")
 def names_a_slot_that_was_never_handed_out(patch):
     """What happens when untouched slots are shown to a policy: they look empty, and rank lowest."""

@@ -20,7 +20,15 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from kvpolicy import CacheStateError, CacheView, EvictionPolicy, RasterLayout, Reclaim, TextLayout
+from kvpolicy import (
+    CacheStateError,
+    CacheView,
+    EvictionPolicy,
+    ModelError,
+    RasterLayout,
+    Reclaim,
+    TextLayout,
+)
 from kvpolicy.testing.faults import Interrupt, Interrupted
 from kvpolicy.testing.fuzz import Tally
 from kvpolicy_adapters.attach import attach
@@ -306,7 +314,7 @@ def _interrupted(
     refused = ""
     try:
         run.feed(cache, middle + taken)
-    except CacheStateError as error:
+    except (CacheStateError, ModelError) as error:
         refused = str(error)
     if refused:
         assert "reset()" in refused, f"{refused} says not what to do after {where}"

@@ -201,7 +201,8 @@ class TransformersCache(Cache):
                 f"the keys of layer {lost} never came to the policy's attention: use this cache on "
                 f"the {self.name} that attach() was given, and on no other object; if that is so, "
                 f"{self.name} does not pass keys on to transformers' attention interface as its "
-                f"cache gives them, and kvpolicy can't serve it"
+                f"cache gives them, and kvpolicy can't serve it; after an exception in the middle "
+                f"of a forward pass, reset() the cache"
             )
         self.expected = layer
 
