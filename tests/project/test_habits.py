@@ -114,7 +114,7 @@ def test_a_path_that_has_gone_is_seen():
     text = "see `kvpolicy/nowhere.py`, tests/golden/fidelity.json and ``making_room.py``; run make"
     gone = {"kvpolicy/nowhere.py", "tests/golden/fidelity.json", "making_room.py"}
     assert stale(text, ROOT) == gone
-    assert stale("`docs/design.md`, `kvpolicy_adapters/attach.py`, ``layout.py``", ROOT) == set()
+    assert stale("`docs/design.md`, `kvpolicy_adapters/attach.py`, ``slots.py``", ROOT) == set()
 
 
 def test_git_would_carry_no_path_of_this_machine():

@@ -76,7 +76,7 @@ def test_it_finds_a_bug_in_the_core_and_tells_how_to_see_it_again(monkeypatch, c
             Layer,
             "whole",
             property(lambda self: True, lambda self, whole: None),
-            "Invariant 'mixed'",
+            "Invariant '(mixed|interruption)'",
         ),
         (SlotStore, "__deepcopy__", lambda self, memo: self, "Invariant 'copies'"),
     ],
