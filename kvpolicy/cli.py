@@ -19,6 +19,7 @@ from kvpolicy.commands.demo import demo
 from kvpolicy.commands.draw import draw
 from kvpolicy.commands.list_policies import list_policies
 from kvpolicy.commands.report import report
+from kvpolicy.commands.reproduce import reproduce
 from kvpolicy.commands.tune import tune
 from kvpolicy.errors import KVPolicyError
 
@@ -58,6 +59,7 @@ app.command("build-kernel")(build_kernel)
 app.command("ablate")(ablate)
 app.command("check")(check)
 app.command("report")(report)
+app.command("reproduce")(reproduce)
 app.command("tune")(tune)
 app.command("calibrate")(calibrate)
 

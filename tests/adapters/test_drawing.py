@@ -35,8 +35,8 @@ def items(*prompts):
     return [Item(f"{row}.png", row, 0, prompt) for row, prompt in enumerate(prompts)]
 
 
-def setting(policy="linear", budget="1/2"):
-    return Setting(kvpolicy.create(policy), budget)
+def setting(policy="linear", budget="1/2", decoder="sequential"):
+    return Setting(kvpolicy.create(policy), budget, kvpolicy.Decoder.parse(decoder))
 
 
 def words(text, **options):
@@ -57,6 +57,10 @@ def agrees(model, wanted, *, budget):
         assert set(stats.budgets) == {budget}
     alone = model.draw(wanted[1:2], setting(budget=str(budget)), Sampler(), seed=3)
     same_picture(alone.images[0], together.images[1])
+    fast = setting(budget=str(budget), decoder="sjd:window=4")
+    twice = [model.draw(wanted[:1], fast, Sampler(), seed=3) for _ in range(2)]
+    assert (twice[0].images == twice[1].images).all()
+    assert twice[0].images[0].shape == together.images[0].shape
     return together
 
 
@@ -233,9 +237,13 @@ def test_tokens_are_drawn_with_their_probabilities():
     scores = RowSampler(chances)(torch.zeros(1000, 1), logits)
     assert torch.isinf(scores).sum(1).eq(3).all()
     assert scores.argmax(1).bincount(minlength=4).tolist() == [100, 0, 200, 700]
-    limited = RowSampler(chances, top_k=2)(torch.zeros(1000, 1), logits).argmax(1)
+    limited = RowSampler(chances, kvpolicy.Sampling(top_k=2))(torch.zeros(1000, 1), logits).argmax(
+        1
+    )
     assert limited.bincount(minlength=4).tolist() == [0, 0, 222, 778]
-    likeliest = RowSampler(chances, temperature=0)(torch.zeros(1000, 1), logits).argmax(1)
+    likeliest = RowSampler(chances, kvpolicy.Sampling(temperature=0))(
+        torch.zeros(1000, 1), logits
+    ).argmax(1)
     assert likeliest.unique().tolist() == [3]
     almost = torch.full((1, 1), 1 - 2.0**-48, dtype=torch.float64)
     last = RowSampler(almost)(torch.zeros(1, 1), torch.tensor([[1.0, 2.0, -torch.inf]]))

@@ -17,7 +17,13 @@ import pytest
 pytest.importorskip("PIL", reason="drawing needs the extra 'lab'")
 
 import kvpolicy
-from kvpolicy.errors import BudgetError, ModelError, ParameterError, RunFolderError
+from kvpolicy.errors import (
+    BudgetError,
+    ModelError,
+    ParameterError,
+    RunFolderError,
+    UnknownNameError,
+)
 from kvpolicy.lab.draw.batch_size import BatchSize
 from kvpolicy.lab.draw.draw import Asked, DrawTask, Pictures, draw
 from kvpolicy.lab.draw.image_model import (
@@ -226,6 +232,27 @@ def test_a_batch_grows_while_that_is_faster():
     assert not sizes.ran_out(1)
 
 
+def test_a_decoder_that_shares_random_numbers_draws_whole_batches(tmp_path, monkeypatch):
+    monkeypatch.setattr(Toy, "drawn", [])
+    shared = Asked(ModelSource("toy"), "full", {}, None, Sampler(decoder="sjd:window=4"))
+    items = class_items(range(10), 1)
+    draw(shared, items, tmp_path, Nobody(), batch=4)
+    assert Toy.drawn == [4, 4, 2]
+    (tmp_path / items[5].path).unlink()
+    before = pictures(tmp_path)
+    draw(shared, items, tmp_path, Nobody(), batch=4)
+    assert Toy.drawn == [4, 4, 2, 4]  # with those that had been beside it
+    assert pictures(tmp_path).items() > before.items()
+    with pytest.raises(ParameterError, match=r'(?s)another plan.*"batch": 4.*"batch": 5'):
+        draw(shared, items, tmp_path, Nobody(), batch=5)
+    with pytest.raises(ParameterError, match="window=64 is longer than the 17 tokens"):
+        long = Asked(ModelSource("toy"), "full", {}, None, Sampler(decoder="sjd:window=64"))
+        draw(long, items, tmp_path, Nobody())
+    monkeypatch.setattr(Toy, "room", 3)
+    with pytest.raises(ModelError, match="draws a batch as one"):
+        draw(shared, items, tmp_path / "other", Nobody(), batch=4)
+
+
 # --- The folder --------------------------------------------------------------------------------
 
 
@@ -270,8 +297,8 @@ def test_what_cannot_be_drawn_is_refused_before_anything_is(tmp_path):
         (
             Asked(ModelSource("toy"), "linear", {}, "1/2", Sampler(decoder="backwards")),
             class_items([3], 1),
-            ParameterError,
-            "decoder",
+            UnknownNameError,
+            "no decoder is called 'backwards'",
         ),
     ]
     for what, items, kind, said in cases:

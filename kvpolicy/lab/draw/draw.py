@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from kvpolicy.cache.cache import PolicyCache
+from kvpolicy.decoding import Decoder, Sequential
 from kvpolicy.errors import ModelError, ParameterError
 from kvpolicy.lab.draw.batch_size import BatchSize
 from kvpolicy.lab.draw.folder import DrawFolder, DrawPlan
@@ -28,6 +29,7 @@ from kvpolicy.lab.run.provenance import versions
 from kvpolicy.lab.run.runner import alone, writing
 from kvpolicy.lab.run.subject import Setting
 from kvpolicy.lab.run.worker import Raised, threads_of_torch
+from kvpolicy.layout import TokenLayout
 from kvpolicy.named import make_policy
 
 __all__ = ["Asked", "DrawTask", "Picture", "Pictures", "Watcher", "draw"]
@@ -67,7 +69,23 @@ class Asked:
     sampler: Sampler
     seed: int = 0
 
-    def plan(self, items: Sequence[Item]) -> DrawPlan:
+    @property
+    def setting(self) -> Setting:
+        """Policy, budget and decoder, made.
+
+        Raises:
+            UnknownNameError: nothing has this name.
+            ParameterError: a parameter is out of range.
+        """
+        policy = make_policy(self.policy, self.parameters)
+        return Setting(policy, self.budget, Decoder.parse(self.sampler.decoder))
+
+    @property
+    def own_chance(self) -> bool:
+        """Whether each picture is drawn with its own numbers; a batch of others shares them."""
+        return isinstance(self.setting.decoder, Sequential)
+
+    def plan(self, items: Sequence[Item], batch: int | None = None) -> DrawPlan:
         """What a folder says of it."""
         listed = [(item.path, item.row, item.sample, item.prompt) for item in items]
         path = self.source.path
@@ -83,6 +101,7 @@ class Asked:
             sampler=self.sampler.model_dump(),
             seed=self.seed,
             dtype=self.source.dtype,
+            batch=None if self.own_chance else batch or _TASK,
             items=hashlib.sha256(json.dumps(listed).encode()).hexdigest(),
             count=len(items),
         )
@@ -142,7 +161,7 @@ class DrawTask:
         try:
             return self._batch(items)
         except (RuntimeError, MemoryError) as error:
-            if len(items) == 1 or not _ran_out(error):
+            if len(items) == 1 or not _ran_out(error) or not self.asked.own_chance:
                 raise
         half = len(items) // 2
         first, second = self._in_halves(items[:half]), self._in_halves(items[half:])
@@ -152,12 +171,9 @@ class DrawTask:
 
     def _batch(self, items: tuple[Item, ...]) -> Pictures:
         asked = self.asked
-        policy = make_policy(asked.policy, asked.parameters)
         begun = time.perf_counter()
         with nullcontext() if self.threads is None else threads_of_torch(self.threads):
-            drawn = _model(asked.source).draw(
-                items, Setting(policy, asked.budget), asked.sampler, asked.seed
-            )
+            drawn = _model(asked.source).draw(items, asked.setting, asked.sampler, asked.seed)
             pngs = [_png(image) for image in drawn.images]
         seconds = time.perf_counter() - begun
         peaks = [peak for stats in drawn.stats for peak in stats.peak_tokens]
@@ -214,7 +230,7 @@ def draw(
     """
     model = _model(asked.source)
     check(model, asked, items)
-    plan = asked.plan(items)
+    plan = asked.plan(items, batch)
     failures: list[Raised] = []
     with alone(path):
         with writing(path):
@@ -222,11 +238,20 @@ def draw(
         waiting = [item for item in items if item.path not in folder.finished]
         watcher.begun(len(items) - len(waiting), len(items))
         by_path = {item.path: item for item in waiting}
+        if plan.batch is not None:
+            # A picture is its batch's: what is missing is drawn with all that were beside it.
+            batch = plan.batch
+            whole = [items[first : first + batch] for first in range(0, len(items), batch)]
+            waiting = [
+                item for some in whole if any(one.path in by_path for one in some) for item in some
+            ]
 
-        def keep(done: Pictures) -> None:
+        def keep(done: Pictures) -> int:
+            fresh = [picture for picture in done.pictures if picture.path in by_path]
             with writing(path):
-                for picture in done.pictures:
+                for picture in fresh:
                     folder.keep(by_path[picture.path], picture.png, picture.about)
+            return len(fresh)
 
         if executor is not None:
             size = batch or _TASK
@@ -237,8 +262,7 @@ def draw(
             with closing(executor.run(tasks)) as outcomes:
                 for _, outcome in outcomes:
                     if isinstance(outcome, Pictures):
-                        keep(outcome)
-                        watcher.drew(len(outcome.pictures), size)
+                        watcher.drew(keep(outcome), size)
                     elif isinstance(outcome, Raised):
                         failures.append(outcome)
             return folder, failures
@@ -251,6 +275,12 @@ def draw(
             except (RuntimeError, MemoryError) as error:
                 if not _ran_out(error):
                     raise
+                if plan.batch is not None:
+                    raise ModelError(
+                        f"{len(some)} images at a time have no room on {asked.source.device}, and "
+                        f"decoder {asked.sampler.decoder!r} draws a batch as one; take a smaller "
+                        f"--batch and another folder"
+                    ) from error
                 if not sizes.ran_out(len(some)):
                     raise ModelError(
                         f"one image at a time has no room on {asked.source.device} "
@@ -258,11 +288,11 @@ def draw(
                         f"takes less"
                     ) from error
                 continue
-            keep(done)
+            kept = keep(done)
             del waiting[: len(some)]
             on_cpu = asked.source.device == "cpu"
             sizes.went_well(len(some), done.seconds, done.image_bytes, on_cpu)
-            watcher.drew(len(some), sizes.size)
+            watcher.drew(kept, sizes.size)
     return folder, failures
 
 
@@ -275,14 +305,10 @@ def check(model: ImageModel, asked: Asked, items: Sequence[Item]) -> None:
     """
     if not items:
         raise ParameterError("nothing to draw: give --classes or --prompts")
-    if asked.sampler.decoder != "sequential":
-        raise ParameterError(f"decoder={asked.sampler.decoder!r}: drawing has 'sequential' only")
-    PolicyCache(
-        make_policy(asked.policy, asked.parameters),
-        asked.budget,
-        layout=model.layout,
-        num_layers=model.num_layers,
-    )
+    setting, layout = asked.setting, model.layout
+    PolicyCache(setting.policy, setting.budget, layout=layout, num_layers=model.num_layers)
+    if isinstance(layout, TokenLayout):
+        setting.decoder.check(layout)
     for item in items:
         model.check(item, asked.sampler)
 

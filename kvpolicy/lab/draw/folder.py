@@ -43,6 +43,7 @@ class DrawPlan(BaseModel):
         sampler: guidance, temperature, top-k, top-p, decoder.
         seed: of all random numbers.
         dtype: of the weights.
+        batch: images that share their random numbers; None where each has its own.
         items: SHA-256 of the list of items.
         count: items.
     """
@@ -59,6 +60,7 @@ class DrawPlan(BaseModel):
     sampler: dict[str, Any]
     seed: int
     dtype: str | None
+    batch: int | None = None
     items: str
     count: int
 

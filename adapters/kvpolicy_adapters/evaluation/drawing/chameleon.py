@@ -8,16 +8,17 @@ from typing import Any
 
 import torch
 
+from kvpolicy import AfterPrompt, LateLayout, RasterLayout, TokenLayout
 from kvpolicy.errors import ParameterError
 from kvpolicy.lab.draw.image_model import Drawn, Sampler
 from kvpolicy.lab.draw.items import Item
 from kvpolicy.lab.run.subject import Setting
 from kvpolicy_adapters.attach import attach
 from kvpolicy_adapters.evaluation.drawing.common import (
+    draw_tokens,
     fits,
     left_padded,
     needs_prompt,
-    row_sampler,
 )
 from kvpolicy_adapters.images.chameleon import ImageChameleon, ImageGrammar, ImageGuidance
 from kvpolicy_adapters.images.families import layout_of
@@ -84,7 +85,10 @@ class ChameleonImages:
             self._rows = vision.resolution // 2 ** (len(vision.channel_multiplier) - 1)
             self._break = 0
             self._header = [self._names[_START]]
-        self.layout = layout_of(self._model)
+        self.layout: TokenLayout | LateLayout = layout_of(self._model)
+        if pixels is None:
+            # The reader would know it from the first image token on; speculation asks before.
+            self.layout = AfterPrompt(RasterLayout(rows=self._rows, cols=self._rows, suffix=1))
         self.num_layers = model.config.num_hidden_layers
 
     def check(self, item: Item, sampler: Sampler) -> None:
@@ -105,22 +109,28 @@ class ChameleonImages:
         ids, mask = left_padded(prompts, model.config.pad_token_id or 0, model.device)
         scale = (_CFG if sized else 1.0) if sampler.cfg is None else sampler.cfg
         how: dict[str, Any] = {"policy": setting.policy, "budget": setting.budget}
+        if not sized:
+            how["layout"] = self.layout
         with ExitStack() as stack:
             caches = [stack.enter_context(attach(model, **how))]
-            processors: list[Any] = [ImageGrammar(model, sizes=sized)]
+            guidance: Any = 1.0
             if scale > 1:
                 caches.append(stack.enter_context(attach(model, **how)))
-                processors.insert(0, ImageGuidance(scale, model, caches[1], sizes=sized))
-            top_k = min(_TOP_K, model.config.vocab_size) if sized else 0
-            processors.append(row_sampler(items, seed, self._count, sampler, top_k=top_k))
-            tokens = model.generate(
+                guidance = ImageGuidance(scale, model, caches[1], sizes=sized)
+            tokens = draw_tokens(
+                model,
                 ids,
+                caches,
+                items,
+                self._count,
+                setting,
+                sampler,
+                seed,
+                rules=(ImageGrammar(model, sizes=sized),),
+                top_k=_TOP_K if sized else 0,
                 attention_mask=mask,
-                **caches[0].as_argument,
-                logits_processor=processors,
-                max_new_tokens=self._count,
-                do_sample=False,
-            )[:, ids.shape[1] :]
+                guidance=guidance,
+            )
             stats = tuple(cache.stats() for cache in caches)
         lines = tokens.view(len(items), self._rows, self._rows + self._break)
         codes = self._code.to(tokens.device)[lines[:, :, : self._rows]]

@@ -9,19 +9,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kvpolicy import Rule, Sampling, Sequential
 from kvpolicy.errors import ParameterError, near_matches
 from kvpolicy.lab.draw.image_model import ModelSource, Sampler
 from kvpolicy.lab.draw.items import Item
+from kvpolicy.lab.run.subject import Setting
+from kvpolicy_adapters.decode import decode
 from kvpolicy_adapters.images.sampling import RowSampler
 
 __all__ = [
+    "chance_of",
+    "draw_tokens",
     "dtype_of",
     "fits",
     "left_padded",
     "needs_class",
     "needs_prompt",
     "options_of",
-    "row_sampler",
 ]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -56,27 +60,82 @@ def options_of(source: ModelSource, known: Mapping[str, Any]) -> dict[str, Any]:
     return {**known, **given}
 
 
-def row_sampler(
+def chance_of(
     items: Sequence[Item],
     seed: int,
     count: int,
+    setting: Setting,
     sampler: Sampler,
-    *,
-    temperature: float = 1.0,
     top_k: int = 0,
-    top_p: float = 1.0,
-) -> RowSampler:
-    """A sampler of ``count`` tokens for each item; the defaults are the model's own.
+) -> tuple[RowSampler | None, Sampling, int]:
+    """How a batch is drawn: with numbers of each item's own, where the decoder lets them be.
 
-    Each row draws with its item's numbers, whatever rows lie beside it.
+    Args:
+        items: of the batch.
+        seed: of all random numbers.
+        count: tokens of an image.
+        setting: its decoder draws one token a pass, or several.
+        sampler: what was asked for.
+        top_k: the model's own, where none was asked for.
+
+    Returns:
+        A sampler that comes last of all rules; None for a decoder that draws several tokens a pass,
+        which takes the other two: what it draws from, and a seed of the whole batch.
     """
-    chances = torch.from_numpy(np.stack([item.chances(seed, count) for item in items]))
-    return RowSampler(
-        chances,
-        temperature if sampler.temperature is None else sampler.temperature,
-        top_k if sampler.top_k is None else sampler.top_k,
-        top_p if sampler.top_p is None else sampler.top_p,
+    sampling = Sampling(
+        temperature=1.0 if sampler.temperature is None else sampler.temperature,
+        top_k=top_k if sampler.top_k is None else sampler.top_k,
+        top_p=1.0 if sampler.top_p is None else sampler.top_p,
     )
+    if isinstance(setting.decoder, Sequential):
+        chances = torch.from_numpy(np.stack([item.chances(seed, count) for item in items]))
+        return RowSampler(chances, sampling), Sampling(), 0
+    words = [seed, *(word for item in items for word in (item.row, item.sample))]
+    return None, sampling, int(np.random.SeedSequence(words).generate_state(1)[0])
+
+
+def draw_tokens(
+    model: Any,
+    prompt: Tensor,
+    caches: Sequence[Any],
+    items: Sequence[Item],
+    count: int,
+    setting: Setting,
+    sampler: Sampler,
+    seed: int,
+    *,
+    rules: Sequence[Rule] = (),
+    top_k: int = 0,
+    **options: Any,
+) -> Tensor:
+    """Draw ``count`` tokens behind each prompt ``[B, P]``: int64 ``[B, count]``.
+
+    Args:
+        model: attached.
+        prompt: token ids.
+        caches: of the model, and of the unconditional half where it has one of its own.
+        items: what the rows are.
+        count: tokens of an image.
+        setting: the decoder.
+        sampler: what was asked for.
+        seed: of all random numbers.
+        rules: the grammar of the model's images.
+        top_k: the model's own.
+        options: further ones of :func:`kvpolicy_adapters.decode`.
+    """
+    own, sampling, chance = chance_of(items, seed, count, setting, sampler, top_k)
+    drawn = decode(
+        model,
+        prompt,
+        caches[0],
+        count,
+        decoder=setting.decoder,
+        sampling=sampling,
+        rules=rules if own is None else (*rules, own),
+        seed=chance,
+        **options,
+    )
+    return drawn.tokens[:, -count:]
 
 
 def needs_class(model: str, item: Item, count: int) -> None:

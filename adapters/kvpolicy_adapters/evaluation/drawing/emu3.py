@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PrefixConstrainedLogitsProcessor
 
 from kvpolicy import LateLayout, RasterLayout
 from kvpolicy.lab.draw.image_model import Drawn, Sampler
@@ -15,10 +16,10 @@ from kvpolicy.lab.draw.items import Item
 from kvpolicy.lab.run.subject import Setting
 from kvpolicy_adapters.attach import attach
 from kvpolicy_adapters.evaluation.drawing.common import (
+    draw_tokens,
     fits,
     left_padded,
     needs_prompt,
-    row_sampler,
 )
 from kvpolicy_adapters.images.emu3 import GridRule
 from kvpolicy_adapters.images.families import layout_of
@@ -78,22 +79,24 @@ class Emu3Images:
         how: dict[str, Any] = {"policy": setting.policy, "budget": setting.budget}
         with ExitStack() as stack:
             caches = [stack.enter_context(attach(model, **how))]
-            processors: list[Any] = []
+            guidance: Any = 1.0
             if scale > 1:
                 caches.append(stack.enter_context(attach(model, **how)))
-                processors.append(Guidance(scale, model, caches[1], negative))
-            top_k = min(_TOP_K, text.vocab_size)
-            processors.append(row_sampler(items, seed, _count(grid), sampler, top_k=top_k))
-            tokens = model.generate(
+                guidance = Guidance(scale, model, caches[1], negative)
+            tokens = draw_tokens(
+                model,
                 ids,
+                caches,
+                items,
+                _count(grid),
+                setting,
+                sampler,
+                seed,
+                rules=(PrefixConstrainedLogitsProcessor(GridRule(model), num_beams=1),),
+                top_k=_TOP_K,
                 attention_mask=mask,
-                **caches[0].as_argument,
-                logits_processor=processors,
-                prefix_allowed_tokens_fn=GridRule(model),
-                guidance_scale=None,
-                max_new_tokens=_count(grid),
-                do_sample=False,
-            )[:, ids.shape[1] :]
+                guidance=guidance,
+            )
             stats = tuple(cache.stats() for cache in caches)
 
         def paint(some: Tensor) -> Tensor:

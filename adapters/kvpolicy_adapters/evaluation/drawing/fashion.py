@@ -14,7 +14,7 @@ from kvpolicy.lab.draw.items import Item
 from kvpolicy.lab.run.subject import Setting
 from kvpolicy_adapters import zoo
 from kvpolicy_adapters.attach import attach
-from kvpolicy_adapters.evaluation.drawing.common import needs_class, options_of, row_sampler
+from kvpolicy_adapters.evaluation.drawing.common import draw_tokens, needs_class, options_of
 from kvpolicy_adapters.evaluation.subjects import FashionAR
 
 __all__ = ["FashionImages"]
@@ -68,17 +68,19 @@ class FashionImages:
         with attach(
             model, policy=setting.policy, budget=setting.budget, layout=self.layout
         ) as cache:
-            tokens = model.generate(
+            tokens = draw_tokens(
+                model,
                 prompt,
-                attention_mask=torch.ones_like(prompt),
-                **cache.as_argument,
-                max_new_tokens=pixels,
-                do_sample=False,
-                suppress_tokens=list(range(_GREYS, model.config.vocab_size)),
-                logits_processor=[row_sampler(items, seed, pixels, sampler)],
+                [cache],
+                items,
+                pixels,
+                setting,
+                sampler,
+                seed,
+                suppress_tokens=range(_GREYS, model.config.vocab_size),
             )
             stats = cache.stats()
-        return Drawn(np.asarray(self._zoo.images(tokens[:, 1:].cpu())), (stats,))
+        return Drawn(np.asarray(self._zoo.images(tokens.cpu())), (stats,))
 
     def _class(self, item: Item) -> int:
         if item.prompt is None:

@@ -7,20 +7,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor
 
 from kvpolicy.lab.draw.image_model import Drawn, Sampler
 from kvpolicy.lab.draw.items import Item
 from kvpolicy.lab.run.subject import Setting
 from kvpolicy_adapters.attach import attach
 from kvpolicy_adapters.evaluation.drawing.common import (
+    draw_tokens,
     fits,
     left_padded,
     needs_prompt,
-    row_sampler,
 )
 from kvpolicy_adapters.images.families import layout_of
-from kvpolicy_adapters.images.guidance import guided
 from kvpolicy_adapters.images.memory import in_pieces
 from kvpolicy_adapters.images.vqgan import to_pixels
 
@@ -60,17 +58,18 @@ class JanusImages:
         model = self._model
         prompts = [self._ids(needs_prompt(self.name, item)) for item in items]
         ids, mask = left_padded(prompts, model.generation_config.pad_token_id, model.device)
-        halves = _Halves(_CFG if sampler.cfg is None else sampler.cfg)
         with attach(model, policy=setting.policy, budget=setting.budget) as cache:
-            tokens = model.generate(
+            tokens = draw_tokens(
+                model,
                 ids,
+                [cache],
+                items,
+                self._tokens,
+                setting,
+                sampler,
+                seed,
                 attention_mask=mask,
-                generation_mode="image",
-                # Guided by the processor below, which must come before the one that draws.
-                guidance_scale=1,
-                do_sample=False,
-                logits_processor=[halves, row_sampler(items, seed, self._tokens, sampler)],
-                **cache.as_argument,
+                guidance=_CFG if sampler.cfg is None else sampler.cfg,
             )
             stats = cache.stats()
 
@@ -87,15 +86,3 @@ class JanusImages:
         found = self._processor(text=text, generation_mode="image", return_tensors="pt")
         ids: list[int] = found["input_ids"][0].tolist()
         return ids
-
-
-class _Halves(LogitsProcessor):
-    """Guidance between the halves of the batch that Janus's own ``generate`` doubles."""
-
-    def __init__(self, scale: float) -> None:
-        self.scale = scale
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Scores ``[B, V]`` of scores ``[2 B, V]``, the unconditional half behind the other."""
-        conditional, unconditional = scores.chunk(2)
-        return guided(conditional, unconditional, self.scale)

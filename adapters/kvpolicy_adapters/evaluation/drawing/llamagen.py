@@ -15,10 +15,10 @@ from kvpolicy.lab.draw.items import Item
 from kvpolicy.lab.run.subject import Setting
 from kvpolicy_adapters.attach import attach
 from kvpolicy_adapters.evaluation.drawing.common import (
+    chance_of,
     dtype_of,
     needs_class,
     options_of,
-    row_sampler,
 )
 from kvpolicy_adapters.images.families import layout_of
 from kvpolicy_adapters.images.llamagen import LlamaGen, read_official
@@ -97,12 +97,20 @@ class LlamaGenImages:
         """Draw a batch, uint8 ``[B, rows, cols, 3]``."""
         classes = torch.tensor([item.row for item in items], device=self._device)
         count = self._model.config.grid_size**2
+        own, sampling, chance = chance_of(items, seed, count, setting, sampler)
+        greedy = sampling.temperature == 0
         with attach(self._model, policy=setting.policy, budget=setting.budget) as cache:
             tokens = self._model.generate(
                 classes,
                 **cache.as_argument,
                 cfg_scale=_CFG if sampler.cfg is None else sampler.cfg,
-                sampler=row_sampler(items, seed, count, sampler),
+                do_sample=not greedy,
+                temperature=1.0 if greedy else sampling.temperature,
+                top_k=sampling.top_k,
+                top_p=sampling.top_p,
+                seed=chance,
+                decoder=setting.decoder,
+                sampler=own,
             )
             stats = cache.stats()
         images = to_pixels(self._vqgan.decode(tokens), self._size)

@@ -1,0 +1,1 @@
+"""Published tables, row by row, and the same rows measured on the machine at hand."""
