@@ -80,6 +80,7 @@ class Emu3Images:
         with ExitStack() as stack:
             caches = [stack.enter_context(attach(model, **how))]
             guidance: Any = 1.0
+            allowed: Any = GridRule(model)  # returns a tensor, which is as good as the list
             if scale > 1:
                 caches.append(stack.enter_context(attach(model, **how)))
                 guidance = Guidance(scale, model, caches[1], negative)
@@ -92,7 +93,7 @@ class Emu3Images:
                 setting,
                 sampler,
                 seed,
-                rules=(PrefixConstrainedLogitsProcessor(GridRule(model), num_beams=1),),
+                rules=(PrefixConstrainedLogitsProcessor(allowed, num_beams=1),),
                 top_k=_TOP_K,
                 attention_mask=mask,
                 guidance=guidance,
