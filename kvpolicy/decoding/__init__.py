@@ -10,6 +10,7 @@ from kvpolicy.decoding.decoder import (
     register_decoder,
 )
 from kvpolicy.decoding.joint_cache import JointCache
+from kvpolicy.decoding.parallel import GroupStep, Parallel
 from kvpolicy.decoding.sampling import Sampling
 from kvpolicy.decoding.sequential import Sequential
 from kvpolicy.decoding.speculative import SpeculativeJacobi
@@ -18,7 +19,9 @@ __all__ = [
     "DECODERS",
     "Decoded",
     "Decoder",
+    "GroupStep",
     "JointCache",
+    "Parallel",
     "Rule",
     "Sampling",
     "Sequential",

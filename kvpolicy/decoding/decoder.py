@@ -275,3 +275,19 @@ def checked_logits(logits: Any, tokens: Tensor) -> Tensor:
             f"[{tokens.shape[0]}, {tokens.shape[1]}, V], one row for each token"
         )
     return logits
+
+
+def staging_cache(cache: Any) -> StagingCache:
+    """The cache, if it can stage.
+
+    Raises:
+        ParameterError: it can't.
+    """
+    if not all(hasattr(cache, name) for name in ("stage", "commit", "layout")):
+        raise ParameterError(
+            f"this decoder takes tokens back, and {type(cache).__name__} has no stage() and "
+            f"commit(); use a kvpolicy.PolicyCache (policy 'full' evicts nothing) or the cache of "
+            f"attach(), or decode with 'sequential'"
+        )
+    found: StagingCache = cache
+    return found

@@ -29,10 +29,11 @@ from kvpolicy.decoding.decoder import (
     prompt_logits,
     register_decoder,
     ruled,
+    staging_cache,
 )
 from kvpolicy.decoding.sampling import Sampling, couple, draw
 from kvpolicy.errors import ParameterError
-from kvpolicy.layout import TokenLayout
+from kvpolicy.layout import TokenLayout, refuse_other_orders
 
 __all__ = ["Drafts", "SpeculativeJacobi", "speculative_jacobi"]
 
@@ -63,16 +64,19 @@ class SpeculativeJacobi(Decoder):
     coupled: bool = True
 
     def check(self, layout: TokenLayout) -> None:
-        """Refuse a window that no sequence of this layout could fill.
+        """Refuse a window that no sequence of this layout could fill, and drafts from no line.
 
         Raises:
             ParameterError: it is longer than the layout.
+            LayoutError: drafts are taken from the line above, and there are no lines.
         """
         if layout.length is not None and self.window > layout.length:
             raise ParameterError(
                 f"decoder {self.label!r}: window={self.window} is longer than the "
                 f"{layout.length} tokens of {layout!r}; the largest that works is {layout.length}"
             )
+        if self.draft == "above":
+            refuse_other_orders(layout, f"decoder {self.label!r}")
 
     @torch.no_grad()
     def decode(
@@ -93,7 +97,7 @@ class SpeculativeJacobi(Decoder):
         Raises:
             ParameterError: the cache can't stage, or the window is longer than the layout.
         """
-        cache = _staging(cache)
+        cache = staging_cache(cache)
         layout = cache.layout if layout is None else layout
         check_prompt(prompt, count, layout)
         if layout is not None:
@@ -260,19 +264,3 @@ def _above(place: int, layout: TokenLayout | None) -> int:
     if layout is None or layout.line(place) < 1:
         return place - 1
     return place - layout.line_length
-
-
-def _staging(cache: Any) -> StagingCache:
-    """The cache, if it can stage.
-
-    Raises:
-        ParameterError: it can't.
-    """
-    if not all(hasattr(cache, name) for name in ("stage", "commit", "layout")):
-        raise ParameterError(
-            f"speculation takes tokens back, and {type(cache).__name__} has no stage() and "
-            f"commit(); use a kvpolicy.PolicyCache (policy 'full' evicts nothing) or the cache of "
-            f"attach(), or decode with 'sequential'"
-        )
-    found: StagingCache = cache
-    return found

@@ -12,7 +12,7 @@ import torch
 from pydantic import BeforeValidator, Field
 from torch import Tensor
 
-from kvpolicy.errors import LayoutError
+from kvpolicy.errors import LayoutError, ShapeError
 from kvpolicy.layout.groups import group_sizes
 from kvpolicy.layout.lines import Position, RasterLayout, Size, TokenLayout, _Layout
 from kvpolicy.layout.locality import locality_aware_order
@@ -170,6 +170,19 @@ class OrderedLayout(_Layout):
     def arrival(self, place: Position) -> Position:
         """The position at which the token of a raster position comes: the inverse of ``place``."""
         return self._moved(self._arrivals, self._arrived, place)
+
+    def to_raster(self, tokens: Tensor) -> Tensor:
+        """Tokens of whole sequences by arrival, ``[..., L]``, put in raster order.
+
+        Raises:
+            ShapeError: they are not ``length`` tokens.
+        """
+        if tokens.shape[-1] != self.length:
+            raise ShapeError(
+                f"to_raster takes the {self.length} tokens of a whole sequence, prefix included, "
+                f"not {tokens.shape[-1]}"
+            )
+        return tokens[..., self.arrival(torch.arange(self.length, device=tokens.device))]
 
     def group(self, position: int) -> range:
         """Positions of the tokens that come with this one; outside the image it comes alone."""
