@@ -265,7 +265,7 @@ def test_parameters_are_spelled_in_the_order_of_fields():
     ("spelled", "error", "says"),
     [
         ("sjdd", UnknownNameError, "did you mean 'sjd'"),
-        ("", UnknownNameError, "known: 'sequential', 'sjd'"),
+        ("", UnknownNameError, "known: 'lpd', 'sequential', 'sjd'"),
         ("sjd:windw=3", ParameterError, "did you mean 'window'"),
         ("sjd:window=1", ParameterError, "greater than or equal to 2"),
         ("sjd:window=8.5", ParameterError, "window"),
