@@ -40,8 +40,9 @@ from kvpolicy_adapters.images.token_reader import telling
 from kvpolicy_adapters.transformers.attention import policy_attention
 from kvpolicy_adapters.transformers.cache import TransformersCache, marked_layer
 from kvpolicy_adapters.transformers.generation import refuse_dropped_cache, unwatch, watch
-from kvpolicy_adapters.transformers.layers import kept_by
+from kvpolicy_adapters.transformers.layers import kept_by, uses_interface
 from kvpolicy_adapters.transformers.masks import explicit_mask, made_for_policy
+from kvpolicy_adapters.transformers.own_attention import override, restore
 from kvpolicy_adapters.transformers.tensor_parallel import HeadSplit
 from kvpolicy_adapters.transformers.versions import say_if_newer
 from kvpolicy_adapters.transformers.wrappers import unwrapped
@@ -164,15 +165,17 @@ def _enter(model: PreTrainedModel) -> list[PreTrainedConfig]:
                 id(config), _Attached(config, config._attn_implementation)
             ).blocks += 1
         try:
-            model.set_attn_implementation(_NAME)
-            if all(config._attn_implementation != _NAME for config in configs):
-                raise ParameterError(
-                    f"{type(model).__name__} does not use transformers' attention interface, so "
-                    f"no policy can be attached to it"
-                )
+            if uses_interface(model):
+                model.set_attn_implementation(_NAME)
+                if all(config._attn_implementation != _NAME for config in configs):
+                    raise ParameterError(
+                        f"{type(model).__name__} does not use transformers' attention interface, "
+                        f"so no policy can be attached to it"
+                    )
         except BaseException:
             _restore(configs)
             raise
+        override(model)
         watch(model)
         return configs
 
@@ -180,6 +183,7 @@ def _enter(model: PreTrainedModel) -> list[PreTrainedConfig]:
 def _leave(model: PreTrainedModel, configs: Iterable[PreTrainedConfig]) -> None:
     with _LOCK:
         unwatch(model)
+        restore(model)
         _restore(configs)
 
 
@@ -227,6 +231,11 @@ def _attention(
         return policy_attention(module, query, key, value, attention_mask, **kwargs)
     refuse_dropped_cache(module)
     before = _before(module.config)
+    made = isinstance(attention_mask, Tensor) and attention_mask.ndim == 4
+    if before not in ("eager", "sdpa") and made and torch.compiler.is_compiling():
+        # Its mask had to be made before it could be told whose call this is (see _mask), and the
+        # kernel that was loaded takes none.
+        before, attention_mask = "eager", _added(attention_mask, query.dtype)
     if before == "eager":
         function = sys.modules[type(module).__module__].eager_attention_forward
     else:
@@ -237,11 +246,18 @@ def _attention(
     return function(module, query, key, value, attention_mask, **kwargs)
 
 
+def _added(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """A bool mask (True = visible) as eager attention adds it to the scores."""
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+
+
 def _mask(*, config: Any, **arguments: Any) -> Any:
     """The registered mask function: an explicit mask, or what the model had before."""
     before = _before(config)
-    # Where a compiler traces the call, whose mask it is can't be told: an explicit one serves all
-    # but kernels that take none, and those refuse it.
+    # Where a compiler traces the call, whose mask it is can't be told: an explicit one serves all,
+    # and _attention sees to kernels that take none.
     implicit = before not in ("eager", "sdpa")
     if made_for_policy(arguments) or (implicit and torch.compiler.is_compiling()):
         return explicit_mask(before, config=config, **arguments)

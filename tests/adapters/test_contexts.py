@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 import torch._dynamo
@@ -59,6 +61,23 @@ def test_keys_and_values_of_different_dtypes():
     assert cache.stats().peak_tokens == (9, 9, 9)
 
 
+def test_weights_in_eight_bits():
+    """Of torch's own dynamic quantisation: a policy sees keys and values, which stay floats."""
+    if "fbgemm" not in torch.backends.quantized.supported_engines:
+        pytest.skip("this torch has no 8-bit products for this processor")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says that its successor is another package
+        model = torch.ao.quantization.quantize_dynamic(
+            tiny_models.llama(), {torch.nn.Linear}, dtype=torch.qint8
+        )
+    expected = model.generate(tokens(), **GREEDY)
+    with attach(model, policy="h2o", budget="1/1", layout=TEXT) as cache:
+        assert torch.equal(model.generate(tokens(), **GREEDY, **as_argument(cache)), expected)
+    with attach(model, policy="h2o", budget=8, layout=TEXT) as cache:
+        model.generate(tokens(), **GREEDY, **as_argument(cache))
+    assert cache.stats().peak_tokens == (9, 9, 9)
+
+
 def test_weights_of_a_step_that_would_be_compiled():
     model = tiny_models.llama(attn_implementation="eager")
     options = GREEDY | {"return_dict_in_generate": True, "output_attentions": True}
@@ -99,18 +118,39 @@ def test_chunks_are_no_windows_that_slide():
         pass
 
 
-def test_a_chunk_that_comes_under_the_policy():
-    """A chunk's first token sees itself alone, whatever is cached."""
+@pytest.mark.parametrize("padding", [0, 3])
+@pytest.mark.parametrize("budget", [12, 15, 40], ids=["evicting", "nearly", "left alone"])
+def test_chunks_behind_the_first(budget, padding):
+    """A chunk's first token sees itself alone; against one call with masks, and no cache."""
     model = llama4()
-    ids = tokens(30)
-    with torch.inference_mode():
-        expected = model(ids).logits
-        layout = kvpolicy.TextLayout(length=40)
-        made = attach(model, policy="h2o", budget=15, layout=layout)
-        with made as cache:
-            assert cache.stats().left_alone == ()
-            outputs = [model(part, **as_argument(cache)).logits for part in ids[:, :15].split(1, 1)]
-        torch.testing.assert_close(torch.cat(outputs, 1), expected[:, :15], atol=1e-4, rtol=1e-4)
+    ids = tokens(50)
+    mask = torch.ones_like(ids)
+    mask[0, :padding] = 0
+    layout = kvpolicy.TextLayout(sinks=0, length=60)
+    made = attach(model, policy="streaming_llm", budget=budget, layout=layout)
+    outputs, seen = [], 0
+    places = (mask.cumsum(-1) - 1).clamp(min=0)
+    with torch.inference_mode(), made as cache:
+        assert cache.stats().left_alone == ((0, 1, 2) if budget == 40 else ())
+        for size in (8, *[1] * 42):
+            part = slice(seen, seen + size)
+            given = {"attention_mask": mask[:, : part.stop], "position_ids": places[:, part]}
+            outputs.append(model(ids[:, part], **given, **as_argument(cache)).logits)
+            seen += size
+        place = torch.arange(50)
+        held = place > place[:, None] - budget
+        causal = place <= place[:, None]
+        live = mask.bool()[:, None, None, :]
+        lead = (mask == 0).sum(-1)[:, None, None, None]
+        chunk = (place - lead) // 16 == (place[:, None] - lead) // 16
+        masks = {
+            "full_attention": causal & held & live,
+            "chunked_attention": causal & held & live & chunk,
+        }
+        own = {"position_ids": places, "use_cache": False}
+        expected = model(ids, attention_mask=masks, **own).logits
+    rows = mask.bool()
+    torch.testing.assert_close(torch.cat(outputs, 1)[rows], expected[rows], atol=1e-4, rtol=1e-4)
 
 
 def mllama():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch._dynamo
 import transformers
 from torch.nn import functional
 from transformers import AttentionInterface
@@ -146,6 +147,22 @@ def test_calls_without_the_cache_run_the_kernel_that_was_loaded(name, padding):
     assert torch.equal(inside, plain)
     torch.testing.assert_close(plain, expected, atol=1e-4, rtol=1e-4)
     assert made.config._attn_implementation == "flash_attention_2"
+
+
+@pytest.mark.parametrize("implementation", ["flash_attention_2", "flex_attention"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_compiled_call_without_the_cache(name, implementation):
+    """A compiler can't be told whose mask it traces: these kernels would not take it."""
+    tokens, mask = prompt(4)
+    with torch.inference_mode():
+        expected = model(name, "sdpa")(tokens, attention_mask=mask).logits
+        made = model(name, implementation)
+        torch._dynamo.reset()
+        compiled = torch.compile(made, backend="eager")
+        with attach(made, policy="h2o", budget=12, layout=kvpolicy.TextLayout()):
+            given = compiled(tokens, attention_mask=mask).logits
+    live = mask.bool()
+    torch.testing.assert_close(given[live], expected[live], atol=1e-4, rtol=1e-4)
 
 
 def test_everything_fits_and_nothing_differs_under_flash():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import transformers
@@ -123,6 +125,54 @@ def test_pipelines(model, cache):
     pipe("w1 w2 w3 w4 w5 w6", max_new_tokens=NEW, do_sample=False, **as_argument(cache))
     assert cache.stats().seen == PROMPT + NEW - 1
     assert cache.stats().peak_tokens == (1 + BUDGET,) * 3
+
+
+def contrastively(model, ids, cache, one_by_one=False, candidates=4, penalty=0.6, new=12):
+    """Contrastive search (arXiv:2202.06417): candidates are rows beside each other, or copies."""
+    output = model(ids, output_hidden_states=True, **as_argument(cache))
+    context, logits = output.hidden_states[-1], output.logits[:, -1]
+    for _ in range(new):
+        likely, tokens = logits.softmax(-1).topk(candidates)
+        if one_by_one:
+            copies = [copy.deepcopy(cache) for _ in range(candidates)]
+            outputs = [
+                model(tokens[:, n : n + 1], output_hidden_states=True, **as_argument(copies[n]))
+                for n in range(candidates)
+            ]
+            hidden = torch.stack([o.hidden_states[-1][:, -1] for o in outputs], 1)
+            scores = torch.stack([o.logits[:, -1] for o in outputs], 1)
+        else:
+            cache.batch_repeat_interleave(candidates)
+            output = model(tokens.view(-1, 1), output_hidden_states=True, **as_argument(cache))
+            hidden = output.hidden_states[-1][:, -1].unflatten(0, (-1, candidates))
+            scores = output.logits[:, -1].unflatten(0, (-1, candidates))
+        alike = torch.cosine_similarity(context[:, None], hidden[:, :, None], dim=-1).amax(-1)
+        best = ((1 - penalty) * likely - penalty * alike).argmax(-1)
+        rows = torch.arange(len(ids))
+        if one_by_one:
+            cache = copies[int(best)]
+        else:
+            cache.batch_select_indices(rows * candidates + best)
+        context = torch.cat([context, hidden[rows, best][:, None]], 1)
+        ids = torch.cat([ids, tokens[rows, best][:, None]], 1)
+        logits = scores[rows, best]
+    return ids, cache
+
+
+def test_contrastive_search(model, cache):
+    """Its loop, as transformers' community has it: repeat the cache, and keep some rows of it."""
+    with torch.inference_mode():
+        plain, _ = contrastively(model, prompt(), transformers.DynamicCache())
+        layout = kvpolicy.TextLayout(sinks=1, length=40)
+        with attach(model, policy="h2o", budget="1/1", layout=layout) as room:
+            assert torch.equal(contrastively(model, prompt(), room)[0], plain)
+        tokens, _ = contrastively(model, prompt(), cache)
+        assert cache.stats().seen == tokens.shape[1] == PROMPT + 12
+        assert cache.stats().peak_tokens == (1 + BUDGET,) * 3
+        for row in range(2):
+            cache.reset()
+            alone = contrastively(model, prompt()[row : row + 1], cache, one_by_one=True)[0]
+            assert torch.equal(tokens[row : row + 1], alone)
 
 
 def test_plain_calls(model, cache):

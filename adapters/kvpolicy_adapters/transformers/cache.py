@@ -18,7 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import (
+    CacheLayerMixin,
+    LinearAttentionCacheLayerMixin,
+    LinearAttentionLayer,
+)
 
 from kvpolicy import CacheStateError, CacheStats, ModelError, PolicyCache, TokenLayout
 from kvpolicy_adapters.transformers.cache_argument import as_argument
@@ -105,6 +109,38 @@ class PolicyLayer(CacheLayerMixin):
         """Nothing to do: :meth:`TransformersCache.crop` crops all layers at once."""
 
 
+class StatePolicyLayer(PolicyLayer, LinearAttentionLayer):
+    """A layer under a policy that keeps a state of fixed size beside its keys and values.
+
+    As hybrids have them whose attention and state space are parts of one layer (FalconH1, Zamba).
+    The state is transformers' own, and all of it is kept.
+    """
+
+    def __init__(self, cache: TransformersCache, index: int, own: LinearAttentionLayer) -> None:
+        PolicyLayer.__init__(self, cache, index)
+        # Of the layer that transformers made for this model: versions differ in what it consists of.
+        for name, value in vars(own).items():
+            if name not in vars(self):
+                setattr(self, name, copy.deepcopy(value))
+
+    lazy_initialization = LinearAttentionLayer.lazy_initialization
+    reset = LinearAttentionLayer.reset
+    reorder_cache = LinearAttentionLayer.reorder_cache
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take the newest tokens back.
+
+        Raises:
+            CacheStateError: more than none is asked for: a state has no tokens to take back.
+        """
+        if tokens_to_remove != 0:
+            raise CacheStateError(
+                f"crop({tokens_to_remove}): layer {self.index} keeps a recurrent state beside its "
+                f"keys and values, from which no token can be taken back; decode without an "
+                f"assistant model"
+            )
+
+
 class _Block:
     """The ``attach`` block of a cache and of all its copies: they end together."""
 
@@ -148,12 +184,19 @@ class TransformersCache(Cache):
         # The block holds the model, so its ids are not given to others while the cache is in use.
         self._modules = frozenset(id(module) for module in model.modules())
         left_alone = policy_cache.stats().left_alone
+        layers = list(own) or [None] * policy_cache.num_layers
         super().__init__(
             layers=[
-                own[index] if index in left_alone else PolicyLayer(self, index)
-                for index in range(policy_cache.num_layers)
+                layer if index in left_alone else self._under_policy(index, layer)
+                for index, layer in enumerate(layers)
             ]
         )
+
+    def _under_policy(self, index: int, own: Any) -> PolicyLayer:
+        """A layer under the policy, in the place of transformers' own."""
+        if isinstance(own, LinearAttentionCacheLayerMixin):
+            return StatePolicyLayer(self, index, own)
+        return PolicyLayer(self, index)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TransformersCache:
         """A cache that goes on by itself on the same model, until the same block ends."""
@@ -164,7 +207,7 @@ class TransformersCache(Cache):
                 setattr(made, name, copy.deepcopy(value, memo))
         made.expected, made._modules, made._left_alone = None, self._modules, None
         made.layers = [
-            PolicyLayer(made, layer.index)
+            made._under_policy(layer.index, layer)
             if isinstance(layer, PolicyLayer)
             else copy.deepcopy(layer, memo)
             for layer in self.layers
@@ -336,23 +379,19 @@ class TransformersCache(Cache):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep some sequences."""
-        self.said = None
-        chosen = indices.nonzero().flatten() if indices.dtype == torch.bool else indices
-        self.policy_cache.select_batch(chosen)
-        self._of_others("batch_select_indices", indices)
+        self.reorder_cache(
+            indices.nonzero().flatten() if indices.dtype == torch.bool else indices
+        )
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each sequence."""
-        self.said = None
         if self.policy_cache.batch is not None:
-            batch = torch.arange(self.policy_cache.batch)
-            self.policy_cache.select_batch(batch.repeat_interleave(repeats))
-        self._of_others("batch_repeat_interleave", repeats)
+            self.reorder_cache(torch.arange(self.policy_cache.batch).repeat_interleave(repeats))
 
     def _of_others(self, method: str, *arguments: Any) -> None:
-        """Do the same to the layers that the policy leaves alone."""
+        """Do the same to what the policy leaves alone: layers, and states beside keys and values."""
         for layer in self.layers:
-            if not isinstance(layer, PolicyLayer):
+            if type(layer) is not PolicyLayer:
                 getattr(layer, method)(*arguments)
 
     @property

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from kvpolicy import CacheStateError, ParameterError, PolicyCache, SlotStore
 from kvpolicy_adapters.transformers.cache import PolicyLayer, TransformersCache
 from kvpolicy_adapters.transformers.cache_argument import brings
+from kvpolicy_adapters.transformers.own_attention import own_attention
 
 __all__ = ["compile_decode"]
 
@@ -55,11 +56,18 @@ def compile_decode(
             f"compile_decode(model, cache) takes a model of transformers and the cache that "
             f"attach() gave, not {type(model).__name__} and {type(cache).__name__}"
         )
-    layers = [layer for layer in cache.layers if isinstance(layer, PolicyLayer)]
+    if own_attention(model):
+        raise ParameterError(
+            f"{type(model).__name__} computes its attention itself, with masks and biases that a "
+            f"compiled step does not make; decode without compile_decode"
+        )
+    # A layer with a state beside its keys and values is more than the compiled step knows.
+    layers = [layer for layer in cache.layers if type(layer) is PolicyLayer]
     if len(layers) != len(cache.layers):
         raise ParameterError(
             f"{len(cache.layers) - len(layers)} of {len(cache.layers)} layers of "
-            f"{type(model).__name__} are not under the policy, which a compiled step does not serve"
+            f"{type(model).__name__} are not under the policy, or keep a state besides, which a "
+            f"compiled step does not serve"
         )
     chunked = [layer.index for layer in layers if layer.index in cache.chunked]
     if chunked:

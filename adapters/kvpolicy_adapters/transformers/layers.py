@@ -19,8 +19,9 @@ from transformers.cache_utils import (
 )
 
 from kvpolicy.errors import ModelError
+from kvpolicy_adapters.transformers.own_attention import own_attention
 
-__all__ = ["Kept", "kept_by"]
+__all__ = ["Kept", "kept_by", "uses_interface"]
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def kept_by(model: PreTrainedModel) -> Kept:
             f"{name} is an encoder-decoder: it keeps a second cache, of its encoder's tokens, "
             f"which no policy manages; attach() serves decoder-only models"
         )
-    if not _uses_interface(model):
+    if not uses_interface(model) and not own_attention(model):
         if model._is_stateful:
             raise ModelError(
                 f"{name} keeps a recurrent state instead of keys and values (state space, linear "
@@ -111,7 +112,7 @@ def kept_by(model: PreTrainedModel) -> Kept:
     return Kept(layers, windows, lent, chunked)
 
 
-def _uses_interface(model: PreTrainedModel) -> bool:
+def uses_interface(model: PreTrainedModel) -> bool:
     """Whether some part of a model looks its attention function up in transformers' registry.
 
     Not every model that does so says so: hybrids leave the flag unset. A part that computes its
@@ -145,17 +146,18 @@ def _parts(model: PreTrainedModel) -> list[PreTrainedModel]:
 
 def _window(name: str, index: int, layer: Any) -> int | None:
     """How many tokens a query of this layer can see."""
-    if type(layer) is DynamicLayer:
-        return None
-    if type(layer) is DynamicSlidingWindowLayer:
-        return int(layer.sliding_window)
-    keys_and_values = isinstance(layer, DynamicLayer)
-    if not keys_and_values and (
-        isinstance(layer, LinearAttentionCacheLayerMixin) or type(layer).__name__ == "DummyLayer"
-    ):
+    state = isinstance(layer, LinearAttentionCacheLayerMixin)
+    # A recurrent state beside keys and values (FalconH1, Zamba) has a fixed size, and stays.
+    beside = state and type(layer).__module__ == DynamicLayer.__module__
+    if beside or type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
+        if isinstance(layer, DynamicSlidingWindowLayer):
+            return int(layer.sliding_window)
+        if isinstance(layer, DynamicLayer):
+            return None
+    if not isinstance(layer, DynamicLayer) and (state or type(layer).__name__ == "DummyLayer"):
         return 0
     raise ModelError(
         f"{name}: layer {index} keeps a {type(layer).__name__}, which is more than the keys and "
-        f"values of its tokens (compressed latents, an index, or a recurrent state beside them), "
-        f"so no policy can manage it; attach() serves layers that keep keys and values per head"
+        f"values of its tokens (compressed latents, or an index beside them), so no policy can "
+        f"manage it; attach() serves layers that keep keys and values per head"
     )

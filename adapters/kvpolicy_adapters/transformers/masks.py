@@ -91,6 +91,12 @@ def seen_and_added(
             f"sees: give attention_mask as [B, tokens] (0 for padding), or what each token sees as "
             f"[B, 1, T, tokens], bool or additive"
         )
+    if mask.shape[-1] != length:
+        raise ModelError(
+            f"{name} masks its attention over {mask.shape[-1]} positions where there are {length} "
+            f"so far: it makes the mask of what its cache gives back, which is all keys and values "
+            f"there ever were, and under a policy only the new ones; kvpolicy can't serve it"
+        )
     if mask.ndim == 2:
         shown = mask.to(device=device, dtype=torch.bool)[:, None, None]
         if not causal:

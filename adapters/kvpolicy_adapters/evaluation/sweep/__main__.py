@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
     if chosen.only:
         print(*map(row, findings), sep="\n")
         return 0
-    text = page(findings)
+    text = page(findings, *([] if chosen.out is None else [f"docs/{chosen.out.name}"]))
     if chosen.out is None:
         print(text)
     elif not chosen.check:

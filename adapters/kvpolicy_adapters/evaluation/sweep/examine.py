@@ -17,8 +17,10 @@ from transformers.utils import logging
 import kvpolicy
 from kvpolicy import KVPolicyError
 from kvpolicy_adapters.attach import attach
+from kvpolicy_adapters.evaluation.sweep.inputs import made_for
 from kvpolicy_adapters.evaluation.sweep.tiny import VOCAB, build
 from kvpolicy_adapters.transformers.cache import TransformersCache
+from kvpolicy_adapters.transformers.cache_argument import as_argument
 
 __all__ = ["POLICIES", "Finding", "examine"]
 
@@ -28,6 +30,7 @@ _PROMPT, _NEW, _PADDING, _LINE = 14, 18, 3, 3
 _LENGTH, _BUDGET = _PROMPT + _NEW, (_PROMPT + _NEW) // 4
 #: Fields of configurations whose models cache latents, or several tokens as one.
 _COMPRESSED = ("kv_lora_rank", "compress_rates")
+_EVERY = "every token"
 #: Largest difference of a logit, float32, to the model's own cache.
 _TOLERANCE = 1e-4
 
@@ -50,19 +53,24 @@ class Finding:
     Attributes:
         name: class of the model.
         model_types: names under which transformers knows it.
+        inputs: what it was given, in words.
         heads: query heads and KV heads of a layer under a policy, such as ``4 / 2``.
         layers: what the layers keep, in words.
         padded: whether a left-padded batch gives what it gives with the model's own cache; None
             where the model itself can't take one.
+        prefix: whether a mask of the user's own, by which the first tokens see each other, gives
+            what it gives with the model's own cache; None where the model itself takes none.
         reason: why it does not pass; empty where it does.
         by_design: where it does not pass, whether it keeps nothing that a policy could evict.
     """
 
     name: str
     model_types: tuple[str, ...]
+    inputs: str = ""
     heads: str = ""
     layers: str = ""
     padded: bool | None = None
+    prefix: bool | None = None
     reason: str = ""
     by_design: bool = False
 
@@ -92,27 +100,32 @@ def _examine(name: str, model_types: tuple[str, ...]) -> Finding:
         return Finding(name, model_types, reason=_NOT_ALONE[name])
     try:
         model = build(name)
-        tokens, mask = _prompt()
-        _generate(model, tokens, torch.ones_like(mask), None)
+        text, mask = _prompt()
+        whole = torch.ones_like(mask)
+        _generate(model, text, whole, {}, None)
+        inputs, tokens, extra = _given(model, text, whole)
     except Exception as error:
         return Finding(name, model_types, reason=f"can't be built tiny here ({_brief(error)})")
     try:
-        layers = _lossless(model, tokens)
-        if "every token" not in layers:
+        layers = _lossless(model, tokens, extra)
+        if not _any_under_policy(layers):
             # The budget holds each whole window, so the policy had nothing to do. It has where
             # windows are longer than the text.
-            wide = _lossless(build(name, window=2 * _LENGTH), tokens)
-            if "every token" not in wide:
+            wide = _lossless(build(name, window=2 * _LENGTH), tokens, extra)
+            if not _any_under_policy(wide):
                 raise _NotHeld("no layer comes under a policy, not even where windows are long")
         for policy in POLICIES:
             with _attached(model, policy, _BUDGET) as cache:
-                reason = _at_a_quarter(model, tokens, cache)
+                reason = _at_a_quarter(model, tokens, extra, cache)
                 if reason:
                     raise _NotHeld(f"{policy}: {reason}")
                 heads = _heads(model, cache)
-        padded = _padded(model, tokens, mask)
+        padded = _padded(model, tokens, mask, extra)
         if padded is False:
             raise _NotHeld("a left-padded batch gives other logits than with its own cache")
+        prefix = _prefix(model, text)
+        if prefix is False:
+            raise _NotHeld("a prefix that sees itself gives other logits than with its own cache")
     except _NotHeld as error:
         return Finding(name, model_types, reason=str(error))
     except KVPolicyError as error:
@@ -120,10 +133,24 @@ def _examine(name: str, model_types: tuple[str, ...]) -> Finding:
         return Finding(name, model_types, reason=_said(name, error), by_design=design)
     except Exception as error:
         return Finding(name, model_types, reason=f"fails under a policy ({_brief(error)})")
-    return Finding(name, model_types, heads, ", ".join(layers), padded)
+    return Finding(name, model_types, inputs, heads, ", ".join(layers), padded, prefix)
 
 
-def _lossless(model: PreTrainedModel, tokens: Tensor) -> list[str]:
+def _given(
+    model: PreTrainedModel, text: Tensor, mask: Tensor
+) -> tuple[str, Tensor, dict[str, Any]]:
+    """The input that a model is made for; ids alone where it can't take token types after all."""
+    inputs, tokens, extra = made_for(model, text)
+    try:
+        _generate(model, tokens, mask, extra, None)
+    except Exception:
+        if set(extra) == {"token_type_ids"}:
+            return "ids", text, {}
+        raise
+    return inputs, tokens, extra
+
+
+def _lossless(model: PreTrainedModel, tokens: Tensor, extra: dict[str, Any]) -> list[str]:
     """With room for everything, tokens and logits are those of the model's own cache.
 
     Returns:
@@ -133,21 +160,28 @@ def _lossless(model: PreTrainedModel, tokens: Tensor) -> list[str]:
         _NotHeld: they are not.
     """
     mask = torch.ones_like(tokens)
-    own_tokens, own_logits = _generate(model, tokens, mask, None)
+    own_tokens, own_logits = _generate(model, tokens, mask, extra, None)
     with _attached(model, "h2o", _LENGTH) as cache:
-        got_tokens, got_logits = _generate(model, tokens, mask, cache)
+        got_tokens, got_logits = _generate(model, tokens, mask, extra, cache)
         layers = list(dict.fromkeys(map(_kept, cache.layers)))
-    difference = (got_logits - own_logits).abs().max().item()
-    if not difference <= _TOLERANCE * max(1.0, own_logits.abs().max().item()):
+    if not _close(got_logits, own_logits):
         raise _NotHeld("other logits than with its own cache")
     if not torch.equal(got_tokens, own_tokens):
         raise _NotHeld("other tokens than with its own cache")
     return layers
 
 
-def _at_a_quarter(model: PreTrainedModel, tokens: Tensor, cache: TransformersCache) -> str:
+def _close(given: Tensor, own: Tensor) -> bool:
+    """Whether logits are those of the model's own cache, but for rounding."""
+    difference = (given - own).abs().max().item()
+    return difference <= _TOLERANCE * max(1.0, own.abs().max().item())
+
+
+def _at_a_quarter(
+    model: PreTrainedModel, tokens: Tensor, extra: dict[str, Any], cache: TransformersCache
+) -> str:
     """What is wrong at a quarter of the cache, or nothing."""
-    _, logits = _generate(model, tokens, torch.ones_like(tokens), cache)
+    _, logits = _generate(model, tokens, torch.ones_like(tokens), extra, cache)
     stats = cache.stats()
     for layer in _managed(cache):
         held = (cache.positions(layer) >= 0).sum(-1).max().item()
@@ -168,17 +202,41 @@ def _managed(cache: TransformersCache) -> list[int]:
     return [n for n, layer in layers if n not in left_alone and layer.store is not None]
 
 
-def _padded(model: PreTrainedModel, tokens: Tensor, mask: Tensor) -> bool | None:
+def _padded(
+    model: PreTrainedModel, tokens: Tensor, mask: Tensor, extra: dict[str, Any]
+) -> bool | None:
     """Whether a left-padded batch is lossless, too."""
     try:
-        own_tokens, own_logits = _generate(model, tokens, mask, None)
+        own_tokens, own_logits = _generate(model, tokens, mask, extra, None)
     except Exception:
         return None
     with _attached(model, "streaming_llm", _LENGTH) as cache:
-        got_tokens, got_logits = _generate(model, tokens, mask, cache)
-    scale = max(1.0, own_logits.abs().max().item())
-    close = (got_logits - own_logits).abs().max().item() <= _TOLERANCE * scale
-    return close and torch.equal(got_tokens, own_tokens)
+        got_tokens, got_logits = _generate(model, tokens, mask, extra, cache)
+    return _close(got_logits, own_logits) and torch.equal(got_tokens, own_tokens)
+
+
+def _prefix(model: PreTrainedModel, text: Tensor) -> bool | None:
+    """Whether a prefix that sees itself, by a mask of the user's own, is what the model makes of it.
+
+    None where the model takes no such mask: it fails, or gives what it gives without.
+    """
+    batch, length = text.shape
+    mask = torch.ones(batch, 1, length, length, dtype=torch.bool).tril()
+    mask[..., : length // 2, : length // 2] = True
+
+    def run(**options: Any) -> Tensor:
+        with torch.inference_mode():
+            logits: Tensor = model(text, use_cache=True, **options).logits
+        return logits.float()
+
+    try:
+        own = run(attention_mask=mask, **as_argument(DynamicCache(config=model.config)))
+        if _close(run(**as_argument(DynamicCache(config=model.config))), own):
+            return None
+    except Exception:
+        return None
+    with _attached(model, "h2o", _LENGTH) as cache:
+        return _close(run(attention_mask=mask, **as_argument(cache)), own)
 
 
 def _attached(model: PreTrainedModel, policy: str, budget: int) -> Any:
@@ -197,7 +255,11 @@ def _prompt() -> tuple[Tensor, Tensor]:
 
 
 def _generate(
-    model: PreTrainedModel, tokens: Tensor, mask: Tensor, cache: TransformersCache | None
+    model: PreTrainedModel,
+    tokens: Tensor,
+    mask: Tensor,
+    extra: dict[str, Any],
+    cache: TransformersCache | None,
 ) -> tuple[Tensor, Tensor]:
     """Greedy tokens ``[B, T]`` and the logits that chose them ``[B, N, V]``."""
     generate: Any = model.generate
@@ -210,6 +272,7 @@ def _generate(
         pad_token_id=0,
         return_dict_in_generate=True,
         output_logits=True,
+        **extra,
         **({} if cache is None else cache.as_argument),
     )
     return out.sequences, torch.stack(out.logits, dim=1).float()
@@ -222,12 +285,18 @@ def _heads(model: PreTrainedModel, cache: TransformersCache) -> str:
     return f"{getattr(config, 'num_attention_heads', '?')} / {store.shape.heads}"
 
 
+def _any_under_policy(layers: list[str]) -> bool:
+    return any(kept.startswith(_EVERY) for kept in layers)
+
+
 def _kept(layer: Any) -> str:
     """What a layer keeps where everything fits, in words."""
     kind = type(layer).__name__
     return {
-        "PolicyLayer": "every token",
+        "PolicyLayer": _EVERY,
+        "StatePolicyLayer": f"{_EVERY} beside a state",
         "DynamicSlidingWindowLayer": "a window",
+        "LinearAttentionAndSlidingWindowAttentionLayer": "a window beside a state",
         "LinearAttentionLayer": "a state",
         "DummyLayer": "nothing of its own",
     }.get(kind, kind)

@@ -10,25 +10,23 @@ import transformers
 
 from kvpolicy_adapters.evaluation.sweep.examine import POLICIES, Finding
 
-__all__ = ["COMMAND", "page", "row", "versions"]
-
-COMMAND = "python -m kvpolicy_adapters.evaluation.sweep --out docs/models.md"
+__all__ = ["page", "row", "versions"]
 
 _INTRODUCTION = """\
-# Text models
+# Text models, on transformers {transformers}
 
-`attach` serves every causal language model of transformers that computes its attention through
-transformers' attention interface and keeps keys and values per head. This page is made by
+`attach` serves every causal language model of transformers that keeps keys and values per head and
+computes its attention through transformers' attention interface, and some that compute it
+themselves. This page is made by
 
 ```bash
-{command}
+python -m kvpolicy_adapters.evaluation.sweep --out {out}
 ```
 
 which builds the real class of every architecture that `AutoModelForCausalLM` knows, tiny, with
 every kind of layer that it has and with random weights ({versions},
-float32), and attaches policies to it. Its input is ids of text, for all architectures; what other
-input does to masks (an image whose tokens see each other, prefixes, trees) has
-[tests of its own](reports.md).
+float32), and attaches policies to it. There is such a page of [the newest transformers that was
+tested](models.md) and of [the oldest that we serve](models-5.17.md).
 
 **{passing} of {total} architectures pass**; {nothing} have nothing to evict. For each that
 passes, with a batch of two prompts:
@@ -42,9 +40,12 @@ passes, with a batch of two prompts:
 - where all layers are windows, so that such a budget leaves them alone, *lossless* holds with
   windows longer than the text as well, which come under the policy;
 - *padded*: a left-padded batch is lossless, too, under `streaming_llm` (– where the model itself
-  can't take one).
+  can't take one);
+- *prefix*: so are the logits of a prompt whose first half sees itself, by a mask of the user's own
+  (– where the model itself takes no such mask).
 
-*Heads* are query heads / KV heads of a layer, in the tiny model. *Layers* says what its layers
+*Input* is what the model was given beside its prompt's ids: what its family is made for, where that
+is more. Audio and video have not been tried. *Heads* are query heads / KV heads of a layer, in the tiny model. *Layers* says what its layers
 keep: `every token` comes under the policy; `a window` does, too, unless its budget holds the whole
 window (then the layer is left as it is, and `cache.stats().left_alone` says so); a recurrent state,
 or keys and values borrowed from another layer, are left as they are.
@@ -56,27 +57,34 @@ def versions() -> str:
     return f"torch {torch.__version__.partition('+')[0]}, transformers {transformers.__version__}"
 
 
-def page(findings: Sequence[Finding]) -> str:
-    """The whole page; one row for each finding, in the order of their names."""
+def page(findings: Sequence[Finding], out: str = "docs/models.md") -> str:
+    """The whole page; one row for each finding, in the order of their names.
+
+    Args:
+        findings: of all architectures.
+        out: the file that it is written to, for the command that the page names.
+    """
     ordered = sorted(findings, key=lambda finding: finding.name.lower())
     passing = [finding for finding in ordered if finding.passes]
     nothing = [finding for finding in ordered if not finding.passes and finding.by_design]
     failing = [finding for finding in ordered if not finding.passes and not finding.by_design]
     names = [f"`{name}`" for name in POLICIES]
     introduction = _INTRODUCTION.format(
-        command=COMMAND,
+        out=out,
+        transformers=transformers.__version__,
         versions=versions(),
         passing=len(passing),
         total=len(ordered),
         nothing=len(nothing),
         policies=", ".join(names[:-1]) + f" and {names[-1]}",
     )
-    header = ["architecture", "model types", "heads", "layers", "lossless", "a quarter", *POLICIES]
+    header = ["architecture", "model types", "input", "heads", "layers", "lossless", "a quarter"]
+    header += [*POLICIES, "padded", "prefix"]
     return "\n".join(
         [
             introduction,
             "## What passes\n",
-            *_header([*header, "padded"]),
+            *_header(header),
             *map(row, passing),
             "\n## What has nothing to evict\n",
             "States and compressed latents: no keys and values of a head to choose from.\n",
@@ -95,9 +103,10 @@ def row(finding: Finding) -> str:
     start = [_code(finding.name), ", ".join(map(_code, finding.model_types))]
     if not finding.passes:
         return _line([*start, _safe(finding.reason)])
-    padded = {True: "yes", False: "**no**", None: "–"}[finding.padded]
+    said = {True: "yes", None: "–"}  # what does not hold has a reason instead of a row here
     yes = ["yes"] * (2 + len(POLICIES))
-    return _line([*start, _safe(finding.heads), _safe(finding.layers), *yes, padded])
+    words = map(_safe, (finding.inputs, finding.heads, finding.layers))
+    return _line([*start, *words, *yes, said[finding.padded], said[finding.prefix]])
 
 
 def _header(cells: Sequence[str]) -> list[str]:

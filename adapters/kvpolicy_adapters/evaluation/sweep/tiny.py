@@ -18,9 +18,9 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
-__all__ = ["LAYERS", "VOCAB", "WINDOW", "architectures", "build", "shrink"]
+__all__ = ["HIDDEN", "LAYERS", "VOCAB", "WINDOW", "architectures", "build", "shrink"]
 
-VOCAB, LAYERS, HEADS, KV_HEADS, HEAD_DIM = 64, 4, 4, 2, 8
+VOCAB, LAYERS, HIDDEN, HEADS, KV_HEADS, HEAD_DIM = 64, 4, 32, 4, 2, 8
 #: Larger than a quarter of a generation, and smaller than all of it: it hides tokens.
 WINDOW = 12
 
@@ -28,8 +28,8 @@ WINDOW = 12
 #: already stays.
 _SIZES: tuple[tuple[str, int], ...] = (
     (r"(\w+_)?vocab_size(_per_layer_input)?|encoder_hash_byte_group_vocab", VOCAB),
-    (r"hidden_size|d_model|n_embd|emb_dim|embedding_dim|word_embed_proj_dim|embedding_size", 32),
-    (r"(input|output)_embedding_size|backbone_hidden_size|lru_width", 32),
+    (r"hidden_size|d_model|n_embd|emb_dim|embedding_dim|word_embed_proj_dim|embedding_size", HIDDEN),
+    (r"(input|output)_embedding_size|backbone_hidden_size|lru_width", HIDDEN),
     (r"hidden_size_per_layer_input|laurel_rank|router_hidden_size|num_centroids|ple_embed_dim", 8),
     (r"\w*intermediate_size(_mlp)?|\w*ffn_dim|\w*ffn_hidden_size|n_inner|dff|dim_ff", 48),
     (r"(num_)?(decoder_|encoder_|hidden_)?layers|n_layers?|num_blocks", LAYERS),
