@@ -127,7 +127,8 @@ def test_chunks_behind_the_first(budget, padding):
     mask = torch.ones_like(ids)
     mask[0, :padding] = 0
     layout = kvpolicy.TextLayout(sinks=0, length=60)
-    made = attach(model, policy="streaming_llm", budget=budget, layout=layout)
+    policy = kvpolicy.create("streaming_llm", sinks=0)
+    made = attach(model, policy=policy, budget=budget, layout=layout)
     outputs, seen = [], 0
     places = (mask.cumsum(-1) - 1).clamp(min=0)
     with torch.inference_mode(), made as cache:

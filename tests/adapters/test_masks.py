@@ -8,6 +8,7 @@ import transformers
 from support import tiny_models
 
 import kvpolicy
+import kvpolicy_adapters
 from kvpolicy_adapters import attach
 from kvpolicy_adapters.transformers.cache_argument import as_argument
 
@@ -191,3 +192,39 @@ def test_a_mask_of_each_query_head(model):
                 ids, attention_mask=mask, position_ids=places, **as_argument(cache)
             ).logits
     torch.testing.assert_close(given, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_tensor_that_is_not_known_is_refused(model):
+    """It might be what Inkling 2 gives its attention: sinks that differ from token to token."""
+    with (
+        torch.inference_mode(),
+        room(model) as cache,
+        pytest.raises(kvpolicy.ModelError, match="gives its attention sinks, which kvpolicy does"),
+    ):
+        model(tokens(), sinks=torch.zeros(2, 4, LENGTH, 1), **as_argument(cache))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_mask_that_is_made_of_cached_values_is_refused(compiled):
+    """Doge's: under a policy its cache gives the new ones back."""
+    torch.manual_seed(0)
+    config = transformers.DogeConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, pad_token_id=0, bos_token_id=None,
+        eos_token_id=None,
+    )  # fmt: skip
+    made = transformers.DogeForCausalLM(config).eval()
+    with torch.inference_mode(), room(made) as cache:
+        made(tokens(), **as_argument(cache))
+        if not compiled:
+            with pytest.raises(
+                kvpolicy.ModelError, match=r"makes the mask of what its cache gives"
+            ):
+                made(tokens()[:, :1], **as_argument(cache))
+            return
+        with (
+            pytest.warns(RuntimeWarning, match="compiled no step"),
+            kvpolicy_adapters.compile_decode(made, cache, backend="eager"),
+            pytest.raises(Exception, match="in a way of its own, which a compiled"),
+        ):
+            made(tokens()[:, :1], **as_argument(cache))

@@ -1,10 +1,11 @@
-"""Models that compute their attention themselves: exact, on the object alone, for the block alone."""
+"""Models that compute their attention themselves: exact, and for the block alone."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 import transformers
+from support import slow_reference
 
 import kvpolicy
 from kvpolicy_adapters import attach, compile_decode
@@ -45,6 +46,15 @@ MODELS = {
         ),
         ["eager"],
     ),
+    "gpt-neox-japanese": (
+        lambda: transformers.GPTNeoXJapaneseConfig(
+            **COMMON, num_hidden_layers=3, num_attention_heads=4, intermediate_multiple_size=2,
+            rope_parameters={
+                "rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5,
+            },
+        ),
+        ["eager"],
+    ),
     "mpt": (
         lambda: transformers.MptConfig(
             vocab_size=VOCAB, d_model=32, n_heads=4, n_layers=3, max_seq_len=64, use_cache=True
@@ -72,7 +82,9 @@ def build(name: str, loaded: str = "eager"):
     with torch.no_grad():
         for key, weight in model.named_parameters():
             if weight.ndim == 2:  # so that attention tells tokens apart
-                spread = 2 if any(part in key for part in ("qkv", "q_proj", "k_proj", "query")) else 1
+                spread = (
+                    2 if any(part in key for part in ("qkv", "q_proj", "k_proj", "query")) else 1
+                )
                 weight.normal_(0, spread * weight.shape[1] ** -0.5, generator=generator)
     return model
 
@@ -118,69 +130,26 @@ def test_everything_fits_and_nothing_differs(name, loaded, padding):
             )
 
 
-def hide(module, held):
-    """A hook that hides what is not held, [B, H, S], from a module's own attention."""
-
-    def hook(module, args, kwargs):
-        mask = kwargs["attention_mask"]
-        gone = ~held(module)[:, :, None]
-        heads = getattr(module, "num_heads", getattr(module, "n_heads", None))
-        if gone.shape[1] not in (1, heads):
-            gone = gone.repeat_interleave(heads // gone.shape[1], dim=1)
-        if "Mpt" in type(module).__name__:
-            mask = mask | gone
-        elif mask is None or mask.dtype == torch.bool:
-            mask = ~gone if mask is None else mask & ~gone
-        else:
-            mask = mask.expand(-1, gone.shape[1], -1, -1)
-            mask = mask.masked_fill(gone, torch.finfo(mask.dtype).min)
-        return args, kwargs | {"attention_mask": mask}
-
-    return module.register_forward_pre_hook(hook, with_kwargs=True)
-
-
 @pytest.mark.parametrize(("name", "loaded"), WAYS)
-def test_what_was_evicted_is_gone_and_nothing_else_against_masks(name, loaded):
-    """The slow reference keeps everything, and hides from each head what the policy let go."""
+def test_what_was_evicted_is_gone_and_nothing_else(name, loaded):
     model = build(name, loaded)
     # XGLM takes one mask for all heads.
     policy = "streaming_llm" if name == "xglm" else "h2o"
-    ids = 1 + torch.rand(2, 59, generator=torch.Generator().manual_seed(5)).argsort(-1)[:, :30]
-    parts = [ids[:, :6], *ids[:, 6:].split(1, 1)]
-    outputs, held = [], []
-    with torch.inference_mode(), room(model, policy, BUDGET) as cache:
-        for part in parts:
-            outputs.append(model(part, **as_argument(cache)).logits)
-            held.append([cache.positions(layer) for layer in range(len(cache.layers))])
+    with room(model, policy, BUDGET) as cache:
+        parts = slow_reference.texts(30).split([6, *[1] * 24], 1)
+        given, held = slow_reference.under_policy(model, cache, parts)
         assert max(cache.stats().peak_tokens) == 1 + BUDGET
         assert min(cache.stats().evictions) == 30 - 1 - BUDGET
     modules = own_attention(model)
-    seen = 0
-
-    def held_by(module):
-        places = held[step][modules.index(module)]
-        found = torch.zeros(*places.shape[:2], seen + 1, dtype=torch.bool)
-        found.scatter_(2, places.where(places >= 0, seen), True)
-        found = found[..., :seen]
-        return found[:, :1] if name == "xglm" else found
-
-    own = transformers.DynamicCache(config=model.config)
-    hooks = [hide(module, held_by) for module in modules]
-    with torch.inference_mode():
-        for step, part in enumerate(parts):
-            seen += part.shape[1]
-            expected = model(part, use_cache=True, **as_argument(own)).logits
-            torch.testing.assert_close(outputs[step], expected, atol=1e-4, rtol=1e-4)
-        for hook in hooks:
-            hook.remove()
-        whole = model(ids).logits
-    assert (whole[:, -1] - expected[:, -1]).abs().max() > 0.05, "what is gone must matter"
+    if name == "xglm":
+        held = [[layer[:, :1] for layer in step] for step in held]
+    slow_reference.check(model, modules, parts, given, held)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_several_tokens_at_once_are_what_they_are_one_by_one(name):
     model = build(name)
-    ids = 1 + torch.rand(2, 59, generator=torch.Generator().manual_seed(5)).argsort(-1)[:, :30]
+    ids = slow_reference.texts(30)
     results = []
     for sizes in ([6, 11, 13], [6, *[1] * 24]):
         with torch.inference_mode(), room(model, "h2o", BUDGET) as cache:
@@ -207,7 +176,9 @@ def test_other_calls_and_the_object_are_as_before(name):
     first.__enter__()
     cache = second.__enter__()
     first.__exit__(None, None, None)
-    assert torch.equal(torch.stack(model.generate(**prompt(), **GREEDY).logits), torch.stack(expected))
+    assert torch.equal(
+        torch.stack(model.generate(**prompt(), **GREEDY).logits), torch.stack(expected)
+    )
     model.generate(**prompt(), **GREEDY, **as_argument(cache))  # the second block is open
     second.__exit__(None, None, None)
     assert {id(module): dict(vars(module)) for module in model.modules()} == before

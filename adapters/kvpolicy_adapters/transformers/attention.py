@@ -14,6 +14,21 @@ from kvpolicy_adapters.transformers.masks import seen_and_added
 
 __all__ = ["policy_attention"]
 
+#: Tensors that come to an attention function and are served, or change nothing that the mask, the
+#: queries and the keys don't say already.
+_KNOWN = frozenset(
+    {
+        "cache_position",
+        "cu_seq_lens_k",
+        "cu_seq_lens_q",
+        "mm_token_type_ids",
+        "position_bias",
+        "position_ids",
+        "s_aux",
+        "token_type_ids",
+    }
+)
+
 
 def policy_attention(
     module: nn.Module,
@@ -35,19 +50,28 @@ def policy_attention(
             ``[B|1, 1|H|Hq, T, seen + T]``; or padding ``[B, seen + T]``; or None.
         scaling: factor of the scores.
         kwargs: what else the model passes: ``is_causal``, ``softcap``, ``s_aux`` (learned sinks),
-            ``position_bias`` and ``output_attentions`` are served.
+            ``position_bias`` and ``output_attentions`` are served; a tensor of another name is
+            refused, since it may say what is attended to.
 
     Returns:
         The output ``[B, T, Hq, Dv]``, and the weights by position ``[B, Hq, T, seen + T]`` where
         they are asked for: evicted tokens get zero.
 
     Raises:
-        ModelError: the mask, or how often the model attends to a layer's keys, can't be served.
+        ModelError: the mask, an argument of the model's own, or how often it attends to a layer's
+            keys can't be served.
         CacheStateError: the module is another model's.
     """
     layer = marked_layer(key)
     assert layer is not None
     cache, index = layer.policy_cache, layer.index
+    for name, given in kwargs.items():
+        if isinstance(given, Tensor) and name not in _KNOWN:
+            raise ModelError(
+                f"{type(module).__name__} gives its attention {name}, which kvpolicy does not know "
+                f"and can't leave out: it may say what is attended to; kvpolicy can't serve this "
+                f"model"
+            )
     scoring: dict[str, Any] = {
         "scale": scaling,
         "softcap": kwargs.get("softcap"),
@@ -55,6 +79,12 @@ def policy_attention(
     }
     bias = kwargs.get("position_bias")
     if cache.stepping:
+        # The mask that compile_decode gave, of one element, as the model passes it on.
+        if attention_mask is not None and attention_mask.shape != (1, 1, 1, 1):
+            raise ModelError(
+                f"{type(module).__name__} masks its attention in a way of its own, which a compiled "
+                f"step does not make; decode without compile_decode"
+            )
         output = cache.attend_step(index, query, key, value, bias=bias, **scoring)
         return output.transpose(1, 2).contiguous(), None
     out = value.dtype

@@ -20,7 +20,6 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import (
     CacheLayerMixin,
-    LinearAttentionCacheLayerMixin,
     LinearAttentionLayer,
 )
 
@@ -29,7 +28,7 @@ from kvpolicy_adapters.transformers.cache_argument import as_argument
 from kvpolicy_adapters.transformers.left_alone import LeftAlone
 from kvpolicy_adapters.transformers.masks import PolicyLength
 
-__all__ = ["PolicyLayer", "TransformersCache", "marked_layer"]
+__all__ = ["PolicyLayer", "StatePolicyLayer", "TransformersCache", "marked_layer"]
 
 _MARK = "_kvpolicy_layer"
 
@@ -118,12 +117,13 @@ class StatePolicyLayer(PolicyLayer, LinearAttentionLayer):
 
     def __init__(self, cache: TransformersCache, index: int, own: LinearAttentionLayer) -> None:
         PolicyLayer.__init__(self, cache, index)
-        # Of the layer that transformers made for this model: versions differ in what it consists of.
+        # Of the layer that transformers made for this model: versions differ in what it has.
         for name, value in vars(own).items():
             if name not in vars(self):
                 setattr(self, name, copy.deepcopy(value))
 
-    lazy_initialization = LinearAttentionLayer.lazy_initialization
+    # Of the state: keys and values have their store.
+    lazy_initialization = LinearAttentionLayer.lazy_initialization  # type: ignore[assignment]
     reset = LinearAttentionLayer.reset
     reorder_cache = LinearAttentionLayer.reorder_cache
 
@@ -194,7 +194,7 @@ class TransformersCache(Cache):
 
     def _under_policy(self, index: int, own: Any) -> PolicyLayer:
         """A layer under the policy, in the place of transformers' own."""
-        if isinstance(own, LinearAttentionCacheLayerMixin):
+        if isinstance(own, LinearAttentionLayer):
             return StatePolicyLayer(self, index, own)
         return PolicyLayer(self, index)
 
@@ -379,9 +379,7 @@ class TransformersCache(Cache):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep some sequences."""
-        self.reorder_cache(
-            indices.nonzero().flatten() if indices.dtype == torch.bool else indices
-        )
+        self.reorder_cache(indices.nonzero().flatten() if indices.dtype == torch.bool else indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each sequence."""
@@ -389,7 +387,7 @@ class TransformersCache(Cache):
             self.reorder_cache(torch.arange(self.policy_cache.batch).repeat_interleave(repeats))
 
     def _of_others(self, method: str, *arguments: Any) -> None:
-        """Do the same to what the policy leaves alone: layers, and states beside keys and values."""
+        """Do the same to what the policy leaves alone: layers, and states beside keys."""
         for layer in self.layers:
             if type(layer) is not PolicyLayer:
                 getattr(layer, method)(*arguments)

@@ -77,8 +77,8 @@ def _generate(
     if asked("use_cache") is False:
         raise ParameterError(
             "generate(use_cache=False) computes every token anew and keeps none, so there is "
-            "nothing for a policy to evict; leave use_cache out (some models' configurations ask for "
-            "it: then say use_cache=True), or the cache"
+            "nothing for a policy to evict; leave use_cache out (or say use_cache=True, where the "
+            "model's configuration says otherwise), or the cache"
         )
     guessed = kwargs.get("assistant_model") is not None or any(
         asked(name) is not None for name in ("prompt_lookup_num_tokens", "assistant_early_exit")

@@ -25,10 +25,11 @@ from kvpolicy_adapters.transformers.cache import TransformersCache
 from kvpolicy_adapters.transformers.cache_argument import given_cache
 from kvpolicy_adapters.transformers.generation import refuse_dropped_cache
 
-__all__ = ["own_attention", "override", "restore"]
+__all__ = ["override", "own_attention", "restore"]
 
-#: What a call of such a module returns: the output ``[B, T, width]``, and its weights or None.
-_Result = tuple[Tensor, Tensor | None]
+#: What a call of such a module returns: the output ``[B, T, width]``, its weights or None, and what
+#: its family returns besides.
+_Result = tuple[Tensor | None, ...]
 #: Open blocks that have overridden a module, by its id; and the ``forward`` of the object itself.
 _OVERRIDDEN: dict[int, tuple[int, Any]] = {}
 
@@ -47,7 +48,7 @@ def override(model: PreTrainedModel) -> None:
         blocks, before = _OVERRIDDEN.get(id(module), (0, vars(module).get("forward")))
         if not blocks:
             forward: Any = module.forward
-            module.forward = update_wrapper(partial(_forward, module, forward), forward)  # type: ignore[method-assign]
+            module.forward = update_wrapper(partial(_forward, module, forward), forward)
         _OVERRIDDEN[id(module)] = blocks + 1, before
 
 
@@ -94,7 +95,7 @@ def _attend(
     scale: float,
     bias: Tensor | None = None,
     weights: bool = False,
-) -> _Result:
+) -> tuple[Tensor, Tensor | None]:
     """Attention under the policy, its heads side by side ``[B, T, Hq * Dv]``."""
     key, value = cache.update(key, value, layer)
     output, attention = policy_attention(
@@ -188,6 +189,30 @@ def _gpt_neo(module: Any, given: Mapping[str, Any], cache: TransformersCache) ->
     return module.resid_dropout(module.out_proj(output)), weights
 
 
+def _gpt_neox_japanese(module: Any, given: Mapping[str, Any], cache: TransformersCache) -> _Result:
+    """Rotation of a part of each head; the bias of the output is added by the caller."""
+    fused = _heads(module.query_key_value(given["hidden_states"]), 3 * module.head_size)
+    query, key, value = fused.chunk(3, dim=-1)
+    turned, rotate = module.rotary_ndims, sys.modules[type(module).__module__].apply_rotary_pos_emb
+    parts = rotate(query[..., :turned], key[..., :turned], *given["position_embeddings"])
+    query, key = (
+        torch.cat([part, whole[..., turned:]], dim=-1)
+        for part, whole in zip(parts, (query, key), strict=True)
+    )
+    output, weights = _attend(
+        module,
+        given,
+        cache,
+        module.layer_idx,
+        query,
+        key,
+        value,
+        given["attention_mask"],
+        scale=1 / module.norm_factor,
+    )
+    return module.dense(output), weights, module.dense_bias
+
+
 def _mpt(module: Any, given: Mapping[str, Any], cache: TransformersCache) -> _Result:
     """ALiBi, counted from the newest token, and a mask that says what is hidden.
 
@@ -231,6 +256,7 @@ _FAMILIES: dict[str, Callable[..., _Result]] = {
     "BloomAttention": _bloom,
     "FalconAttention": _falcon,
     "GPTNeoSelfAttention": _gpt_neo,
+    "GPTNeoXJapaneseAttention": _gpt_neox_japanese,
     "MptAttention": _mpt,
     "XGLMAttention": _xglm,
 }

@@ -46,6 +46,10 @@ _NOT_ALONE = {
 }
 
 
+#: Classes whose generate reads the newest token of a prompt alone, which padding would be.
+_READS_ONE_TOKEN = ("MusicgenForCausalLM",)
+
+
 @dataclass(frozen=True)
 class Finding:
     """One architecture, examined.
@@ -206,6 +210,8 @@ def _padded(
     model: PreTrainedModel, tokens: Tensor, mask: Tensor, extra: dict[str, Any]
 ) -> bool | None:
     """Whether a left-padded batch is lossless, too."""
+    if type(model).__name__ in _READS_ONE_TOKEN:
+        return None
     try:
         own_tokens, own_logits = _generate(model, tokens, mask, extra, None)
     except Exception:
@@ -216,13 +222,15 @@ def _padded(
 
 
 def _prefix(model: PreTrainedModel, text: Tensor) -> bool | None:
-    """Whether a prefix that sees itself, by a mask of the user's own, is what the model makes of it.
+    """Whether a prefix that sees itself, by a mask of the user's own, gives the model's logits.
 
     None where the model takes no such mask: it fails, or gives what it gives without.
     """
     batch, length = text.shape
-    mask = torch.ones(batch, 1, length, length, dtype=torch.bool).tril()
-    mask[..., : length // 2, : length // 2] = True
+    seen = torch.ones(batch, 1, length, length, dtype=torch.bool).tril()
+    seen[..., : length // 2, : length // 2] = True
+    # Additive, as eager attention takes it, too.
+    mask = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
 
     def run(**options: Any) -> Tensor:
         with torch.inference_mode():

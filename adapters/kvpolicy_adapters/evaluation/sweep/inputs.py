@@ -72,6 +72,19 @@ def _gemma4(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, dict[str, Any]
     }
 
 
+def _gemma4_unified(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, dict[str, Any]]:
+    """Patches and where they lie, each of which is a token."""
+    ids, image = _place(model, ids)
+    config: Any = model.config
+    pixels = 3 * config.vision_config.model_patch_size**2
+    places = torch.cartesian_prod(torch.arange(2), torch.arange(2))
+    return ids, {
+        "pixel_values": torch.rand(len(ids), _AFTER - _FIRST, pixels),
+        "image_position_ids": places.expand(len(ids), -1, -1),
+        "mm_token_type_ids": image,
+    }
+
+
 def _got_ocr2(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, dict[str, Any]]:
     ids, _ = _place(model, ids)
     config: Any = model.config
@@ -97,6 +110,7 @@ _IMAGES: dict[str, tuple[str, _Make]] = {
     "FuyuForCausalLM": ("ids, an image", _fuyu),
     "Gemma3ForConditionalGeneration": ("ids, an image that sees itself", _gemma3),
     "Gemma4ForConditionalGeneration": ("ids, an image that sees itself", _gemma4),
+    "Gemma4UnifiedForConditionalGeneration": ("ids, an image that sees itself", _gemma4_unified),
     "GotOcr2ForConditionalGeneration": ("ids, an image", _got_ocr2),
     "MllamaForCausalLM": ("ids, an image's states", _mllama),
 }

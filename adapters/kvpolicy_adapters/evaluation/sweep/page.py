@@ -44,11 +44,11 @@ passes, with a batch of two prompts:
 - *prefix*: so are the logits of a prompt whose first half sees itself, by a mask of the user's own
   (– where the model itself takes no such mask).
 
-*Input* is what the model was given beside its prompt's ids: what its family is made for, where that
-is more. Audio and video have not been tried. *Heads* are query heads / KV heads of a layer, in the tiny model. *Layers* says what its layers
-keep: `every token` comes under the policy; `a window` does, too, unless its budget holds the whole
-window (then the layer is left as it is, and `cache.stats().left_alone` says so); a recurrent state,
-or keys and values borrowed from another layer, are left as they are.
+*Input* is what `generate` was given: what the family is made for (audio and video have not been
+tried). *Heads* are query heads / KV heads of a layer, in the tiny model. *Layers* says what its
+layers keep: `every token` comes under the policy; `a window` does, too, unless its budget holds the
+whole window (then the layer is left as it is, and `cache.stats().left_alone` says so); a recurrent
+state, and keys and values borrowed from another layer, are left as they are.
 """
 
 

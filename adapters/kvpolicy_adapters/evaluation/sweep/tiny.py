@@ -28,7 +28,10 @@ WINDOW = 12
 #: already stays.
 _SIZES: tuple[tuple[str, int], ...] = (
     (r"(\w+_)?vocab_size(_per_layer_input)?|encoder_hash_byte_group_vocab", VOCAB),
-    (r"hidden_size|d_model|n_embd|emb_dim|embedding_dim|word_embed_proj_dim|embedding_size", HIDDEN),
+    (
+        r"hidden_size|d_model|n_embd|emb_dim|embedding_dim|word_embed_proj_dim|embedding_size",
+        HIDDEN,
+    ),
     (r"(input|output)_embedding_size|backbone_hidden_size|lru_width", HIDDEN),
     (r"hidden_size_per_layer_input|laurel_rank|router_hidden_size|num_centroids|ple_embed_dim", 8),
     (r"\w*intermediate_size(_mlp)?|\w*ffn_dim|\w*ffn_hidden_size|n_inner|dff|dim_ff", 48),
@@ -62,7 +65,9 @@ _UNSET = {"head_dim": HEAD_DIM, "sliding_window": WINDOW}
 _GEMMA4 = {
     "global_head_dim": 16,
     "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "use_bidirectional_attention": "vision",
 }
+_GEMMA4_TOKENS = {"image_token_id": VOCAB - 3, "video_token_id": VOCAB - 2, "audio_token_id": 59}
 _SHARED = {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}
 OVERRIDES: dict[str, dict[str, Any]] = {
     "BambaConfig": {"mamba_n_heads": 4, "mamba_d_head": 16, "attn_layer_indices": [1, 3]},
@@ -76,8 +81,10 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "DbrxAttentionConfig": {"kv_n_heads": KV_HEADS, "rope_theta": 10_000.0, "clip_qkv": 8.0},
     "DeepseekV2Config": {"num_experts_per_tok": 2},
+    "DoryConfig": {"n_input_layers": 1, "n_recurrent_layers": 2, "n_output_layers": 1},
     "Dots1Config": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
     "FalconH1Config": {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_ssm": 64},
+    "Gemma3Config": {"mm_tokens_per_image": 4},
     "Gemma3nTextConfig": {
         "num_hidden_layers": 6,
         "intermediate_size": [48] * 6,
@@ -86,9 +93,24 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "num_kv_shared_layers": 2,
         "altup_num_inputs": 2,
     },
+    "Gemma4Config": _GEMMA4_TOKENS
+    | {
+        "vision_config": {
+            "hidden_size": HIDDEN,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "patch_size": 4,
+        }
+    },
     "Gemma4TextConfig": _GEMMA4,
+    "Gemma4UnifiedConfig": _GEMMA4_TOKENS
+    | {"vision_config": {"patch_size": 2, "mm_embed_dim": HIDDEN, "output_proj_dims": HIDDEN}},
     "Gemma4UnifiedTextConfig": _GEMMA4,
     "GPTNeoConfig": {"attention_types": [[["global", "local"], 2]]},
+    "GotOcr2VisionConfig": {"image_size": 128},
     "GraniteMoeHybridConfig": {
         "mamba_n_heads": 4,
         "mamba_d_head": 16,
@@ -109,6 +131,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "indexer_compress_ratio": 4,
     },
     "ReformerConfig": {"axial_pos_embds": False},
+    "SiglipVisionConfig": {"image_size": 28, "patch_size": 14},
     "RwkvConfig": {"attention_hidden_size": 32},
     "XmodConfig": {"languages": ["en_XX"], "default_language": "en_XX"},
     "ZambaConfig": {
