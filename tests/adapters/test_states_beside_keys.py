@@ -11,7 +11,6 @@ from support import slow_reference
 import kvpolicy
 from kvpolicy_adapters import attach, compile_decode
 from kvpolicy_adapters.evaluation.sweep.tiny import build
-from kvpolicy_adapters.transformers.cache import StatePolicyLayer
 from kvpolicy_adapters.transformers.cache_argument import as_argument
 
 TEXT = kvpolicy.TextLayout(sinks=1, length=64)
@@ -99,8 +98,13 @@ def test_what_a_state_does_not_allow_is_refused(model):
         compile_decode(model, cache),
     ):
         pass
-    with torch.inference_mode(), room(model) as cache:
-        model(slow_reference.texts(9), **as_argument(cache))
-        (layer, *_) = [layer for layer in cache.layers if isinstance(layer, StatePolicyLayer)]
-        with pytest.raises(kvpolicy.CacheStateError, match="recurrent state"):
-            layer.crop(-2)
+    with room(model) as cache:
+        with (
+            pytest.raises(kvpolicy.CacheStateError, match="can't take tokens back"),
+            cache.stage(3),
+        ):
+            pass
+        with pytest.raises(kvpolicy.CacheStateError, match="can't take tokens back"):
+            model.generate(
+                slow_reference.texts(9, 1), prompt_lookup_num_tokens=2, **as_argument(cache)
+            )

@@ -82,8 +82,8 @@ def policy_attention(
         # The mask that compile_decode gave, of one element, as the model passes it on.
         if attention_mask is not None and attention_mask.shape != (1, 1, 1, 1):
             raise ModelError(
-                f"{type(module).__name__} masks its attention in a way of its own, which a compiled "
-                f"step does not make; decode without compile_decode"
+                f"{type(module).__name__} masks its attention in a way of its own, which a "
+                f"compiled step does not make; decode without compile_decode"
             )
         output = cache.attend_step(index, query, key, value, bias=bias, **scoring)
         return output.transpose(1, 2).contiguous(), None

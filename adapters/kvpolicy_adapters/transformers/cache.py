@@ -122,23 +122,12 @@ class StatePolicyLayer(PolicyLayer, LinearAttentionLayer):
             if name not in vars(self):
                 setattr(self, name, copy.deepcopy(value))
 
+    #: No token can be taken back from a recurrent state.
+    is_croppable = False
     # Of the state: keys and values have their store.
     lazy_initialization = LinearAttentionLayer.lazy_initialization  # type: ignore[assignment]
     reset = LinearAttentionLayer.reset
     reorder_cache = LinearAttentionLayer.reorder_cache
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Take the newest tokens back.
-
-        Raises:
-            CacheStateError: more than none is asked for: a state has no tokens to take back.
-        """
-        if tokens_to_remove != 0:
-            raise CacheStateError(
-                f"crop({tokens_to_remove}): layer {self.index} keeps a recurrent state beside its "
-                f"keys and values, from which no token can be taken back; decode without an "
-                f"assistant model"
-            )
 
 
 class _Block:
@@ -294,10 +283,8 @@ class TransformersCache(Cache):
                 raises.
             ParameterError: ``lookahead`` is no integer, or less than 1.
         """
-        own = [
-            (n, layer) for n, layer in enumerate(self.layers) if not isinstance(layer, PolicyLayer)
-        ]
-        if len(own) == len(self.layers):
+        own = [(n, layer) for n, layer in enumerate(self.layers) if type(layer) is not PolicyLayer]
+        if not any(isinstance(layer, PolicyLayer) for layer in self.layers):
             raise CacheStateError(
                 "all layers are left alone, so nothing is under a policy, and nothing to stage; "
                 "give a budget smaller than the windows of the layers"

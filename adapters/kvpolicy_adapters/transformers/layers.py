@@ -85,6 +85,12 @@ def kept_by(model: PreTrainedModel) -> Kept:
             f"values of all of them anew at each step: there are no keys and values per head to "
             f"evict; attach() serves layers that keep keys and values per head"
         )
+    loops = getattr(config, "n_recurrent_loops", 1)
+    if loops != 1:
+        raise ModelError(
+            f"{name} goes through some of its layers {loops} times, and caches each time anew "
+            f"(n_recurrent_loops); attach() serves models that go through each layer once"
+        )
     layers = DynamicCache(config=model.config).layers
     if getattr(config, "add_cross_attention", False):
         raise ModelError(

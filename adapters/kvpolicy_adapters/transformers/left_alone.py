@@ -28,9 +28,10 @@ class LeftAlone:
                 slides and not hasattr(layer, "activate_past_recording")
             ):
                 raise CacheStateError(
-                    f"layer {index}, which the policy leaves alone, is a {type(layer).__name__} of "
-                    f"transformers, which can't take tokens back in this version; decode without a "
-                    f"stage, or with a budget smaller than its window"
+                    f"layer {index}, which the policy leaves alone or manages in part, is a "
+                    f"{type(layer).__name__}, which can't take tokens back in this version of "
+                    f"transformers; decode without a stage, or with a budget smaller than its "
+                    f"window"
                 )
         self._recorded = [getattr(layer, "record_past", None) for layer in self.layers]
         for layer in self.layers:

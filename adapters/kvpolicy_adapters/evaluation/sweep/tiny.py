@@ -249,7 +249,10 @@ def build(name: str, window: int = WINDOW, seed: int = 0) -> PreTrainedModel:
     """
     torch.manual_seed(seed)
     kind = getattr(transformers, name)
-    model: PreTrainedModel = kind(shrink(kind.config_class, window)).float().eval()
+    config: Any = shrink(kind.config_class, window)
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        config._attn_implementation = "eager"  # on sdpa, older transformers drop the cap
+    model: PreTrainedModel = kind(config).float().eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, module in model.named_modules():
