@@ -35,7 +35,9 @@ HELD = {
     "Beam search?": """
         adapters/test_attach.py::test_beams_carry_their_decisions_along
         adapters/test_ways_to_generate.py::test_contrastive_search
-        adapters/test_ways_to_generate.py::test_every_token_comes_to_the_policy
+        adapters/test_ways_to_generate.py::test_every_token_comes_to_the_policy""",
+    "Assisted (speculative) decoding, prompt lookup, early exit?": """
+        adapters/test_candidates.py
         adapters/test_ways_to_generate.py::test_what_goes_past_the_policy_is_refused""",
     "Several turns?": """
         adapters/test_ways_to_generate.py::test_a_second_turn_that_begins_with_the_first
