@@ -10,6 +10,7 @@ import torch
 import kvpolicy
 import kvpolicy_adapters
 from kvpolicy import ModelError
+from kvpolicy_adapters.evaluation.sweep.tiny import build as build_tiny
 from kvpolicy_adapters.transformers.cache_argument import CACHE_ARGUMENT, as_argument
 
 transformers = pytest.importorskip("transformers", reason="the adapters need transformers")
@@ -346,20 +347,17 @@ REFUSED = {
         "MambaForCausalLM keeps a recurrent state.*models with attention layers",
     ),
     "attention of its own": (
-        lambda: transformers.BloomForCausalLM(
-            transformers.BloomConfig(vocab_size=VOCAB, hidden_size=16, n_layer=1, n_head=2)
-        ),
-        "BloomForCausalLM does not use transformers' attention interface.*PolicyCache",
-    ),
-    "a state beside keys and values": (
-        lambda: transformers.FalconH1ForCausalLM(
-            transformers.FalconH1Config(
+        lambda: transformers.RoFormerForCausalLM(
+            transformers.RoFormerConfig(
                 vocab_size=VOCAB, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
-                num_key_value_heads=1, mamba_d_ssm=16, mamba_n_heads=2, mamba_d_head=8,
-                mamba_d_state=4, intermediate_size=16,
+                intermediate_size=16, is_decoder=True,
             )
         ),
-        "FalconH1ForCausalLM: layer 0 keeps a .*keys and values per head",
+        "RoFormerForCausalLM does not use transformers' attention interface.*PolicyCache",
+    ),
+    "an index beside keys and values": (
+        lambda: build_tiny("Qwen4ExpForCausalLM"),
+        "Qwen4ExpForCausalLM: layer 1 keeps a DynamicIndexedLayer.*keys and values per head",
     ),
 }  # fmt: skip
 
