@@ -68,9 +68,9 @@ def generated(model, cache, **options):
 @pytest.mark.parametrize("decoder", DECODERS)
 @pytest.mark.parametrize("name", POLICIES)
 def test_a_padded_batch_of_a_language_model(llama, name, decoder):
-    with under(llama, name, 14, layout=GRID) as cache:
+    with under(llama, name, 16, layout=GRID) as cache:
         expected = generated(llama, cache)
-    with under(llama, name, 14, layout=GRID) as cache:
+    with under(llama, name, 16, layout=GRID) as cache:
         drawn = decode(
             llama, PROMPT, cache, 36, decoder=decoder, attention_mask=MASK, sampling=GREEDY
         )
@@ -83,10 +83,10 @@ def test_guidance_has_a_cache_of_its_own(llama, decoder):
     negative = torch.tensor([[3, 9, 9, 9, 9, 2]])
 
     def caches():
-        return under(llama, "linear", 14, layout=GRID), attach(
+        return under(llama, "linear", 16, layout=GRID), attach(
             llama,
             policy="h2o",
-            budget=14,
+            budget=16,
             layout=kvpolicy.RasterLayout(rows=6, cols=6, prefix=6),
         )
 
@@ -126,7 +126,7 @@ def test_sampling_cuts_as_transformers_does():
 
 
 def test_suppressed_tokens_never_come(llama):
-    with under(llama, "linear", 14, layout=GRID) as cache:
+    with under(llama, "linear", 16, layout=GRID) as cache:
         drawn = decode(
             llama, PROMPT, cache, 36, decoder="sjd:window=6", suppress_tokens=range(20, 61), seed=0
         )
@@ -135,7 +135,7 @@ def test_suppressed_tokens_never_come(llama):
 
 def test_a_seed_makes_it_repeatable(llama):
     def draw(seed):
-        with under(llama, "linear", 14, layout=GRID) as cache:
+        with under(llama, "linear", 16, layout=GRID) as cache:
             return decode(llama, PROMPT, cache, 36, decoder="sjd:window=6", seed=seed).tokens
 
     assert torch.equal(draw(1), draw(1))
@@ -148,7 +148,7 @@ def test_a_seed_makes_it_repeatable(llama):
 @pytest.mark.parametrize("decoder", DECODERS)
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 def test_llamagen(decoder, scale):
-    model = llamagen.ours.__wrapped__(llamagen.standin("c2i"))
+    model = llamagen.own(llamagen.standin("c2i"))
     classes = torch.tensor([3, 5])
 
     def draw(**options):
@@ -273,16 +273,18 @@ def test_emu3_with_its_grammar_and_guidance(decoder):
 
 
 def test_a_used_cache_is_refused(llama):
-    with under(llama, "linear", 14, layout=GRID) as cache:
+    with under(llama, "linear", 16, layout=GRID) as cache:
         decode(llama, PROMPT, cache, 3)
         with pytest.raises(CacheStateError, match="holds 6 tokens already"):
             decode(llama, PROMPT, cache, 3)
 
 
 def test_a_number_of_guidance_needs_a_model_that_doubles(llama):
-    with under(llama, "linear", 14, layout=GRID) as cache:
-        with pytest.raises(ParameterError, match="needs a second cache"):
-            decode(llama, PROMPT, cache, 3, guidance=2.0)
+    with (
+        under(llama, "linear", 16, layout=GRID) as cache,
+        pytest.raises(ParameterError, match="needs a second cache"),
+    ):
+        decode(llama, PROMPT, cache, 3, guidance=2.0)
 
 
 def test_a_second_cache_of_guidance_is_refused_where_the_batch_is_doubled():
@@ -294,27 +296,27 @@ def test_a_second_cache_of_guidance_is_refused_where_the_batch_is_doubled():
 
 
 def test_llamagen_is_sent_to_its_generate():
-    model = llamagen.ours.__wrapped__(llamagen.standin("c2i"))
-    with under(model, "linear", 18) as cache:
-        with pytest.raises(ParameterError, match=r"model\.generate\(condition, cache=cache"):
-            decode(model, PROMPT, cache, 3)
+    model = llamagen.own(llamagen.standin("c2i"))
+    with (
+        under(model, "linear", 18) as cache,
+        pytest.raises(ParameterError, match=r"model\.generate\(condition, cache=cache"),
+    ):
+        decode(model, PROMPT, cache, 3)
 
 
 def test_guidance_of_an_image_that_does_not_begin_behind_the_prompt():
     model = ImageChameleon.sharing(chameleon.tiny())
-    with under(model, "linear", 20) as cache, under(model, "linear", 20) as second:
-        with pytest.raises(LayoutError, match="does not end where an image begins"):
-            decode(
-                model,
-                chameleon.PROMPT[:, :-1],
-                cache,
-                3,
-                guidance=ImageGuidance(3.0, model, second),
-            )
+    with (
+        under(model, "linear", 20) as cache,
+        under(model, "linear", 20) as second,
+        pytest.raises(LayoutError, match="does not end where an image begins"),
+    ):
+        guide = ImageGuidance(3.0, model, second)
+        decode(model, chameleon.PROMPT[:, :-1], cache, 3, guidance=guide)
 
 
 def test_more_tokens_than_the_layout_has_are_refused(llama):
-    with under(llama, "linear", 14, layout=GRID) as cache:
+    with under(llama, "linear", 16, layout=GRID) as cache:
         with pytest.raises(LayoutError, match="more than the 36"):
             decode(llama, PROMPT, cache, 37, decoder="sjd:window=6")
         with pytest.raises(ParameterError, match="window=64 is longer than the 40 tokens"):

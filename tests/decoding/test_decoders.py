@@ -6,7 +6,6 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from support.replayed_cache import ReplayedCache
 from support.toy_decoding import ToyModel, table
 
 import kvpolicy
@@ -39,7 +38,7 @@ WAYS = [(draft, coupled) for draft in ("above", "left", "last", "uniform") for c
 
 def cache_of(name, layout=LAYOUT):
     policy, budget = POLICIES[name]
-    return ReplayedCache(MODEL.cache(policy, budget, layout))
+    return MODEL.cache(policy, budget, layout)
 
 
 @pytest.mark.parametrize("name", POLICIES)
@@ -64,7 +63,7 @@ def test_every_pass_sees_what_sequential_decoding_would_see(name):
     model = ToyModel(vocabulary=3, length=layout.length)
     policy = kvpolicy.create(name, anchors=0, recent_lines=0) if name == "linear" else name
     known = table(model, policy, 3, layout)
-    cache = ReplayedCache(model.cache(policy, 3, layout))
+    cache = model.cache(policy, 3, layout)
     step, compared = model.step(cache), 0
 
     def watched(tokens):
@@ -79,7 +78,7 @@ def test_every_pass_sees_what_sequential_decoding_would_see(name):
         return logits
 
     for seed in range(12):
-        cache.cache.reset()
+        cache.reset()
         past = torch.zeros(2, layout.length, dtype=torch.int64)
         chance = torch.Generator().manual_seed(seed)
         prompt = torch.full((2, 1), 3)
@@ -95,7 +94,7 @@ def test_what_is_cached_at_the_end_is_what_was_drawn():
     for place in range(12):
         MODEL.step(again)(drawn.tokens[:, place : place + 1])
     for layer in range(2):
-        assert torch.equal(again.cache.positions(layer), cache.cache.positions(layer))
+        assert torch.equal(again.positions(layer), cache.positions(layer))
 
 
 def test_books_of_a_generation():
