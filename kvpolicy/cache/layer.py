@@ -22,6 +22,7 @@ from kvpolicy.cache.checks import check_gradients, check_tokens
 from kvpolicy.cache.decider import Decider
 from kvpolicy.cache.lending import Lending, by_position
 from kvpolicy.cache.plan import LayerPlan
+from kvpolicy.cache.staged_run import attend_staged
 from kvpolicy.cache.staging import LayerBooks, Staging
 from kvpolicy.cache.terms import Terms
 from kvpolicy.errors import AttentionError, CacheStateError, LayoutError
@@ -268,7 +269,12 @@ class Layer:
                 staging.isolate()
             new = query[:, :, part], key[:, :, part], value[:, :, part]
             if staging is not None and in_turn and run - done > 1:
-                outputs += self._in_turn(staging, *new, terms.rows(part))
+                if staging.together:
+                    outputs.append(
+                        attend_staged(self, staging, *new, terms.rows(part), self._report)
+                    )
+                else:
+                    outputs += self._in_turn(staging, *new, terms.rows(part))
             elif run - done == 1 and not (weights or wants_gradient):
                 outputs.append(self._token(self.require_store(), *new, terms.rows(part)))
                 if self.lending is not None and run < count:
@@ -680,11 +686,11 @@ class Layer:
 
     # -- staging -----------------------------------------------------------------------------------
 
-    def stage(self, lookahead: int, sure: int) -> None:
+    def stage(self, lookahead: int, sure: int, together: bool) -> None:
         """Keep what tokens from position ``sure`` on overwrite, of up to ``lookahead`` at once."""
         if self._spare is None:
             self._spare = Staging(self)
-        self._spare.lookahead = lookahead
+        self._spare.lookahead, self._spare.together = lookahead, together
         if self.seen < sure:
             self._opens = sure
         else:

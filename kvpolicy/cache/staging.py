@@ -65,12 +65,28 @@ class StagedLayer(Protocol):
         """Tell observers which slots hold other tokens now, and what attention did."""
 
 
+class RunNews(Protocol):
+    """What observers are to hear of tokens that were staged together, and may go one by one."""
+
+    @property
+    def slots(self) -> Tensor:
+        """Where they lie, ``[B, H, T]``."""
+
+    @property
+    def report(self) -> AttentionReport | None:
+        """What all of them gave."""
+
+    def of_first(self, count: int) -> tuple[Tensor | None, AttentionReport | None]:
+        """Which slots were reclaimed, and what attention did, if only so many had come."""
+
+
 class _News(NamedTuple):
-    """What observers are to hear of the token (or block) at index ``token`` of the stage."""
+    """What observers are to hear of the token (or block, or run) at ``token`` of the stage."""
 
     token: int
     reclaimed: Tensor | None
     report: AttentionReport | None
+    run: RunNews | None = None
 
 
 @dataclass
@@ -104,12 +120,14 @@ class Staging:
 
     Attributes:
         lookahead: tokens that may be staged at once, W.
+        together: whether those of a call may attend together.
         apart: whether observers are told at once of the tokens that come now.
     """
 
     def __init__(self, layer: StagedLayer) -> None:
         self.layer = layer
         self.lookahead = 0
+        self.together = False
         self.apart = False
         self._checked: object = ()
         self._aside: _Aside | None = None
@@ -207,6 +225,10 @@ class Staging:
         """Keep back what observers are to hear of the token, or block, at position ``first``."""
         self._news.append(_News(first - self._segments[0].books.seen, reclaimed, report))
 
+    def hear_run(self, first: int, run: RunNews) -> None:
+        """Keep back what observers are to hear of the tokens from position ``first`` on."""
+        self._news.append(_News(first - self._segments[0].books.seen, None, run.report, run))
+
     def close(self) -> None:
         """A decision is about to be made: copy what observers know, then tell them all."""
         self._end()
@@ -259,7 +281,11 @@ class Staging:
         while self._delivered < len(self._news) and self._news[self._delivered].token < count:
             news = self._news[self._delivered]
             self._delivered += 1
-            self.layer.deliver(news.reclaimed, news.report)
+            if news.run is None:
+                self.layer.deliver(news.reclaimed, news.report)
+            else:
+                stay = min(count - news.token, news.run.slots.shape[2])
+                self.layer.deliver(*news.run.of_first(stay))
 
     # -- when it is known which of them stay -------------------------------------------------------
 

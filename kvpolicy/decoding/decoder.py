@@ -72,8 +72,11 @@ class StagingCache(Protocol):
     def layout(self) -> TokenLayout | None:
         """Where tokens sit; None while that is unknown."""
 
-    def stage(self, lookahead: int) -> AbstractContextManager[Any]:
-        """A block in which up to ``lookahead`` tokens at once may be taken back."""
+    def stage(self, lookahead: int, *, together: bool = False) -> AbstractContextManager[Any]:
+        """A block in which up to ``lookahead`` tokens at once may be taken back.
+
+        Those of a call may attend ``together``: the same but for rounding.
+        """
 
     def commit(self, count: int) -> Any:
         """Keep the first ``count`` of the tokens that are staged, and forget the others."""

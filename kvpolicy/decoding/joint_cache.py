@@ -36,11 +36,11 @@ class JointCache:
         return self.caches[0].layout
 
     @contextmanager
-    def stage(self, lookahead: int) -> Iterator[None]:
+    def stage(self, lookahead: int, *, together: bool = False) -> Iterator[None]:
         """Stage all of them; see :meth:`kvpolicy.PolicyCache.stage`."""
         with ExitStack() as stack:
             for cache in self.caches:
-                stack.enter_context(cache.stage(lookahead))
+                stack.enter_context(cache.stage(lookahead, together=together))
             yield
 
     def commit(self, count: int) -> None:

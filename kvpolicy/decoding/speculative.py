@@ -125,7 +125,7 @@ class SpeculativeJacobi(Decoder):
         start, passes = first, 1
         if advance is not None:
             advance(1)
-        with cache.stage(lookahead=self.window):
+        with cache.stage(lookahead=self.window, together=True):
             while start + 1 < end:
                 fed = drafts.feed(start, layout, generator)
                 logits = ruled(rules, tokens, start + 1, checked_logits(step(fed), fed))
@@ -245,10 +245,10 @@ class Drafts:
         # The first place whose draft was not kept; it is known all the same.
         failed = torch.where(kept, count - 1, torch.arange(count, device=kept.device)).amin(1)
         place = torch.arange(count, device=kept.device)
-        fresh = draw(chances, generator)
-        renewed = coupled if self.decoder.coupled else fresh
-        drawn = torch.where(place <= failed[:, None], coupled, renewed)
-        drawn[:, -1] = fresh[:, -1]
+        drawn = coupled
+        if not self.decoder.coupled:
+            drawn = torch.where(place <= failed[:, None], coupled, draw(chances, generator))
+        drawn[:, -1] = draw(chances[:, -1], generator)
         settled = torch.where(known, drafts, drawn)
         self.tokens[:, start + 1 : start + count + 1] = settled
         # What was drawn or renewed is a draw from this pass's distribution; what is known, is.

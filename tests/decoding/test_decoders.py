@@ -149,7 +149,7 @@ class NoKeys:
     def __init__(self, layout):
         self.layout, self.seen, self.staged = layout, 0, 0
 
-    def stage(self, lookahead):
+    def stage(self, lookahead, together):
         return nullcontext()
 
     def take(self, count):

@@ -272,7 +272,7 @@ class TransformersCache(Cache):
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     @contextmanager
-    def stage(self, lookahead: int, *, sure: int = 0) -> Iterator[None]:
+    def stage(self, lookahead: int, *, sure: int = 0, together: bool = False) -> Iterator[None]:
         """Take tokens that may be taken back; see :meth:`kvpolicy.PolicyCache.stage`.
 
         Layers that the policy leaves alone take them back, too. Inside the block transformers'
@@ -293,7 +293,7 @@ class TransformersCache(Cache):
             raise CacheStateError("a stage has begun that has not ended; leave it first")
         left_alone = LeftAlone(own)
         try:
-            with self.policy_cache.stage(lookahead, sure=sure):
+            with self.policy_cache.stage(lookahead, sure=sure, together=together):
                 self._left_alone = left_alone
                 yield
         finally:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AttentionMaskInterface
+from transformers.masking_utils import causal_mask_function
 
 from kvpolicy import ModelError
 
@@ -45,6 +46,15 @@ def explicit_mask(before: str, **arguments: Any) -> Tensor | None:
     if before == "eager" and arguments["q_length"] > 1:
         # Models that know eager attention alone need not say which of their modules are causal.
         arguments["allow_is_causal_skip"] = False
+    elif (
+        arguments.get("mask_function") is causal_mask_function
+        and arguments.get("allow_is_causal_skip", True)
+        and arguments.get("attention_mask") is None
+        and arguments.get("local_size") is None
+        and isinstance(begin := arguments.get("q_offset", 0), int)
+        and begin + arguments["q_length"] == arguments["kv_length"]
+    ):
+        return None  # behind cached tokens transformers makes one; looking into it costs time
     # None would mean "everything" to who allows that, and means "causal" to us.
     return make(**arguments | {"allow_is_bidirectional_skip": False})
 

@@ -28,6 +28,8 @@ def model_step(model: Any, cache: TransformersCache, mask: Tensor | None = None)
         mask: of the prompt, ``[B, P]``, 0 where it is padding; None where none is.
     """
     takes = inspect.signature(model.forward).parameters
+    if mask is not None and bool(mask.all()):
+        mask = None
 
     def step(tokens: Tensor) -> Tensor:
         options: dict[str, Any] = as_argument(cache)
