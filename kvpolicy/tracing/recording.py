@@ -60,9 +60,13 @@ class Recording:
             images: what was drawn, uint8 ``[B, rows, cols]``, to keep beside it.
 
         Raises:
-            CacheStateError: no token has come yet.
+            CacheStateError: no token has come yet, or tokens are staged.
             ParameterError: the images are not those of the samples.
         """
+        if self._cache.staged:
+            raise CacheStateError(
+                f"{self._cache.staged} tokens are staged, and who knows what stays; commit() first"
+            )
         layers = {
             index: recorder.finish(self._cache.layers[index])
             for index, recorder in self._recorders.items()
@@ -86,6 +90,7 @@ class Recording:
             budgets=tuple(layer.budget for layer in self._cache.layers),
             layers=layers,
             images=images,
+            passes=next(iter(self._recorders.values())).committed_so_far() if layers else None,
         )
 
     def save(self, path: Path | str) -> None:
@@ -163,6 +168,10 @@ class _Recorder:
         after = seen + kept
         self.decisions = [decision for decision in self.decisions if decision.seen < after]
         self.padding = [(first, dead) for first, dead in self.padding if first < after]
+
+    def committed_so_far(self) -> Tensor | None:
+        """Seen before, staged and kept, of each commit, int32 ``[N, 3]``; None where none was."""
+        return torch.tensor(self.passes, dtype=torch.int32) if self.passes else None
 
     def select_batch(self, index: Tensor) -> None:
         """Follow a batch whose sequences are reordered."""

@@ -78,6 +78,8 @@ class Trace:
         budgets: of each layer.
         layers: of each layer under the policy, by its index.
         images: the pictures that were drawn, uint8 ``[B, rows, cols]``, where they were given.
+        passes: of each commit of staged tokens: the tokens seen before them, how many were staged,
+            and how many accepted, int32 ``[N, 3]``; None where none were staged.
     """
 
     policy: str
@@ -88,6 +90,7 @@ class Trace:
     budgets: tuple[int, ...]
     layers: dict[int, LayerTrace]
     images: Tensor | None = None
+    passes: Tensor | None = None
 
     def dump(self) -> bytes:
         """The file: safetensors, with everything but the tensors as JSON in its header."""
@@ -107,12 +110,13 @@ class Trace:
         narrow = self.seen < torch.iinfo(torch.int16).max
         tensors: dict[str, Tensor] = {}
         for index, layer in self.layers.items():
-            for name, tensor in vars(layer).items():
+            for name, of_layer in vars(layer).items():
                 if name in ("victims", "places") and narrow:
-                    tensor = tensor.to(torch.int16)
-                tensors[f"{index}.{name}"] = tensor.contiguous()
-        if self.images is not None:
-            tensors["images"] = self.images.contiguous()
+                    of_layer = of_layer.to(torch.int16)
+                tensors[f"{index}.{name}"] = of_layer.contiguous()
+        for name, tensor in (("images", self.images), ("passes", self.passes)):
+            if tensor is not None:
+                tensors[name] = tensor.contiguous()
         return save(tensors, metadata={"kvpolicy": json.dumps(about)})
 
     def save(self, path: Path | str) -> None:
@@ -183,8 +187,10 @@ def load_trace(path: Path | str) -> Trace:
             budgets=tuple(about.budgets),
             layers={index: _layer(tensors, index, about.seen) for index in about.layers},
             images=tensors.get("images"),
+            passes=tensors.get("passes"),
         )
         _check_images(found)
+        _check_passes(found)
     except (OSError, SafetensorError) as error:
         raise ParameterError(f"{path} can't be read as a trace: {error}") from None
     except (KeyError, ValueError) as error:
@@ -245,6 +251,21 @@ def _layer(tensors: dict[str, Tensor], index: int, seen: int) -> LayerTrace:
     if (layer.decided.diff() < 0).any():
         raise ValueError(f"{index}.decided falls")
     return layer
+
+
+def _check_passes(found: Trace) -> None:
+    """Refuse commits that can't have been."""
+    passes = found.passes
+    if passes is None:
+        return
+    if passes.dtype != torch.int32 or passes.ndim != 2 or passes.shape[1] != 3:
+        raise ValueError(f"passes: {passes.dtype} {list(passes.shape)}, not int32 [N, 3]")
+    seen, staged, accepted = passes.unbind(1)
+    wrong = (accepted < 0) | (accepted > staged) | (seen < 0) | (seen + accepted > found.seen)
+    if bool(wrong.any()):
+        raise ValueError(f"passes has {passes[wrong][0].tolist()} in it")
+    if bool((seen[1:] < (seen + accepted)[:-1]).any()):
+        raise ValueError("passes overlap")
 
 
 def _check_images(found: Trace) -> None:

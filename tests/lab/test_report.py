@@ -391,6 +391,36 @@ def test_a_hostile_name_in_a_trace_is_text(browser, tmp_path):
     opened.close()
 
 
+@needs_chromium
+def test_the_viewer_shows_what_was_staged_and_rejected(browser, tmp_path):
+    policy = kvpolicy.create("linear", **POLICIES["linear"])
+    cache = kvpolicy.PolicyCache(policy, 15, layout=LAYOUT, num_layers=1)
+    chance = torch.Generator().manual_seed(3)
+    with kvpolicy.trace(cache) as recording:
+        cache.attend(0, *torch.randn(3, 1, 1, 2, 8, generator=chance))
+        with cache.stage(6):
+            for accepted in (4, 1, 6, 2):
+                cache.attend(0, *torch.randn(3, 1, 1, 6, 8, generator=chance))
+                cache.commit(accepted)
+    recording.save(tmp_path / "t.safetensors")
+    report_on_trace(tmp_path / "t.safetensors", tmp_path / "t.html")
+    opened = browser.new_page()
+    opened.goto((tmp_path / "t.html").as_uri())
+    move_to(opened, 5)
+    # Pass 2 staged tokens 4 to 9 of the image, and accepted the first.
+    assert states(opened)[5:11] == ["rejected"] * 5 + ["future"]
+    assert "pass 2 of 4 accepted 1 of 6 staged" in opened.inner_text("#left")
+    move_to(opened, 11)
+    assert states(opened)[11] == "future"  # pass 3 accepted all
+    move_to(opened, 0)
+    assert "rejected" not in states(opened)
+    opened.click('#left .grid i[data-place="3"]', force=True)
+    move_to(opened, 8)
+    assert "accepted in pass 1" in opened.inner_text("#left .about")
+    assert "staged in the same pass" in opened.inner_text(".legend")
+    opened.close()
+
+
 def test_nothing_is_linked(report):
     text = re.sub(r"<script>.*?</script>", "", report.read_text(encoding="utf-8"), flags=re.DOTALL)
     for link in re.findall(r"""(?:src|href|url)\s*[=(]\s*["']?([^"')\s>]+)""", text):

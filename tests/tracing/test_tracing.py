@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -348,3 +349,43 @@ def test_images_must_be_those_of_the_samples():
     with pytest.raises(ParameterError, match=r"expected \[2, rows, columns\]"):
         recording.finish(torch.zeros(3, 6, 4, dtype=torch.uint8))
     assert (recording.finish().layers[0].gone == STAYS).all()
+
+
+@pytest.mark.parametrize("name", EVICTING)
+def test_what_was_staged_and_taken_back_leaves_only_its_number(name, tmp_path):
+    """The same trace as one by one, and how many of the staged tokens each commit accepted."""
+    layout = kvpolicy.RasterLayout(rows=6, cols=4, prefix=2)
+    policy = make(name)
+    chance = torch.Generator().manual_seed(1)
+    tensors = torch.randn(3, 2, 2, layout.length, 8, generator=chance)
+    traces = []
+    for staged in (True, False):
+        budget = max(10, policy.min_budget(layout))
+        cache = kvpolicy.PolicyCache(policy, budget, layout=layout, num_layers=1)
+        with kvpolicy.trace(cache) as recording, cache.stage(7):
+            while cache.seen < layout.length:
+                if not staged:
+                    cache.attend(0, *tensors[..., cache.seen : cache.seen + 1, :])
+                    cache.commit(1)
+                    continue
+                at, kept = cache.seen, (3, 0, 5)[cache.stats().passes % 3]
+                kept = min(kept, layout.length - at)
+                run = tensors[..., at : at + 7, :].clone()
+                run[..., kept:, :] = torch.randn(run[..., kept:, :].shape, generator=chance)
+                cache.attend(0, *run)
+                with pytest.raises(kvpolicy.CacheStateError, match="commit"):
+                    recording.finish()
+                cache.commit(kept)
+        traces.append(recording.finish())
+    ours, theirs = traces
+    for field, tensor in vars(theirs.layers[0]).items():
+        assert torch.equal(getattr(ours.layers[0], field), tensor), field
+    assert theirs.passes.tolist() == [[seen, 1, 1] for seen in range(layout.length)]
+    assert ours.passes[:3].tolist() == [[0, 7, 3], [3, 7, 0], [3, 7, 5]]
+    ours.save(tmp_path / "t.safetensors")
+    assert torch.equal(kvpolicy.load_trace(tmp_path / "t.safetensors").passes, ours.passes)
+    for damaged in ([[0, 3, 4]], [[-1, 3, 3]], [[0, 3, 3], [2, 3, 3]], [[9, 99, 99]], [[1, 2]]):
+        broken = replace(ours, passes=torch.tensor(damaged, dtype=torch.int32))
+        broken.save(tmp_path / "t.safetensors")
+        with pytest.raises(ParameterError, match="passes"):
+            kvpolicy.load_trace(tmp_path / "t.safetensors")

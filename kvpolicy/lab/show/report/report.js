@@ -86,7 +86,10 @@
     stateOf(place) {
       const seen = this.trace.prefix + state.moment;
       const position = place + this.trace.prefix;
-      if (place >= state.moment) return "future";
+      if (place >= state.moment) {
+        const pass = this.passOf(seen - 1);
+        return pass && position < pass.seen + pass.staged ? "rejected" : "future";
+      }
       const gone = decode(this.item).gone[this.head * this.trace.seen + position];
       if (gone !== STAYS && gone <= seen) return seen - gone < this.line ? "new-gone" : "gone";
       const roles = this.trace.roles;
@@ -97,6 +100,13 @@
       if (roles.recent_lines >= 0 && Math.floor(place / this.line) >= current - lines) return "recent";
       if (state.moment - place <= roles.recent_tokens) return "recent";
       return "kept";
+    }
+    // The commit that kept the token at a position; null where tokens came one by one.
+    passOf(position) {
+      const number = this.trace.passes.findIndex(([seen, , kept]) => seen <= position && position < seen + kept);
+      if (number < 0) return null;
+      const [seen, staged, accepted] = this.trace.passes[number];
+      return { number, seen, staged, accepted };
     }
     scoreOf(place) {
       const item = this.item;
@@ -124,9 +134,14 @@
       const { prefix } = this.trace;
       this.root.querySelector(".count").textContent =
         `layer ${this.layer.layer}, head ${this.head}: ${held} of ${state.moment} tokens cached`
-        + (prefix ? `, and ${prefix} pinned` : "");
+        + (prefix ? `, and ${prefix} pinned` : "") + this.told(prefix + state.moment - 1);
       this.drawPicture();
       this.tell();
+    }
+    told(position) {
+      const pass = this.passOf(position);
+      if (!pass) return "";
+      return `; pass ${pass.number + 1} of ${this.trace.passes.length} accepted ${pass.accepted} of ${pass.staged} staged`;
     }
     drawPicture() {
       const { rows, cols, images } = this.trace;
@@ -160,11 +175,14 @@
       const words = {
         anchor: "anchor or sink", recent: "recent", kept: "kept by its score",
         "new-gone": "evicted within the last line", gone: "evicted", future: "not drawn yet",
+        rejected: "staged, and rejected",
       };
       const parts = [
         `position ${place + this.trace.prefix}`, `row ${Math.floor(place / this.line)}`, `column ${place % this.line}`,
       ];
       if (place < state.moment) parts.push(`age ${state.moment - place}`);
+      const pass = place < state.moment && this.passOf(place + this.trace.prefix);
+      if (pass) parts.push(`accepted in pass ${pass.number + 1}`);
       const found = this.scoreOf(place);
       if (found && Number.isFinite(found.score)) {
         parts.push(`score ${found.score.toPrecision(3)} at the decision before token ${found.decided}`);

@@ -34,6 +34,7 @@ def viewer_data(found: Trace, label: str, budget: str) -> dict[str, Any] | None:
         **found.grid,
         "seen": found.seen,
         "roles": _roles(found, line),
+        "passes": [] if found.passes is None else found.passes.tolist(),
         "images": None if found.images is None else [_bytes(image) for image in found.images],
         "layers": [
             {
