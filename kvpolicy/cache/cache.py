@@ -188,6 +188,8 @@ class PolicyCache:
         self._lookahead: int | None = None
         # Commits, tokens staged before them, and tokens that they kept.
         self._counted = (0, 0, 0)
+        # The newest mask of staged tokens, and whether it hides nothing but their future.
+        self._mask: tuple[Tensor, int, bool] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """What ``copy.deepcopy`` copies: a copy is not inside of a stage.
@@ -196,7 +198,7 @@ class PolicyCache:
             CacheStateError: tokens are staged.
         """
         self._refuse_staged("copied")
-        return {**vars(self), "_lookahead": None}
+        return {**vars(self), "_lookahead": None, "_mask": None}
 
     @property
     def layout(self) -> TokenLayout | None:
@@ -256,6 +258,8 @@ class PolicyCache:
             raise self._no_layer(layer)
         if not isinstance(query, Tensor) or not isinstance(key, Tensor) or key.ndim != 4:
             check_tokens(query, key, value)
+        if visible is not None and self._lookahead is not None:
+            visible = self._unless_causal(visible, found.seen, key.shape[2])
         terms = Terms(scale, visible, bias, softcap, sinks)
         if query.device.type in _AUTOCASTS and torch.is_autocast_enabled(query.device.type):
             return self._under_autocast(found, query, key, value, terms, False)[0]
@@ -271,6 +275,20 @@ class PolicyCache:
                 if not other.whole:
                     raise other.interrupted()
         return found.attend(query, key, value, terms)[0]
+
+    def _unless_causal(self, visible: Tensor, seen: int, count: int) -> Tensor | None:
+        """A mask of staged tokens; None if it hides nothing but their future: None is faster.
+
+        Layers are given the same mask one after the other, so that it is looked at once.
+        """
+        if not isinstance(visible, Tensor) or visible.dtype != torch.bool or visible.ndim != 4:
+            return visible  # which is about to be refused
+        if self._mask is None or self._mask[0] is not visible or self._mask[1] != seen:
+            causal = visible.shape[2:] == (count, seen + count) and bool(
+                (visible == torch.ones_like(visible[:1, :1]).tril(seen)).all()
+            )
+            self._mask = visible, seen, causal
+        return None if self._mask[2] else visible
 
     def attend_with_weights(
         self,
@@ -477,6 +495,7 @@ class PolicyCache:
         if staged := self.staged:
             before = self._counted
             self._counted = (before[0] + 1, before[1] + staged, before[2] + count)
+        self._mask = None
         for layer in self._step.layers:
             layer.commit(count)
 

@@ -102,7 +102,17 @@ class Layer:
     @property
     def books(self) -> LayerBooks:
         """What the layer knows now."""
-        return LayerBooks(*(getattr(self, name) for name in LayerBooks._fields))
+        return LayerBooks(
+            self.store,
+            self.observers,
+            self.need_mass,
+            self.layout,
+            self.budget,
+            self.most,
+            self.seen,
+            self.reports,
+            self.decider.settled,
+        )
 
     @books.setter
     def books(self, books: LayerBooks) -> None:

@@ -398,13 +398,15 @@ class _Aside:
 
     def keep(self, store: SlotStore, slots: Tensor, at: int, reclaims: bool) -> None:
         """Copy what slots ``[B, H, T]`` hold to the places from ``at`` on."""
-        part = slice(at, at + slots.shape[2])
-        self.slots[:, :, part] = slots
-        if reclaims:  # what was never handed out is empty, and is emptied again
-            keys, values, positions = store.peek(slots)
-            self.keys[:, :, part] = keys
-            self.values[:, :, part] = values
-            self.positions[:, :, part] = positions
+        count = slots.shape[2]
+        self.slots.narrow(2, at, count).copy_(slots)
+        if not reclaims:  # what was never handed out is empty, and is emptied again
+            return
+        torch.gather(store.positions, 2, slots, out=self.positions.narrow(2, at, count))
+        each = slots.unsqueeze(-1)
+        for held, aside in ((store.keys, self.keys), (store.values, self.values)):
+            where = each.expand(-1, -1, -1, held.shape[3])
+            torch.gather(held, 2, where, out=aside.narrow(2, at, count))
 
     def put_back(self, store: SlotStore, begin: int, end: int, kept: int) -> None:
         """Put back what slots held before the tokens from ``begin`` on.
