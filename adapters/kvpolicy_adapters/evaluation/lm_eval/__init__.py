@@ -1,0 +1,1 @@
+"""A model for lm-evaluation-harness: any causal model of transformers, under a policy."""
