@@ -314,19 +314,22 @@ class Layer:
         slots, reclaimed = store.take(count)
         staging.keep(store, slots, reclaimed is not None)
         outputs = []
-        for token in range(count):
-            part = slice(token, token + 1)
-            slot, rows = slots[:, :, part], terms.rows(part)
+        each = zip(
+            *(tensor.chunk(count, dim=2) for tensor in (query, key, value, slots)), strict=True
+        )
+        by_row = terms.visible is not None or terms.bias is not None
+        for token, (one_query, one_key, one_value, slot) in enumerate(each):
+            rows = terms.rows(slice(token, token + 1)) if by_row else terms
             output, mass, finite = write_and_attend(
                 store.kernel,
                 store.write,
-                query[:, :, part],
+                one_query,
                 store.keys,
                 store.values,
                 store.positions,
                 slot,
-                key[:, :, part],
-                value[:, :, part],
+                one_key,
+                one_value,
                 first + token,
                 handed_out + min(token + 1, fresh),
                 scale=rows.scale,
