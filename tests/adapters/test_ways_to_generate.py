@@ -95,6 +95,16 @@ def test_every_token_comes_to_the_policy(model, cache, way):
     check_all_seen(cache, getattr(output, "sequences", output))
 
 
+@pytest.mark.parametrize("way", ["an assistant model", "prompt lookup"])
+def test_candidates(model, cache, way):
+    """One sequence, as transformers has it; wrong candidates leave nothing behind."""
+    helper = {"prompt_lookup_num_tokens": 3}
+    if way == "an assistant model":
+        helper = {"assistant_model": tiny_models.llama(seed=2)}
+    twice = prompt(1).repeat(1, 2)
+    check_all_seen(cache, model.generate(twice, **GREEDY, **helper, **as_argument(cache)))
+
+
 def test_streamers(model, cache):
     streamer = Collector()
     out = model.generate(prompt(1), streamer=streamer, **GREEDY, **as_argument(cache))
