@@ -70,7 +70,8 @@ test-oldest: $(VENV)/.ready-dev
 	@$(VENV)-oldest/bin/python -m pip install -qq --disable-pip-version-check --upgrade \
 		$$($(BIN)/python .ci/oldest.py testing)
 	$(VENV)-oldest/bin/python -m pytest -q -n auto --dist worksteal --quick $(ARGS) \
-		tests/core tests/cache tests/ops tests/policies tests/testing/test_invariants.py
+		tests/core tests/policies tests/ops tests/cache/test_copies.py tests/cache/test_memory.py \
+		tests/cache/test_linear_reference.py tests/testing/test_invariants.py
 
 test-sanitized: $(VENV)/.ready-dev
 	.ci/sanitized $(BIN)/python -n auto --dist worksteal $(ARGS)

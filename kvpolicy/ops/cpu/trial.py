@@ -95,25 +95,26 @@ def step(operators: Any) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
 def times_as_fast(kernel: Callable[[], object], plain: Callable[[], object]) -> float:
     """The kernel as torch without it: the median over pairs of runs that stand side by side.
 
-    What a busy machine adds to one run it adds to its neighbour, or it moves that pair alone. Where
-    pairs differ much, more of them are made.
+    Counted is this thread's own time, which stands still while others have the processor; what they
+    do to its caches, a run shares with its neighbour, or it moves that pair alone. Where pairs
+    differ much, more of them are made.
     """
     calls = []
     for way in (kernel, plain):
         way()
-        begin = time.perf_counter()
+        begin = time.thread_time()
         way()
-        calls.append(max(int(0.002 / max(time.perf_counter() - begin, 1e-7)), 1))
+        calls.append(max(int(0.001 / max(time.thread_time() - begin, 1e-6)), 1))
     ratios: list[float] = []
     begun = time.perf_counter()
     while True:
         spent: dict[Callable[[], object], float] = {}
         pairs = [(kernel, calls[0]), (plain, calls[1])]
         for way, count in pairs if len(ratios) % 2 else reversed(pairs):
-            begin = time.perf_counter()
+            begin = time.thread_time()
             for _ in range(count):
                 way()
-            spent[way] = (time.perf_counter() - begin) / count
+            spent[way] = (time.thread_time() - begin) / count
         ratios.append(spent[plain] / spent[kernel])
         enough = time.perf_counter() - begun > 2 * _EACH and len(ratios) >= 8
         if (enough and _error(ratios) < _WELL) or time.perf_counter() - begun > 2 * _MOST:
