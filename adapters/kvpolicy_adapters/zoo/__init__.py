@@ -2,21 +2,32 @@
 
 box = kvpolicy_adapters.zoo.load("fashion-ar")
 box.model, box.layout, box.test_tokens(64), box.card
+box = kvpolicy_adapters.zoo.load("fashion-lpd")  # any order of pixels, many at once
 """
 
 from __future__ import annotations
 
 from importlib.resources import files
+from typing import Literal, overload
 
 from kvpolicy import UnknownNameError
 from kvpolicy.errors import near_matches
 from kvpolicy_adapters.zoo.card import ModelCard
 from kvpolicy_adapters.zoo.fashion import FashionModel, read_fashion
+from kvpolicy_adapters.zoo.fashion_lpd import FashionLPD, LPDCard, read_fashion_lpd
 from kvpolicy_adapters.zoo.sealed import CorruptFileError
 
-__all__ = ["CorruptFileError", "FashionModel", "ModelCard", "available", "load"]
+__all__ = [
+    "CorruptFileError",
+    "FashionLPD",
+    "FashionModel",
+    "LPDCard",
+    "ModelCard",
+    "available",
+    "load",
+]
 
-_MODELS = {"fashion-ar": ("fashion_ar", read_fashion)}
+_MODELS = ("fashion-ar", "fashion-lpd")
 
 
 def available() -> tuple[str, ...]:
@@ -24,7 +35,13 @@ def available() -> tuple[str, ...]:
     return tuple(sorted(_MODELS))
 
 
-def load(name: str) -> FashionModel:
+@overload
+def load(name: Literal["fashion-ar"]) -> FashionModel: ...
+@overload
+def load(name: Literal["fashion-lpd"]) -> FashionLPD: ...
+@overload
+def load(name: str) -> FashionModel | FashionLPD: ...
+def load(name: str) -> FashionModel | FashionLPD:
     """Load a model that ships, anew on every call; nothing is downloaded.
 
     Args:
@@ -38,5 +55,7 @@ def load(name: str) -> FashionModel:
         raise UnknownNameError(
             f"no model in the zoo is called {name!r}; {near_matches(str(name), available())}"
         )
-    folder, read = _MODELS[name]
-    return read(files(__name__).joinpath(folder))
+    fashion = read_fashion(files(__name__).joinpath("fashion_ar"))
+    if name == "fashion-ar":
+        return fashion
+    return read_fashion_lpd(files(__name__).joinpath("fashion_lpd"), fashion)

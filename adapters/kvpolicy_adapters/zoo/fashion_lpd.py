@@ -1,0 +1,201 @@
+"""fashion-lpd: the image model that ships for any order of pixels, many at once."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from importlib.resources.abc import Traversable
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from safetensors.torch import load as parse_safetensors
+from torch import Tensor
+from torch.nn import functional
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from kvpolicy import GroupStep, OrderedLayout, Parallel, ParameterError, RasterLayout
+from kvpolicy_adapters.attach import attach
+from kvpolicy_adapters.zoo.fashion import FashionModel
+from kvpolicy_adapters.zoo.fashion_lpd_model import FashionLPDModel
+from kvpolicy_adapters.zoo.sealed import CorruptFileError, read_sealed
+
+__all__ = ["LPD_FILES", "FashionLPD", "LPDCard", "read_fashion_lpd"]
+
+_GREYS = 16
+#: What the card vouches for.
+LPD_FILES = ("config.json", "model.safetensors")
+
+
+class LPDCard(BaseModel):
+    """The facts of fashion-lpd's ``card.json``; the prose is in ``MODEL_CARD.md`` beside it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    architecture: str
+    parameters: int = Field(description="numbers in the weights")
+    model_bytes: int = Field(description="size of the weights as shipped")
+    data: str
+    data_licence: str
+    weights_licence: str
+    started_from: str = Field(description="weights that training started from")
+    steps: int = Field(description="optimiser steps of training")
+    batch: int = Field(description="images a step")
+    training_minutes: float = Field(description="wall clock spent in steps")
+    machine: str
+    scored: int = Field(description="test images that the bits below are measured on")
+    bits_per_pixel_raster: float = Field(
+        description="mean of −log2 p over the 784 pixels, class given, full cache, raster order"
+    )
+    bits_per_pixel_48: float = Field(
+        description="the same, in locality-aware order in 48 passes (lpd:passes=48)"
+    )
+    files: dict[str, str] = Field(description="SHA-256 of each file beside the card")
+
+
+@dataclass(frozen=True)
+class FashionLPD:
+    """A class-conditional image model that is asked for pixels by their place.
+
+    A sequence is a class token (16 to 25, or 26 for any class) and 784 pixel tokens (grey levels
+    0 to 15), in any order: that of the layout with which a cache is made.
+
+    Example:
+        >>> from kvpolicy_adapters import zoo
+        >>> from kvpolicy import Parallel
+        >>> box, decoder = zoo.load("fashion-lpd"), Parallel(passes=16)
+        >>> with box.attached("near", "1/4", decoder.ordered(box.grid)) as cache:
+        ...     pixels = box.draw(torch.tensor([9]), cache, decoder, seed=0)  # one boot
+        >>> pixels.shape, cache.stats().peak_tokens
+        (torch.Size([1, 784]), (197, 197, 197, 197))
+
+    Attributes:
+        model: float32, in evaluation mode, without gradients.
+        grid: 28 x 28 behind a prefix of one token; ``decoder.ordered(grid)`` is a layout.
+        card: data, licences, training and measurements.
+        fashion: fashion-ar, with the real images, the classifier and the reference that judge.
+    """
+
+    model: FashionLPDModel = field(repr=False)
+    grid: RasterLayout
+    card: LPDCard
+    fashion: FashionModel = field(repr=False)
+
+    def attached(self, policy: Any, budget: Any, layout: OrderedLayout) -> Any:
+        """:func:`kvpolicy_adapters.attach` for its network: a ``with`` block that gives a cache."""
+        return attach(self.model.llama, policy=policy, budget=budget, layout=layout)
+
+    def step(self, cache: Any) -> GroupStep:
+        """The model as a decoder sees it, over the cache of an ``attached`` block.
+
+        Raises:
+            ParameterError: the cache's layout has no order.
+        """
+        layout = _ordered(cache)
+
+        def step(tokens: Tensor, ask: int) -> Tensor:
+            seen, new = cache.get_seq_length(), tokens.shape[1]
+            arrivals = torch.arange(seen, seen + new + ask, device=tokens.device)
+            places = layout.place(arrivals)
+            known, asked = places[:new], places[new:]
+            content = (
+                self.model.embed_class(tokens)
+                if seen == 0
+                else self.model.embed_pixels(tokens, known - 1)
+            )
+            queries = self.model.embed_queries(asked - 1).expand(len(tokens), -1, -1)
+            visible = torch.ones(
+                1, 1, new + ask, seen + new + ask, dtype=torch.bool, device=tokens.device
+            )
+            visible[..., :new, seen + new :] = False
+            logits: Tensor = self.model.llama(
+                inputs_embeds=torch.cat([content, queries], dim=1),
+                # A query has the place before the one that it asks for; see the model card.
+                position_ids=torch.cat([known, asked - 1]).expand(len(tokens), -1),
+                attention_mask=visible,
+                logits_to_keep=ask,
+                **cache.as_argument,
+            ).logits
+            return logits
+
+        return step
+
+    @torch.no_grad()
+    def draw(
+        self, classes: Tensor, cache: Any, decoder: Parallel, *, seed: int | None = None
+    ) -> Tensor:
+        """Draw images of classes ``[n]`` from 0 to 9: pixel tokens in raster order ``[n, 784]``."""
+        step = self.step(cache)
+
+        def greys(tokens: Tensor, ask: int) -> Tensor:
+            logits = step(tokens, ask).clone()
+            logits[..., _GREYS:] = -torch.inf
+            return logits
+
+        chance = None if seed is None else torch.Generator().manual_seed(seed)
+        layout = _ordered(cache)
+        drawn = decoder.decode(
+            greys, cache, classes[:, None] + _GREYS, len(layout.order), generator=chance
+        )
+        return layout.to_raster(drawn.tokens)[:, 1:]
+
+    @torch.no_grad()
+    def bits(self, tokens: Tensor, cache: Any) -> Tensor:
+        """Bits per pixel of real images ``[n, 785]``, float64 ``[n]``, teacher-forced.
+
+        Groups come as the cache's layout says, each given the cached tokens before it.
+        """
+        step, layout = self.step(cache), _ordered(cache)
+        arrived = tokens[:, layout.place(torch.arange(layout.length))]
+        nats = torch.zeros(len(tokens), dtype=torch.float64)
+        done, first = 0, layout.prefix
+        for size in layout.groups:
+            newest, coming = arrived[:, done:first], arrived[:, first : first + size]
+            with cache.stage(newest.shape[1] + size):
+                logits = step(newest, size).float()
+                cache.commit(newest.shape[1])
+            wrong = functional.cross_entropy(logits.transpose(1, 2), coming, reduction="none")
+            nats += wrong.double().sum(1)
+            done, first = first, first + size
+        return nats / len(layout.order) / math.log(2)
+
+
+def _ordered(cache: Any) -> OrderedLayout:
+    """The layout of a cache, if it says what comes when.
+
+    Raises:
+        ParameterError: it does not.
+    """
+    if not isinstance(cache.layout, OrderedLayout):
+        raise ParameterError(
+            f"fashion-lpd needs a cache with an OrderedLayout, not {cache.layout!r}; in raster "
+            f"order that is OrderedLayout(grid=box.grid, order=range(784))"
+        )
+    return cache.layout
+
+
+def read_fashion_lpd(folder: Traversable, fashion: FashionModel) -> FashionLPD:
+    """Read the model from its folder; every file is checked against the card first.
+
+    Raises:
+        CorruptFileError: a file is missing or damaged.
+    """
+    try:
+        card = LPDCard.model_validate_json(folder.joinpath("card.json").read_bytes())
+    except (OSError, ValueError) as error:
+        raise CorruptFileError(
+            f"{folder.joinpath('card.json')} can't be read ({error}); reinstall kvpolicy"
+        ) from error
+    data = {name: read_sealed(folder, name, card.files) for name in LPD_FILES}
+    with torch.random.fork_rng(devices=[]):  # making modules draws; the caller's seed stays
+        model = FashionLPDModel(LlamaForCausalLM(LlamaConfig(**json.loads(data["config.json"]))))
+    model.llama.config.dtype = torch.float32  # as loaded; the file holds bfloat16
+    model.load_state_dict(parse_safetensors(data["model.safetensors"]))
+    return FashionLPD(
+        model=model.float().eval().requires_grad_(False),
+        grid=fashion.layout,
+        card=card,
+        fashion=fashion,
+    )
