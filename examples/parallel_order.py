@@ -1,6 +1,6 @@
 """In which order an image comes in 48 passes, and what is cached meanwhile: docs/parallel.png.
 
-    python examples/parallel_order.py parallel.png
+python examples/parallel_order.py parallel.png
 """
 
 from __future__ import annotations
