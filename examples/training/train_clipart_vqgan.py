@@ -1,0 +1,268 @@
+"""Train the VQGAN of ``clipart-ar``: 96 x 96 pictures in colour as 24 x 24 codes, and back.
+
+The network is :class:`kvpolicy_adapters.images.vqgan.VQGAN`, small; only the training is here:
+
+* what is lost: absolute differences of pixels, and of neighbouring pixels on three scales, for clip
+  art is edges and flat areas (no adversarial loss: there is nothing to make up);
+* codes are averages of what was nearest to them (arXiv:1711.00937, appendix A),
+  on the unit sphere as LlamaGen's; a code that nobody uses is put where somebody is;
+* drawings are flipped, shifted, scaled, and turned in hue.
+
+Batches are a function of seed and step, and checkpoints are replaced in one move, so the same
+command, run again, goes on.
+
+    python examples/training/train_clipart_vqgan.py --out runs/clipart-vqgan --steps 6000
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import typer
+from clipart import FOLDER, SIZE, Pixels, read_clipart, sheet
+from kvpolicy_adapters.images.vqgan import VQGAN, VQGANConfig, from_pixels, to_pixels
+from kvpolicy_adapters.images.vqgan_checkpoint import save_vqgan
+from PIL import Image
+from torch import Tensor
+
+CONFIG = VQGANConfig(
+    channels=32, multipliers=(1, 1, 3), blocks=1, latent=64, codes=1024, code_size=8, attends=()
+)
+DECAY, SILENT = 0.99, 0.05  # of the codes' averages; uses a step below which a code is moved
+
+
+def augment(picture: Pixels, draws: np.random.Generator) -> Pixels:
+    """A picture flipped, moved and scaled on its white ground, and of another hue at times."""
+    image = Image.fromarray(picture)
+    if draws.random() < 0.5:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    size = int(draws.integers(SIZE * 3 // 4, SIZE * 9 // 8))
+    left, top = (int(draws.integers(min(0, SIZE - size), max(0, SIZE - size) + 1)) for _ in "xy")
+    ground = Image.new("RGB", (SIZE, SIZE), "white")
+    ground.paste(image.resize((size, size), Image.Resampling.BILINEAR), (left, top))
+    if draws.random() < 0.5:
+        hue, saturation, value = ground.convert("HSV").split()
+        turn = int(draws.integers(256))
+        hue = hue.point([(level + turn) % 256 for level in range(256)])
+        ground = Image.merge("HSV", (hue, saturation, value)).convert("RGB")
+    return np.asarray(ground)
+
+
+def batch_at(step: int, *, images: Pixels, batch: int, seed: int) -> Tensor:
+    """The pictures of one step, ``[batch, 3, 96, 96]`` from -1 to 1."""
+    epoch, index = divmod(step, len(images) // batch)
+    order = np.random.default_rng((seed, 0, epoch)).permutation(len(images))
+    draws = np.random.default_rng((seed, 1, step))
+    chosen = images[order[index * batch : (index + 1) * batch]]
+    return from_pixels(torch.from_numpy(np.stack([augment(one, draws) for one in chosen])))
+
+
+class Codes:
+    """The codebook while it is learned: running means of the vectors that were nearest."""
+
+    def __init__(self, model: VQGAN) -> None:
+        self.book = model.codebook.data
+        self.book.copy_(F.normalize(self.book, dim=-1))
+        self.uses = torch.ones(len(self.book))
+        self.sums = self.book.clone()
+
+    def quantise(self, hidden: Tensor, draws: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Vectors ``[B, size, h, w]`` as codes' vectors (gradients go straight through), and how
+        far the vectors were from them."""
+        vectors = F.normalize(hidden.movedim(1, -1).float(), dim=-1)
+        flat = vectors.detach().flatten(0, -2)
+        nearest = (flat @ self.book.T).argmax(-1)
+        found = self.book[nearest].view_as(vectors)
+        self._learn(flat, nearest, draws)
+        commitment = (vectors - found).square().mean()
+        return (vectors + (found - vectors).detach()).movedim(-1, 1), commitment
+
+    def _learn(self, flat: Tensor, nearest: Tensor, draws: torch.Generator) -> None:
+        count = torch.bincount(nearest, minlength=len(self.book)).float()
+        self.uses.lerp_(count, 1 - DECAY)
+        self.sums.mul_(DECAY).index_add_(0, nearest, flat, alpha=1 - DECAY)
+        silent = (self.uses < SILENT).nonzero().flatten()
+        some = flat[torch.randint(len(flat), (len(silent),), generator=draws)]
+        self.sums[silent], self.uses[silent] = some, 1.0
+        self.book.copy_(F.normalize(self.sums, dim=-1))
+
+
+def difference(painted: Tensor, images: Tensor) -> Tensor:
+    """Mean absolute difference of pixels, and of steps between neighbours on three scales."""
+    off = painted.float() - images
+    loss = off.abs().mean()
+    for _ in range(3):
+        loss = loss + off.diff(dim=-1).abs().mean() + off.diff(dim=-2).abs().mean()
+        off = F.avg_pool2d(off, 2)
+    return loss
+
+
+class Run:
+    """Network, codes, optimiser and clock, and how they are saved."""
+
+    def __init__(self, out: Path, rate: float, seed: int) -> None:
+        torch.manual_seed(seed)
+        self.out, self.rate, self.seed = out, rate, seed
+        self.model = VQGAN(CONFIG).to(memory_format=torch.channels_last)
+        self.codes = Codes(self.model)
+        self.model.codebook.requires_grad_(False)
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.optimiser = torch.optim.AdamW(trained, lr=rate, betas=(0.9, 0.99), weight_decay=0.01)
+        self.encode = torch.compile(self._encode, dynamic=False)
+        self.paint = torch.compile(self._paint, dynamic=False)
+        self.step, self.seconds = 0, 0.0
+
+    def _encode(self, images: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.model.to_codes(self.model.encoder(images)).float()
+
+    def _paint(self, vectors: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.model.decoder(self.model.from_codes(vectors)).float()
+
+    def forward(self, images: Tensor) -> Tensor:
+        draws = torch.Generator().manual_seed(self.seed + self.step)
+        hidden = self.encode(images.to(memory_format=torch.channels_last))
+        vectors, commitment = self.codes.quantise(hidden, draws)
+        return difference(self.paint(vectors), images) + 0.25 * commitment
+
+    def train_step(self, images: Tensor, total: int) -> float:
+        """One step; returns the loss."""
+        rising, falling = (self.step + 1) / 100, 2 * (1 - self.step / total)
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.rate * min(1.0, rising, falling)
+        self.optimiser.zero_grad(set_to_none=True)
+        loss = self.forward(images)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimiser.step()
+        self.step += 1
+        return loss.item()
+
+    @torch.no_grad()
+    def measure(self, images: Pixels) -> dict[str, float]:
+        """Mean absolute error of 256 levels, signal to noise, and codes in use, of 2^entropy."""
+        codes = torch.cat(
+            [
+                self.model.encode(from_pixels(torch.from_numpy(part)), 50)
+                for part in np.array_split(images, max(1, len(images) // 50))
+            ]
+        )
+        painted = to_pixels(self.model.decode(codes, 50)).float()
+        off = painted - torch.from_numpy(images).float()
+        share = torch.bincount(codes.flatten(), minlength=CONFIG.codes) / codes.numel()
+        bits = -(share[share > 0] * share[share > 0].log2()).sum()
+        return {
+            "error": round(off.abs().mean().item(), 3),
+            "psnr": round(10 * math.log10(255**2 / off.square().mean().item()), 2),
+            "codes": round(2 ** bits.item(), 1),
+        }
+
+    def save(self) -> None:
+        """Replace the checkpoint in one move: a kill at any moment leaves a whole one behind."""
+        state = {
+            "config": {**asdict(CONFIG)},
+            "step": self.step,
+            "seconds": self.seconds,
+            "model": self.model.state_dict(),
+            "uses": self.codes.uses,
+            "sums": self.codes.sums,
+            "optimiser": self.optimiser.state_dict(),
+        }
+        fresh = self.out / "checkpoint.pt.new"
+        with fresh.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(fresh, self.out / "checkpoint.pt")
+        save_vqgan(self.model, self.out / "vqgan.safetensors.new")
+        os.replace(self.out / "vqgan.safetensors.new", self.out / "vqgan.safetensors")
+
+    def load(self) -> bool:
+        """Go on from a checkpoint of the same shape, where there is one."""
+        path = self.out / "checkpoint.pt"
+        if not path.exists():
+            return False
+        state = torch.load(path, weights_only=True)
+        if replace(CONFIG, **state["config"]) != CONFIG:
+            raise typer.BadParameter(f"{path} has another shape: {state['config']}")
+        self.step, self.seconds = state["step"], state["seconds"]
+        self.model.load_state_dict(state["model"])
+        self.codes.uses, self.codes.sums = state["uses"], state["sums"]
+        self.codes.book = self.model.codebook.data
+        self.optimiser.load_state_dict(state["optimiser"])
+        return True
+
+    def log(self, **entry: Any) -> None:
+        line = json.dumps({"step": self.step, "seconds": round(self.seconds, 1), **entry})
+        with (self.out / "log.jsonl").open("a") as file:
+            file.write(line + "\n")
+        print(line, flush=True)
+
+    def show(self, images: Pixels) -> None:
+        """A sheet of originals, and below each row what is left of them."""
+        rows = []
+        for row in np.array_split(images[:64], 4):
+            painted = self.model.decode(self.model.encode(from_pixels(torch.from_numpy(row))))
+            rows += [row, to_pixels(painted).numpy()]
+        sheet(np.concatenate(rows)).save(self.out / "reconstructions.png")
+
+
+def read(data: Path, out: Path) -> tuple[Pixels, Pixels]:
+    """Training and held-out pictures; what was read is kept, for reading takes minutes."""
+    kept = out / "clipart.npz"
+    if not kept.exists():
+        clipart = read_clipart(data)
+        np.savez(
+            kept,
+            train=clipart.images[list(clipart.train)],
+            held_out=clipart.images[list(clipart.held_out)],
+        )
+    with np.load(kept) as file:
+        return file["train"], file["held_out"]
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="Folder for checkpoint, log, weights and sheet.")],
+    steps: Annotated[int, typer.Option(help="Length of the run.")],
+    data: Annotated[Path, typer.Option(help="Folder of openclipart-png.")] = FOLDER,
+    batch: int = 16,
+    rate: float = 1e-3,
+    seed: int = 0,
+    threads: int = 1,
+    every: Annotated[int, typer.Option(help="Steps between measurements.")] = 250,
+) -> None:
+    """Train the VQGAN of clipart-ar; the same command, run again, continues."""
+    torch.set_num_threads(threads)
+    out.mkdir(parents=True, exist_ok=True)
+    train, held_out = read(data, out)
+    run = Run(out, rate, seed)
+    resumed = run.load()
+    size = sum(parameter.numel() for parameter in run.model.parameters())
+    run.log(event="resume" if resumed else "start", parameters=size, drawings=len(train))
+    losses: list[float] = []
+    while run.step < steps:
+        begun = time.perf_counter()
+        losses.append(
+            run.train_step(batch_at(run.step, images=train, batch=batch, seed=seed), steps)
+        )
+        run.seconds += time.perf_counter() - begun
+        if run.step % every == 0 or run.step == steps:
+            run.save()
+            run.log(loss=round(sum(losses) / len(losses), 4), **run.measure(held_out[:100]))
+            losses.clear()
+            run.show(held_out)
+    run.log(event="done", **run.measure(held_out))
+
+
+if __name__ == "__main__":
+    typer.run(main)
