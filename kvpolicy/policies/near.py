@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from kvpolicy.budget.span import PositiveSpan, Span
 from kvpolicy.layout import TokenLayout
-from kvpolicy.parts import anchors
+from kvpolicy.parts import anchors, register_part
 from kvpolicy.policy.policy import CacheView, ScoredPolicy
 from kvpolicy.registry import register
 
-__all__ = ["Near"]
+__all__ = ["Near", "nearness"]
+
+Horizon = Annotated[
+    PositiveSpan,
+    Field(description="next tokens whose surroundings count, or lines of them"),
+]
+
+
+@register_part("score", "nearness")
+def nearness(view: CacheView, horizon: Horizon = "4 lines") -> Tensor:
+    """``sum over the next tokens t of 1 / d(j, t)^2``, d in rows and columns, ``[B, H, S]``."""
+    near = _nearness(view.layout, view.seen, view.tokens(horizon))
+    return near.to(view.positions.device)[view.positions.clamp(min=0).long()]
 
 
 @register("near")
@@ -27,9 +41,7 @@ class Near(ScoredPolicy):
     anchors: Span = Field(
         "1 line", description="first image tokens that are never evicted, or lines of them"
     )
-    horizon: PositiveSpan = Field(
-        "4 lines", description="next tokens whose surroundings count, or lines of them"
-    )
+    horizon: Horizon = "4 lines"
 
     def protect(self, view: CacheView) -> Tensor:
         """Anchors."""
@@ -37,8 +49,7 @@ class Near(ScoredPolicy):
 
     def score(self, view: CacheView) -> Tensor:
         """How near each token is to the next ones."""
-        nearness = _nearness(view.layout, view.seen, view.tokens(self.horizon))
-        return nearness.to(view.positions.device)[view.positions.clamp(min=0).long()]
+        return nearness(view, self.horizon)
 
 
 def _nearness(layout: TokenLayout, seen: int, horizon: int) -> Tensor:

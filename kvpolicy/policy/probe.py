@@ -5,7 +5,7 @@ From what it protects and how much room it wants follows the smallest budget tha
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any, NoReturn, Protocol, cast
 
@@ -13,7 +13,13 @@ import torch
 from torch import Tensor
 
 from kvpolicy.errors import BudgetError, LayoutError, ParameterError
-from kvpolicy.layout import OrderedLayout, RasterLayout, SequenceLayout, TokenLayout
+from kvpolicy.layout import (
+    OrderedLayout,
+    RasterLayout,
+    SequenceLayout,
+    TokenLayout,
+    in_raster_order,
+)
 from kvpolicy.observers import AttentionObserver, WindowMass
 from kvpolicy.policy.view import CacheView
 from kvpolicy.slots import SlotShape, SlotStore
@@ -123,7 +129,7 @@ def smallest_budget(policy: _Protects, layout: TokenLayout) -> int:
     """The smallest budget that holds all that is protected, and what a decision makes room for.
 
     Looked for where all of it can be cached at once: behind at least twice as many tokens, and at
-    the end of a layout that has one, in every column.
+    the end of a layout that has one, in every column; in an order of its own, before every token.
 
     Raises:
         ParameterError: it can't be told without tensors, or a window is observed that is longer
@@ -152,14 +158,22 @@ def smallest_budget(policy: _Protects, layout: TokenLayout) -> int:
 
 
 def _needed(policy: _Protects, layout: TokenLayout, budget: int) -> Iterator[int]:
-    """What is protected and wanted at once with this budget, in each column."""
-    start = far_line(layout, max(2 * (budget + layout.line_length), layout.evictable or 0))
-    # The last column first: there, most of a line is protected.
-    for column in reversed(range(layout.line_length)):
-        view = probe_view(layout, start + column, budget)
+    """What is protected and wanted at once with this budget, wherever a policy may be asked."""
+    for seen in _asked_at(layout, budget):
+        view = probe_view(layout, seen, budget)
         protected = policy.protect(view)
         kept = 0 if protected is None else _count(protected & ~view.pinned)
         yield kept + policy.headroom(view)
+
+
+def _asked_at(layout: TokenLayout, budget: int) -> Iterable[int]:
+    """Tokens seen when what is protected may be most."""
+    if not in_raster_order(layout) and layout.length is not None:
+        # Which token is protected most of depends on the order: any of them may be.
+        return reversed(range(layout.prefix + 1, layout.length))
+    start = far_line(layout, max(2 * (budget + layout.line_length), layout.evictable or 0))
+    # The last column first: there, most of a line is protected.
+    return reversed(range(start, start + layout.line_length))
 
 
 def _count(mask: Tensor) -> int:

@@ -38,6 +38,7 @@ SPELLED = {
     "tova": ({}, "compose/observe=last_query/score=head_mean"),
     "knorm": ({}, "compose/score=short_keys"),
     "random": ({"seed": 3}, "compose/score=lots:3"),
+    "near": ({"anchors": 2, "horizon": 5}, "compose/protect=anchors:2/score=nearness:5"),
     "snapkv": (
         {"window": 2, "interval": 3, "kernel": 3},
         "compose/protect=window:2/observe=window_mass:2/score=pooled:3:2/decide=every:3",
