@@ -29,10 +29,11 @@ import torch
 import torch.nn.functional as F
 import typer
 from clipart import FOLDER, SIZE, Pixels, read_clipart, sheet
-from kvpolicy_adapters.images.vqgan import VQGAN, VQGANConfig, from_pixels, to_pixels
-from kvpolicy_adapters.images.vqgan_checkpoint import save_vqgan
 from PIL import Image
 from torch import Tensor
+
+from kvpolicy_adapters.images.vqgan import VQGAN, VQGANConfig, from_pixels, to_pixels
+from kvpolicy_adapters.images.vqgan_checkpoint import save_vqgan
 
 CONFIG = VQGANConfig(
     channels=32, multipliers=(1, 1, 3), blocks=1, latent=64, codes=1024, code_size=8, attends=()

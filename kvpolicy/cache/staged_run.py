@@ -32,7 +32,7 @@ class RunLayer(Protocol):
     need_mass: bool
 
     def require_store(self) -> SlotStore:
-        """The slots."""
+        """The layer's slots, which are there once a token has come."""
 
 
 @dataclass(frozen=True)

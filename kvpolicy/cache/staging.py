@@ -59,7 +59,7 @@ class StagedLayer(Protocol):
     books: LayerBooks
 
     def require_store(self) -> SlotStore:
-        """The slots."""
+        """The layer's slots, which are there once a token has come."""
 
     def deliver(self, reclaimed: Tensor | None, report: AttentionReport | None) -> None:
         """Tell observers which slots hold other tokens now, and what attention did."""

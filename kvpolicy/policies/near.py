@@ -44,7 +44,7 @@ class Near(ScoredPolicy):
     horizon: Horizon = "4 lines"
 
     def protect(self, view: CacheView) -> Tensor:
-        """Anchors."""
+        """The first tokens of the image stay."""
         return anchors(view, self.anchors)
 
     def score(self, view: CacheView) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import doctest
 import importlib
+import importlib.util
 import re
 import textwrap
 from collections.abc import Iterator
@@ -22,12 +23,16 @@ import kvpolicy
 pytest.importorskip("transformers", reason="half of the modules need transformers")
 pytest.importorskip("typer", reason="the lab needs its extra")
 
+from transformers import LlamaConfig, LlamaForCausalLM
+
 import kvpolicy_adapters
 from kvpolicy_adapters.images.llamagen import LlamaGen, LlamaGenConfig
 
 ROOT = Path(__file__).parents[2]
 #: Workers of the bench belong to environments with other packages; the package's own entry runs it.
 LEFT_OUT = re.compile(r"\.(bench\.peers|bench\.workers)\.|__main__$|ray_executor$")
+#: Whether lm-evaluation-harness is here; its extra brings much, and CI goes without.
+HARNESS = importlib.util.find_spec("lm_eval") is not None
 #: A literal block: what stands deeper than the line that ends in "::".
 BLOCK = re.compile(r"^( *)(?:.*\S)?::\n\n((?:\1 +.*\n|\n)+)", re.MULTILINE)
 
@@ -37,7 +42,7 @@ def modules() -> Iterator[ModuleType]:
         for path in sorted(package.rglob("*.py")):
             parts = path.relative_to(package.parent).with_suffix("").parts
             name = ".".join(parts).removesuffix(".__init__")
-            if not LEFT_OUT.search(name):
+            if not LEFT_OUT.search(name) and (HARNESS or ".lm_eval" not in name):
                 yield importlib.import_module(name)
 
 
@@ -88,7 +93,18 @@ def names() -> dict[str, Any]:
         "generate": llamagen_standin.generate,
         "c_indices": torch.tensor([3]),
         "latent_size": 24,
+        "decode": kvpolicy_adapters.decode,
+        "prompt": torch.tensor([[3]]),
     }
+
+
+def language_model() -> LlamaForCausalLM:
+    """What a block means by ``model`` where it has a prompt of tokens."""
+    config = LlamaConfig(
+        **{"vocab_size": 40, "hidden_size": 32, "intermediate_size": 32},
+        **{"num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 600},
+    )
+    return LlamaForCausalLM(config).eval()
 
 
 BLOCKS = {
@@ -106,7 +122,10 @@ def test_blocks_run(name, tmp_path, monkeypatch, request):
     if "skinny_gemm" in BLOCKS[name]:
         request.getfixturevalue("kernel")
     monkeypatch.chdir(tmp_path)
-    exec(BLOCKS[name], names())
+    given = names()
+    if "prompt" in BLOCKS[name]:
+        given["model"] = language_model()
+    exec(BLOCKS[name], given)
 
 
 def test_there_are_examples_to_run():

@@ -93,7 +93,7 @@ ALONE = re.compile(r"``?(\w+\.(?:py|cpp|h|md))``?")
 
 def stale(text: str, folder: Path) -> set[str]:
     """Paths that a text names and that nothing lies at."""
-    places = (ROOT, ROOT / "adapters", folder)
+    places = (ROOT, ROOT / "adapters", ROOT / "tests", folder)
     gone = {
         name for name in NAMED.findall(text) if not any((place / name).exists() for place in places)
     }
