@@ -13,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from kvpolicy.lab.show.pictures import contact_sheet, retention_sheet
+from kvpolicy.lab.show.pictures import contact_sheet, pass_sheet, retention_sheet
 
 CLASSES = ("T-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag")
 POLICIES = ("full", "linear", "streaming_llm", "a_policy_of_mine")
@@ -97,3 +97,15 @@ def test_the_retention_sheet_tells_kept_evicted_and_not_yet_drawn_apart():
     assert not np.allclose(half, gone)
     # Readable in grey: what is held is darker than what is gone.
     assert half[:3].mean() < gone[:3].mean() - 0.1
+
+
+def test_a_pass_sheet_shows_every_image_with_its_passes():
+    image = np.zeros((4, 6), np.uint8)
+    passes = np.repeat(np.arange(1, 9), 3).reshape(4, 6)
+    figure = pass_sheet([("one", image, passes), ("two", image, passes // 2 + 1)], "Passes")
+    titles = [axes.get_title() for axes in figure.axes if axes.get_title()]
+    assert titles == ["one: 8 passes", "two: 5 passes"]
+    shown = [axes.images[0].get_array() for axes in figure.axes if axes.get_images()]
+    assert any(np.array_equal(array, passes) for array in shown)
+    ticks = [len(axes.lines) for axes in figure.axes if axes.lines]
+    assert ticks == [8, 5]  # a mark where each pass begins

@@ -69,3 +69,12 @@ def test_which_part_prints_its_table(tmp_path):
     assert heading == "| changed | spelled | over the full cache | over `linear` |"
     assert linear.startswith("| nothing: `linear` as it is | `linear` | ")
     assert changed.startswith("| protect: no anchors | `linear/protect=lines:1` | ")
+
+
+def test_speculate_says_how_many_passes_it_took(tmp_path):
+    script = ROOT / "examples" / "speculate.py"
+    done = run_script(script, "--classes", "3", "--tokens", "40", "--window", "16", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = re.fullmatch(r"class 3: 40 tokens in (\d+) passes\n", done.stdout)
+    assert found is not None, done.stdout
+    assert 1 < int(found[1]) < 40

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
-__all__ = ["contact_sheet", "retention_sheet"]
+__all__ = ["contact_sheet", "pass_sheet", "retention_sheet"]
 
 _GONE = "#ececec"
 _STYLE: Any = {
@@ -177,3 +177,38 @@ def _bare(axes: Axes) -> None:
     """Nothing but the image."""
     axes.set(xticks=[], yticks=[])
     axes.spines[:].set_visible(False)
+
+
+def pass_sheet(
+    rows: Sequence[tuple[str, NDArray[np.uint8], NDArray[np.integer[Any]]]], title: str
+) -> Figure:
+    """In which pass of a decoder each token of an image was settled.
+
+    Args:
+        rows: name, image (uint8 ``[height, width]``, whose 0 is shown white) and passes, from 1,
+            ``[rows, cols]`` of each decoder.
+        title: what the reader looks at.
+
+    Returns:
+        The figure; ``figure.savefig(path, dpi=200)`` writes it.
+    """
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(2.5 * len(rows) + 0.3, 4.6), layout="constrained")
+        figure.suptitle(title, weight="bold", size=9)
+        axes = figure.subplots(2, len(rows), squeeze=False, height_ratios=(1, 1.3))
+        for column, (name, image, passes) in enumerate(rows):
+            axes[0, column].imshow(image, cmap="Greys", vmin=0, vmax=255)
+            axes[0, column].set_title(f"{name}: {int(passes.max())} passes")
+            # Each pass another shade than its neighbours, and the whole from early to late.
+            shown = axes[1, column].imshow(passes, cmap="viridis")
+            figure.colorbar(shown, ax=axes[1, column], orientation="horizontal", label="pass")
+            later = np.diff(passes.ravel(), prepend=0) > 0
+            for place in np.flatnonzero(later):
+                line, at = divmod(int(place), passes.shape[1])
+                axes[1, column].plot(
+                    [at - 0.5, at - 0.5], [line - 0.5, line + 0.5], color="white", linewidth=0.7
+                )
+            for shown_axes in axes[:, column]:
+                shown_axes.set_xticks([])
+                shown_axes.set_yticks([])
+    return figure
