@@ -261,14 +261,6 @@ def test_a_prompt_in_chunks_under_eviction(llama, layout, name):
                 logits = llama(token, **cache.as_argument).logits
 
 
-def test_taking_tokens_back_is_refused_where_generate_would_do_it(llama):
-    with (
-        attach(llama, TEXT) as cache,
-        pytest.raises(kvpolicy.ParameterError, match="without an assistant model"),
-    ):
-        generate(llama, prompts().repeat(1, 2)[:1], cache, prompt_lookup_num_tokens=3)
-
-
 # -- plain forward calls ---------------------------------------------------------------------------
 
 
