@@ -129,7 +129,16 @@ def _copies(case: Case) -> None:
     rest = range(half, len(feed.sizes))
     expected = feed.calls(cache, rest)
     for name, other in others.items():
-        same = _same(feed.calls(other, rest), expected)
+        try:
+            same = _same(feed.calls(other, rest), expected)
+        except Exception as error:  # the original went on without one
+            raised = f"{type(error).__name__}: {error}"
+            _fail(
+                case.trace,
+                f"{name} made before step {half} raised {raised} where the original goes on",
+                layer=0,
+                step=half,
+            )
         layer = feed.differs(other, cache) if feed.sizes else None
         if not same or layer is not None:
             _fail(
