@@ -16,6 +16,9 @@ from kvpolicy.registry import register
 
 __all__ = ["Near", "nearness"]
 
+#: Distances that are worked out at once.
+_PAIRS = 1 << 13
+
 Horizon = Annotated[
     PositiveSpan,
     Field(description="next tokens whose surroundings count, or lines of them"),
@@ -26,7 +29,8 @@ Horizon = Annotated[
 def nearness(view: CacheView, horizon: Horizon = "4 lines") -> Tensor:
     """``sum over the next tokens t of 1 / d(j, t)^2``, d in rows and columns, ``[B, H, S]``."""
     near = _nearness(view.layout, view.seen, view.tokens(horizon))
-    return near.to(view.positions.device)[view.positions.clamp(min=0).long()]
+    places = view.positions.clamp(min=0).long()
+    return near.to(places.device).gather(0, places.flatten()).view(places.shape)
 
 
 @register("near")
@@ -56,7 +60,12 @@ def _nearness(layout: TokenLayout, seen: int, horizon: int) -> Tensor:
     """``sum over t of 1 / d(j, t)^2`` of each position j before ``seen``, float32 ``[seen]``."""
     end = seen + horizon if layout.length is None else min(seen + horizon, layout.length)
     position = torch.arange(end)
-    row, column = layout.line(position), layout.column(position)
-    down = row[:seen, None] - row[seen:]
-    across = column[:seen, None] - column[seen:]
-    return (1 / (down * down + across * across)).sum(1)
+    row, column = layout.line(position).float(), layout.column(position).float()
+    nearness = torch.zeros(seen)
+    # Some of the next tokens at a time: no step allocates anything of the cache's size.
+    some = max(1, _PAIRS // max(1, seen))
+    for first in range(seen, end, some):
+        down = row[:seen, None] - row[first : first + some]
+        across = column[:seen, None] - column[first : first + some]
+        nearness += (1 / (down * down + across * across)).sum(1)
+    return nearness
