@@ -566,7 +566,8 @@ def _nearest_stays(case: Case) -> None:
                     for row, column in coming
                 )
                 for j in range(decision.seen)
-            ]
+            ],
+            dtype=torch.float32,  # behind the last token nothing comes, and each sum is a 0
         )
         held = near[decision.positions.clamp(min=0).long()]
         goes = torch.zeros_like(held, dtype=torch.bool).scatter_(2, decision.slots, True)
