@@ -76,8 +76,6 @@ class Layer:
         self.staging: Staging | None = None
         # What the last stage had allocated, for the next one.
         self._spare: Staging | None = None
-        # The position of the first token to be staged, in a stage that has not come to it.
-        self._opens: int | None = None
         self.reset()
 
     def reset(self) -> None:
@@ -97,7 +95,7 @@ class Layer:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy stages nothing, and keeps nothing aside."""
-        return {**vars(self), "staging": None, "_spare": None, "_opens": None}
+        return {**vars(self), "staging": None, "_spare": None}
 
     @property
     def books(self) -> LayerBooks:
@@ -155,8 +153,8 @@ class Layer:
         """Cache T tokens and attend from them; see :meth:`PolicyCache.attend`."""
         if not self.whole:
             raise self.interrupted()
-        if self._opens is not None:
-            return self._open_stage(self._opens, query, key, value, terms, weights)
+        if self._spare is not None and self._spare.opens is not None:
+            return self._open_stage(self._spare, query, key, value, terms, weights)
         store = self.store
         if store is None or not store.accepts(query, key, value):
             check_tokens(query, key, value)
@@ -209,8 +207,9 @@ class Layer:
         """Write a token for which there is room, attend from it, and report."""
         first = self.seen
         slots, reclaimed = store.take(1)
-        if self.staging is not None:
-            self.staging.keep(store, slots, reclaimed is not None)
+        staging = self.staging
+        if staging is not None:
+            staging.keep(store, slots, reclaimed is not None)
         dead = None if terms.visible is None else self._dead(terms, store, 1)
         before = None if dead is None else self._peek(store, slots)
         output, mass, finite = write_and_attend(
@@ -237,7 +236,15 @@ class Layer:
         if self.lending is not None:
             self.lending.keep(store, terms)
         report = None if mass is None else self._report(mass, first, store.room, finite)
-        if reclaimed is not None or report is not None:
+        if staging is None:  # as deliver() has it, without a call
+            if reclaimed is not None:
+                for observer in self.observers:
+                    observer.forget(reclaimed)
+            if report is not None:
+                for observer in self.observers:
+                    observer.observe(report)
+                self.reports += 1
+        elif reclaimed is not None or report is not None:
             self._tell(reclaimed, report, first)
         if dead is not None and before is not None:
             self._bury(store, slots, dead, before)
@@ -705,14 +712,14 @@ class Layer:
             self._spare = Staging(self)
         self._spare.lookahead, self._spare.together = lookahead, together
         if self.seen < sure:
-            self._opens = sure
+            self._spare.opens = sure
         else:
             self._spare.begin()
             self.staging = self._spare
 
     def _open_stage(
         self,
-        opens: int,
+        staging: Staging,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -720,6 +727,8 @@ class Layer:
         weights: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """Take tokens before the first that is staged, and those behind it."""
+        opens = staging.opens
+        assert opens is not None
         check_tokens(query, key, value)
         terms.check(key, query.shape[1], self.seen)
         count = key.shape[2]
@@ -731,7 +740,7 @@ class Layer:
                 f"tokens before position {opens} are not staged, but the mask lets them see tokens "
                 f"that are; stage all of them, or bring them apart"
             )
-        self._opens = None
+        staging.opens = None
         try:
             output, given = self.attend(
                 query[:, :, :sure],
@@ -741,14 +750,13 @@ class Layer:
                 weights,
             )
         except BaseException:
-            self._opens = opens
+            staging.opens = opens
             raise
         if end < opens:
-            self._opens = opens
+            staging.opens = opens
             return output, given
-        assert self._spare is not None
-        self._spare.begin()
-        self.staging = self._spare
+        staging.begin()
+        self.staging = staging
         if sure == count:
             return output, given
         passes = [] if self.lending is None else [each.copied() for each in self.lending.passes]
@@ -769,7 +777,8 @@ class Layer:
 
     def unstage(self) -> None:
         """Forget what is staged, also where it was interrupted, and take tokens for sure again."""
-        self._opens = None
+        if self._spare is not None:
+            self._spare.opens = None
         try:
             self.commit(0)
         finally:

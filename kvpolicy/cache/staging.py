@@ -122,6 +122,8 @@ class Staging:
         lookahead: tokens that may be staged at once, W.
         together: whether those of a call may attend together.
         apart: whether observers are told at once of the tokens that come now.
+        opens: the position of the first token to be staged, in a stage that has not come to it;
+            None in one that has, and outside of one.
     """
 
     def __init__(self, layer: StagedLayer) -> None:
@@ -129,6 +131,7 @@ class Staging:
         self.lookahead = 0
         self.together = False
         self.apart = False
+        self.opens: int | None = None
         self._checked: object = ()
         self._aside: _Aside | None = None
         # Copies that are not needed now, and overwritten by those that are.
