@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kvpolicy.ops.cpu import native
 from kvpolicy.ops.portions import NEAR, portions
-from kvpolicy.ops.sums import whole_tiles
+from kvpolicy.ops.sums import TILE, whole_tiles
 
 __all__ = ["cosines", "redundancy"]
 
@@ -49,30 +49,33 @@ def cosines(keys: Tensor, positions: Tensor, out: Tensor, *, similar: float) -> 
     # What is out has no length, and so is like none.
     keys = whole_tiles(keys * (~out).unsqueeze(-1).to(torch.float32).div_(length), -2)
     total = keys.new_zeros(keys.shape[:3])
-    newer = (positions + 1).unsqueeze(2)
-    newer = whole_tiles(newer, -1)
-    heads, slots = positions.shape[1:]
-    rows = max(NEAR // (heads * slots), 1)
-    for part in portions(len(keys), heads * slots**2, keys.device):
+    own = torch.zeros_like(total)
+    newer = whole_tiles((positions + 1).unsqueeze(2), -1)
+    slots = positions.shape[-1]
+    heads, padded = total.shape[1:]
+    rows = max(NEAR // (heads * padded) // TILE, 1) * TILE
+    for part in portions(len(keys), heads * padded**2, keys.device):
         for first in range(0, slots, rows):
-            total[part] += _added_by(keys[part], newer[part], first, rows, similar)
-    return total[..., :slots]
+            added, itself = _added_by(keys[part], newer[part], first, rows, similar)
+            total[part] += added
+            own[part, :, first : first + rows] = itself
+    # Taken off behind the sum: equal keys have their own cosine at different places of it.
+    return (total - own)[..., :slots]
 
 
 def _serving(name: str, keys: Tensor) -> native.Kernel | None:
     return native.serving(name, keys) if keys.dtype in native.DTYPES else None
 
 
-def _added_by(keys: Tensor, newer: Tensor, first: int, rows: int, similar: float) -> Tensor:
-    """What some tokens add to the cosines of all: ``[b, H, S]``."""
+def _added_by(
+    keys: Tensor, newer: Tensor, first: int, rows: int, similar: float
+) -> tuple[Tensor, Tensor]:
+    """What some tokens add to the cosines of all, and their own: ``[b, H, S]``, ``[b, H, R]``."""
     cosine = keys[:, :, first : first + rows] @ keys.transpose(2, 3)
     own = cosine.diagonal(first, dim1=2, dim2=3)
     itself = own.clone()
     own.zero_()
     newest, place = (newer * (cosine > similar)).max(-1, keepdim=True)
     cosine.scatter_(3, place, cosine.gather(3, place).masked_fill_(newest > 0, 0.0))
-    # Taken off behind the sum: equal keys have their own cosine at different places of it.
-    own.copy_(itself)
-    added = (cosine.new_ones(1, cosine.shape[2]) @ cosine).squeeze(2)
-    added[:, :, first : first + rows] -= itself
-    return added
+    own.add_(itself)
+    return (cosine.new_ones(1, cosine.shape[2]) @ cosine).squeeze(2), itself

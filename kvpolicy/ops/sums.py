@@ -10,10 +10,10 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["mean_over", "sum_over", "whole_tiles"]
+__all__ = ["TILE", "mean_over", "sum_over", "whole_tiles"]
 
 #: Slots that products of matrices take at once, or a part of them that goes into all of them.
-_TILE = 16
+TILE = 16
 
 
 def sum_over(tensor: Tensor, dim: int) -> Tensor:
@@ -53,5 +53,5 @@ def whole_tiles(tensor: Tensor, dim: int) -> Tensor:
         tensor: floating point.
         dim: the slots' dimension, counted from the end (-1 is the last).
     """
-    missing = -tensor.shape[dim] % _TILE
+    missing = -tensor.shape[dim] % TILE
     return functional.pad(tensor, (0, 0) * (-dim - 1) + (0, missing)) if missing else tensor
