@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from support import tiny_models
 
 import kvpolicy
@@ -68,6 +70,10 @@ def test_short_keys_where_no_two_tokens_tie():
             assert torch.equal(found, expected)
 
 
+@pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.24"),
+    reason="windows of transformers 5.17, left alone, end candidates with an error of their masks",
+)
 def test_layers_that_are_left_alone_take_tokens_back(monkeypatch):
     """A model whose windows are smaller than the budget in every other layer."""
     from transformers import Gemma2Config, Gemma2ForCausalLM
