@@ -259,6 +259,8 @@ class PolicyCache:
         if not isinstance(query, Tensor) or not isinstance(key, Tensor) or key.ndim != 4:
             check_tokens(query, key, value)
         if visible is not None and self._lookahead is not None:
+            if found is self._first:
+                self._mask = None  # the same tensor may say something else by now
             visible = self._unless_causal(visible, found.seen, key.shape[2])
         terms = Terms(scale, visible, bias, softcap, sinks)
         if query.device.type in _AUTOCASTS and torch.is_autocast_enabled(query.device.type):
@@ -450,7 +452,7 @@ class PolicyCache:
             self._lookahead = lookahead
             yield
         finally:
-            self._lookahead = None
+            self._lookahead = self._mask = None
             for layer in self._step.layers:
                 layer.unstage()
 

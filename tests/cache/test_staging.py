@@ -521,3 +521,19 @@ def test_more_is_staged_than_was_allocated_at_first():
     for position in range(20, 90):
         feed(alone, tensors, position, 1)
     assert same(cache, alone)
+
+
+def test_a_mask_that_was_written_anew_is_looked_at_anew():
+    """Buffers of masks are used again: the same tensor, after as many tokens, may hide others."""
+    layout = kvpolicy.TextLayout(sinks=1)
+    cache = kvpolicy.PolicyCache("full", 16, layout=layout, num_layers=1)
+    cache.attend(0, *torch.randn(3, 1, 1, 5, 8))
+    tokens, mask = torch.randn(3, 1, 1, 3, 8), torch.ones(3, 8).tril(5).bool().view(1, 1, 3, 8)
+    for hidden in (None, 2):
+        if hidden is not None:
+            mask[..., hidden] = False
+        alone = copy.deepcopy(cache).attend(0, *tokens, visible=mask)
+        with cache.stage(lookahead=3):
+            staged = cache.attend(0, *tokens, visible=mask)
+            torch.testing.assert_close(staged, alone)
+            assert cache.staged == 3
