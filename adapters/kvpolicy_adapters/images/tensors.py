@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from kvpolicy import ParameterError
 
-__all__ = ["read_checkpoint", "weights_of"]
+__all__ = ["assign", "read_checkpoint", "weights_of"]
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -51,3 +51,29 @@ def weights_of(checkpoint: Mapping[str, Any], nested: Iterable[str]) -> dict[str
     inside = (checkpoint[key] for key in nested if isinstance(checkpoint.get(key), Mapping))
     found = next(inside, checkpoint)
     return {name: tensor for name, tensor in found.items() if isinstance(tensor, Tensor)}
+
+
+def assign(model: nn.Module, weights: Mapping[str, Tensor], refusal: str) -> None:
+    """Let a model of ``meta`` tensors take weights, all of its own and no others.
+
+    Args:
+        model: what takes them.
+        weights: by the model's names.
+        refusal: what an error begins with.
+
+    Raises:
+        ParameterError: weights are missing, unknown or of another shape; the first three are named.
+    """
+    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    differing = [
+        f"{name} is {list(weights[name].shape)} instead of {list(shape)}"
+        for name, shape in expected.items()
+        if name in weights and weights[name].shape != shape
+    ]
+    differing += [f"{name} is missing" for name in expected if name not in weights]
+    differing += [f"{name} is unknown" for name in weights if name not in expected]
+    if differing:
+        raise ParameterError(
+            f"{refusal}: {'; '.join(differing[:3])}{' ...' if differing[3:] else ''}"
+        )
+    model.load_state_dict(weights, assign=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from kvpolicy import ParameterError
-from kvpolicy_adapters.images.tensors import read_checkpoint, weights_of
+from kvpolicy_adapters.images.tensors import assign, read_checkpoint, weights_of
 from kvpolicy_adapters.images.vqgan import VQGAN, VQGANConfig
 
 __all__ = ["read_vqgan", "save_vqgan"]
@@ -82,20 +82,7 @@ def read_vqgan(source: str | Path | Mapping[str, Any]) -> VQGAN:
     config = _configuration(weights, where)
     with torch.device("meta"):
         model = VQGAN(config)
-    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    differing = [
-        f"{name} is {list(weights[name].shape)} instead of {list(shape)}"
-        for name, shape in expected.items()
-        if name in weights and weights[name].shape != shape
-    ]
-    differing += [f"{name} is missing" for name in expected if name not in weights]
-    differing += [f"{name} is unknown" for name in weights if name not in expected]
-    if differing:
-        raise ParameterError(
-            f"{where} holds no VQGAN of {len(config.multipliers)} levels: "
-            f"{'; '.join(differing[:3])}{' ...' if differing[3:] else ''}"
-        )
-    model.load_state_dict(weights, assign=True)
+    assign(model, weights, f"{where} holds no VQGAN of {len(config.multipliers)} levels")
     return model.eval().requires_grad_(False)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from kvpolicy import ParameterError
 from kvpolicy_adapters.images.llamagen.configuration import SIZES, LlamaGenConfig
 from kvpolicy_adapters.images.llamagen.modeling import LlamaGen
-from kvpolicy_adapters.images.tensors import read_checkpoint, weights_of
+from kvpolicy_adapters.images.tensors import assign, read_checkpoint, weights_of
 
 __all__ = ["read_official"]
 
@@ -56,20 +56,8 @@ def read_official(
     }
     with torch.device("meta"):
         model = LlamaGen(_configuration(weights, grid_size, num_attention_heads))
-    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    differing = [
-        f"{name} is {list(weights[name].shape)} instead of {list(shape)}"
-        for name, shape in expected.items()
-        if name in weights and weights[name].shape != shape
-    ]
-    differing += [f"{name} is missing" for name in expected if name not in weights]
-    differing += [f"{name} is unknown" for name in weights if name not in expected]
-    if differing:
-        raise ParameterError(
-            f"these are not the weights of a LlamaGen of {model.config.num_hidden_layers} layers: "
-            f"{'; '.join(differing[:3])}{' ...' if differing[3:] else ''}"
-        )
-    model.load_state_dict(weights, assign=True)
+    layers = model.config.num_hidden_layers
+    assign(model, weights, f"these are not the weights of a LlamaGen of {layers} layers")
     model.config.dtype = weights["output.weight"].dtype
     return model.eval()
 
