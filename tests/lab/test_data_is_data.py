@@ -313,6 +313,8 @@ def test_ctrl_c_ends_also_while_a_worker_is_stopped(tmp_path):
         cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": searched(HERE)},
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        # A shell lets what it starts in the background ignore Ctrl-C, and that is inherited.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     try:
         deadline = time.monotonic() + 120
