@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvpolicy.cache.cache import PolicyCache
 from kvpolicy.errors import CacheStateError, ParameterError
-from kvpolicy.testing.invariants import Case, _bits, _fail, _invariant
+from kvpolicy.testing.invariants.invariant import Case, bits, fail, register
 from kvpolicy.testing.streams import Stream
 
 __all__ = ["Interrupt", "Interrupted"]
@@ -92,7 +92,7 @@ class _Feed:
         for layer in range(self.stream.layers):
             mine, theirs = (each.layers[layer].require_store() for each in (cache, other))
             same = torch.equal(mine.positions, theirs.positions) and all(
-                torch.equal(_bits(a), _bits(b))
+                torch.equal(bits(a), bits(b))
                 for a, b in ((mine.keys, theirs.keys), (mine.values, theirs.values))
             )
             if not same:
@@ -103,15 +103,13 @@ class _Feed:
 def _same(one: list[list[Tensor]], other: list[list[Tensor]]) -> bool:
     """Whether all outputs agree, bit for bit."""
     return all(
-        torch.equal(_bits(a), _bits(b))
+        torch.equal(bits(a), bits(b))
         for calls in zip(one, other, strict=True)
         for a, b in zip(*calls, strict=True)
     )
 
 
-@_invariant(
-    "copies", "a deep copy, and a cache loaded from a saved one, go on as the original does."
-)
+@register("copies", "a deep copy, and a cache loaded from a saved one, go on as the original does.")
 def _copies(case: Case) -> None:
     feed = _Feed(case)
     half = len(feed.sizes) // 2
@@ -133,7 +131,7 @@ def _copies(case: Case) -> None:
             same = _same(feed.calls(other, rest), expected)
         except Exception as error:  # the original went on without one
             raised = f"{type(error).__name__}: {error}"
-            _fail(
+            fail(
                 case.trace,
                 f"{name} made before step {half} raised {raised} where the original goes on",
                 layer=0,
@@ -141,17 +139,17 @@ def _copies(case: Case) -> None:
             )
         layer = feed.differs(other, cache) if feed.sizes else None
         if not same or layer is not None:
-            _fail(
+            fail(
                 case.trace,
                 f"{name} made before step {half} goes on otherwise",
                 layer=layer or 0,
                 step=half,
             )
         if other.stats() != cache.stats():
-            _fail(case.trace, f"{name} has other stats", layer=0, step=half)
+            fail(case.trace, f"{name} has other stats", layer=0, step=half)
 
 
-@_invariant(
+@register(
     "interruption",
     "after an exception in a call the cache goes on exactly, or every call says that it can't.",
 )
@@ -172,7 +170,7 @@ def _interruption(case: Case) -> None:
     except Interrupted as error:
         where = f"an exception {error} in step {step}"
     else:
-        _fail(case.trace, f"step {step} had {counter.count} operations, and then fewer", layer=0)
+        fail(case.trace, f"step {step} had {counter.count} operations, and then fewer", layer=0)
     # The call's tokens may have been taken whole, with only the output lost: ``seen`` says so.
     end = sum(feed.sizes[: step + 1])
     taken = all(layer.whole and layer.seen == end for layer in cache.layers)
@@ -181,17 +179,17 @@ def _interruption(case: Case) -> None:
         outputs += feed.calls(cache, range(step + taken, len(feed.sizes)))
     except CacheStateError as refused:
         if "reset()" not in str(refused):
-            _fail(case.trace, f"after {where} it does not say what to do: {refused}", layer=0)
+            fail(case.trace, f"after {where} it does not say what to do: {refused}", layer=0)
         try:
             feed.call(cache, step)
         except CacheStateError:
             pass
         else:
-            _fail(case.trace, f"after {where} it refused one call, and took the next", layer=0)
+            fail(case.trace, f"after {where} it refused one call, and took the next", layer=0)
         cache.reset()
         outputs = feed.calls(cache, range(len(feed.sizes)))
     except Exception as error:
-        _fail(case.trace, f"after {where} it raised {type(error).__name__}: {error}", layer=0)
+        fail(case.trace, f"after {where} it raised {type(error).__name__}: {error}", layer=0)
     layer = feed.differs(cache, counted)
     if layer is not None or not _same(outputs, expected):
-        _fail(case.trace, f"after {where} it went on otherwise", layer=layer or 0, step=step)
+        fail(case.trace, f"after {where} it went on otherwise", layer=layer or 0, step=step)

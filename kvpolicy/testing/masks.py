@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kvpolicy.cache.cache import PolicyCache
-from kvpolicy.testing.invariants import Case, _fail, _invariant
+from kvpolicy.testing.invariants.invariant import Case, fail, register
 from kvpolicy.testing.streams import Stream
 
 __all__ = ["drawn_mask"]
@@ -44,7 +44,7 @@ def drawn_mask(stream: Stream) -> Tensor:
     return visible & ~padding
 
 
-@_invariant("masks", "with budget for everything, attention is what the model's own mask says.")
+@register("masks", "with budget for everything, attention is what the model's own mask says.")
 def _masks(case: Case) -> None:
     stream, tokens = case.stream, case.trace.tokens
     visible = drawn_mask(stream)
@@ -81,7 +81,7 @@ def _masks(case: Case) -> None:
             close = 1e-4 if output.dtype == torch.float32 else 3e-2
             if off.max() > close * max(1.0, expected.abs().max().item()):
                 batch, head = divmod(int(off.flatten(2).amax(-1).argmax()), output.shape[1])
-                _fail(
+                fail(
                     case.trace,
                     f"under a mask, attention is off by {off.max().item():.2g}",
                     layer=layer,

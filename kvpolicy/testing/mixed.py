@@ -24,7 +24,7 @@ import kvpolicy
 from kvpolicy.cache.cache import PolicyCache
 from kvpolicy.errors import CacheStateError, LayoutError, ParameterError
 from kvpolicy.testing.faults import Interrupt, Interrupted
-from kvpolicy.testing.invariants import Case, Invariant, _bits, _fail
+from kvpolicy.testing.invariants.invariant import Case, Invariant, bits, fail
 from kvpolicy.testing.masks import drawn_mask
 
 __all__ = ["Happened", "InterruptLine", "check_mixed"]
@@ -240,7 +240,7 @@ class _Mixture:
                 f"an exception {error}{f' at line {at}' * by_line} in the call from {call.first}"
             )
         else:
-            _fail(self.case.trace, f"a call from {call.first} took another way", layer=0)
+            fail(self.case.trace, f"a call from {call.first} took another way", layer=0)
         end = call.first + call.size
         layers = self.cache.layers
         if all(layer.whole and layer.seen == end for layer in layers):
@@ -253,11 +253,11 @@ class _Mixture:
             return
         except CacheStateError as refused:
             if "reset()" not in str(refused):
-                _fail(
+                fail(
                     self.case.trace, f"after {where} it does not say what to do: {refused}", layer=0
                 )
         except Exception as error:
-            _fail(
+            fail(
                 self.case.trace, f"after {where} it raised {type(error).__name__}: {error}", layer=0
             )
         self.refused(call, where)
@@ -271,7 +271,7 @@ class _Mixture:
         except CacheStateError:
             pass
         else:
-            _fail(self.case.trace, f"after {where} it takes calls that it can't serve", layer=0)
+            fail(self.case.trace, f"after {where} it takes calls that it can't serve", layer=0)
         self.cache.reset()
         for before in self.came:
             self.bring(self.cache, before)
@@ -284,17 +284,17 @@ class _Mixture:
             if gave is None:
                 continue
             for layer, (mine, other) in enumerate(zip(gave, expected, strict=True)):
-                if not torch.equal(_bits(mine), _bits(other)):
-                    _fail(self.case.trace, f"another output from {call.first} on", layer=layer)
+                if not torch.equal(bits(mine), bits(other)):
+                    fail(self.case.trace, f"another output from {call.first} on", layer=layer)
         for layer in range(self.stream.layers):
             ours, theirs = (each.layers[layer].require_store() for each in (self.cache, plain))
             for name in ("positions", "keys", "values"):
-                if not torch.equal(_bits(getattr(ours, name)), _bits(getattr(theirs, name))):
-                    _fail(self.case.trace, f"other {name} are cached", layer=layer)
+                if not torch.equal(bits(getattr(ours, name)), bits(getattr(theirs, name))):
+                    fail(self.case.trace, f"other {name} are cached", layer=layer)
         # What a stage keeps aside stays allocated, and what was staged and kept stays counted.
         told = replace(self.cache.stats(), staging_bytes=0, passes=0, staged=0, accepted=0)
         if told != plain.stats():
-            _fail(self.case.trace, "other stats", layer=0)
+            fail(self.case.trace, "other stats", layer=0)
 
 
 def check_mixed(case: Case) -> Happened:

@@ -13,7 +13,7 @@ from torch import Tensor
 from kvpolicy.cache.cache import PolicyCache
 from kvpolicy.cache.layer import Layer
 from kvpolicy.errors import CacheStateError
-from kvpolicy.testing.invariants import Case, _bits, _fail, _invariant
+from kvpolicy.testing.invariants.invariant import Case, bits, fail, register
 from kvpolicy.testing.streams import Stream, Tokens
 
 __all__ = ["difference"]
@@ -59,7 +59,7 @@ def _alike(one: Any, other: Any) -> bool:
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         same = one.shape == other.shape and one.dtype == other.dtype
         floats = one.dtype in (torch.float32, torch.bfloat16, torch.float16)
-        return same and torch.equal(*((_bits(one), _bits(other)) if floats else (one, other)))
+        return same and torch.equal(*((bits(one), bits(other)) if floats else (one, other)))
     if isinstance(one, torch.Generator) and isinstance(other, torch.Generator):
         return torch.equal(one.get_state(), other.get_state())
     if isinstance(one, random.Random) and isinstance(other, random.Random):
@@ -91,7 +91,7 @@ def _mixed(kept: Tokens, lost: Tokens, at: int) -> Tokens:
     return Tokens(*(torch.cat([a[..., :at, :], b[..., at:, :]], dim=3) for a, b in pairs))
 
 
-@_invariant(
+@register(
     "rollback",
     "staged tokens that are not committed have never come: whatever they were, all that the cache "
     "knows is bit for bit what it is when only the others come, one by one.",
@@ -132,23 +132,23 @@ def _rollback(case: Case) -> None:
             at += kept
             found = difference(staged, alone)
             if found is not None:
-                _fail(case.trace, f"{where}; {found[1]} is not as without", layer=found[0])
+                fail(case.trace, f"{where}; {found[1]} is not as without", layer=found[0])
             if not _same(outputs[:kept], expected):
-                _fail(case.trace, f"{where}; the output of commit {turn} is another", layer=0)
+                fail(case.trace, f"{where}; the output of commit {turn} is another", layer=0)
         _staged(staged, lost, at, min(lookahead, stream.tokens - at), rng)
     # What comes next is what would have come.
     count = min(2 * _MOST, stream.tokens - at)
     if count and not _same(*([_bring(cache, tokens, at, count)] for cache in (staged, alone))):
-        _fail(case.trace, f"behind a stage at position {at} the output is another", layer=0)
+        fail(case.trace, f"behind a stage at position {at} the output is another", layer=0)
     found = difference(staged, alone)
     if found is not None:
-        _fail(case.trace, f"behind a stage, {found[1]} is not as without one", layer=found[0])
+        fail(case.trace, f"behind a stage, {found[1]} is not as without one", layer=found[0])
 
 
 def _same(one: list[list[Tensor]], other: list[list[Tensor]]) -> bool:
     """Whether all outputs agree, bit for bit."""
     return all(
-        torch.equal(_bits(a), _bits(b))
+        torch.equal(bits(a), bits(b))
         for calls in zip(one, other, strict=True)
         for a, b in zip(*calls, strict=True)
     )

@@ -19,7 +19,7 @@ from kvpolicy_adapters.images.memory import in_pieces
 
 __all__ = ["VQGAN", "VQGANConfig", "from_pixels", "to_pixels"]
 
-_GROUPS, _EPSILON = 32, 1e-6
+_EPSILON = 1e-6
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class VQGANConfig:
     """The shape of a VQGAN.
 
     Attributes:
-        channels: width of the finest level; a multiple of 32.
+        channels: width of the finest level; a multiple of ``groups``.
         multipliers: width of each level in units of ``channels``, the finest first; a level is half
             as fine as the one before.
         blocks: residual blocks of a level of the encoder; the decoder's have one more.
@@ -36,6 +36,8 @@ class VQGANConfig:
         code_size: length of a code's vector.
         attends: levels whose blocks are followed by attention, 0 for the finest.
         unit_codes: whether vectors are compared at length 1, as LlamaGen's are.
+        groups: of channels, each of which is normalised for itself; 32 in all released ones. One
+            channel a group would lose how bright a flat picture is.
     """
 
     channels: int = 128
@@ -46,6 +48,7 @@ class VQGANConfig:
     code_size: int = 8
     attends: tuple[int, ...] = (4,)
     unit_codes: bool = True
+    groups: int = 32
 
     @property
     def scale(self) -> int:
@@ -170,10 +173,12 @@ class _Encoder(nn.Module):
         for level, width in enumerate(widths):
             coarser = _Down(width) if level < len(widths) - 1 else None
             attends = level in config.attends
-            self.levels.append(_Level(before, width, config.blocks, attends, coarser))
+            self.levels.append(
+                _Level(before, width, config.blocks, attends, coarser, config.groups)
+            )
             before = width
-        self.middle = _middle(before)
-        self.norm = _norm(before)
+        self.middle = _middle(before, config.groups)
+        self.norm = _norm(before, config.groups)
         self.head = nn.Conv2d(before, config.latent, 3, padding=1)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -189,14 +194,16 @@ class _Decoder(nn.Module):
         widths = [config.channels * multiple for multiple in config.multipliers]
         before = widths[-1]
         self.stem = nn.Conv2d(config.latent, before, 3, padding=1)
-        self.middle = _middle(before)
+        self.middle = _middle(before, config.groups)
         self.levels = nn.ModuleList()  # as they run: the coarsest first
         for level in reversed(range(len(widths))):
             finer = _Up(widths[level]) if level else None
             attends = level in config.attends
-            self.levels.append(_Level(before, widths[level], config.blocks + 1, attends, finer))
+            self.levels.append(
+                _Level(before, widths[level], config.blocks + 1, attends, finer, config.groups)
+            )
             before = widths[level]
-        self.norm = _norm(before)
+        self.norm = _norm(before, config.groups)
         self.head = nn.Conv2d(before, 3, 3, padding=1)
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -210,13 +217,21 @@ class _Level(nn.Module):
     """Residual blocks of one width, each with attention behind it or none; then another size."""
 
     def __init__(
-        self, before: int, width: int, blocks: int, attends: bool, resample: nn.Module | None
+        self,
+        before: int,
+        width: int,
+        blocks: int,
+        attends: bool,
+        resample: nn.Module | None,
+        groups: int,
     ) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(
-            _Residual(width if number else before, width) for number in range(blocks)
+            _Residual(width if number else before, width, groups) for number in range(blocks)
         )
-        self.attentions = nn.ModuleList(_Attention(width) for _ in range(blocks if attends else 0))
+        self.attentions = nn.ModuleList(
+            _Attention(width, groups) for _ in range(blocks if attends else 0)
+        )
         self.resample = resample
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -228,10 +243,10 @@ class _Level(nn.Module):
 
 
 class _Residual(nn.Module):
-    def __init__(self, before: int, width: int) -> None:
+    def __init__(self, before: int, width: int, groups: int) -> None:
         super().__init__()
-        self.norm1, self.conv1 = _norm(before), nn.Conv2d(before, width, 3, padding=1)
-        self.norm2, self.conv2 = _norm(width), nn.Conv2d(width, width, 3, padding=1)
+        self.norm1, self.conv1 = _norm(before, groups), nn.Conv2d(before, width, 3, padding=1)
+        self.norm2, self.conv2 = _norm(width, groups), nn.Conv2d(width, width, 3, padding=1)
         self.shortcut: nn.Module = nn.Identity()
         if before != width:
             self.shortcut = nn.Conv2d(before, width, 1)
@@ -245,9 +260,9 @@ class _Residual(nn.Module):
 class _Attention(nn.Module):
     """One head over all places of the plane."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, groups: int) -> None:
         super().__init__()
-        self.norm = _norm(width)
+        self.norm = _norm(width, groups)
         self.query, self.key = nn.Conv2d(width, width, 1), nn.Conv2d(width, width, 1)
         self.value, self.out = nn.Conv2d(width, width, 1), nn.Conv2d(width, width, 1)
 
@@ -280,9 +295,11 @@ class _Up(nn.Conv2d):
         return super().forward(functional.interpolate(hidden, scale_factor=2.0))
 
 
-def _middle(width: int) -> nn.Sequential:
-    return nn.Sequential(_Residual(width, width), _Attention(width), _Residual(width, width))
+def _middle(width: int, groups: int) -> nn.Sequential:
+    return nn.Sequential(
+        _Residual(width, width, groups), _Attention(width, groups), _Residual(width, width, groups)
+    )
 
 
-def _norm(width: int) -> Any:
-    return nn.GroupNorm(_GROUPS, width, eps=_EPSILON)
+def _norm(width: int, groups: int) -> Any:
+    return nn.GroupNorm(groups, width, eps=_EPSILON)

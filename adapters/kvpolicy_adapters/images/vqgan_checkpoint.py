@@ -79,7 +79,9 @@ def read_vqgan(source: str | Path | Mapping[str, Any]) -> VQGAN:
     }
     if "codebook" not in weights:
         weights = _renamed(weights)
-    config = _configuration(weights, where)
+    # Released ones all have as many groups, and do not say so; ours say theirs.
+    groups = int(weights.pop("groups", torch.tensor(VQGANConfig.groups)))
+    config = _configuration(weights, where, groups)
     with torch.device("meta"):
         model = VQGAN(config)
     assign(model, weights, f"{where} holds no VQGAN of {len(config.multipliers)} levels")
@@ -92,7 +94,8 @@ def save_vqgan(model: VQGAN, path: str | Path) -> None:
     Raises:
         OSError: the file can't be written.
     """
-    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, path)
+    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    save_file({**weights, "groups": torch.tensor(model.config.groups)}, path)
 
 
 def _renamed(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -111,7 +114,7 @@ def _renamed(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def _configuration(weights: Mapping[str, Tensor], where: str) -> VQGANConfig:
+def _configuration(weights: Mapping[str, Tensor], where: str, groups: int) -> VQGANConfig:
     """What the names and shapes of the weights say."""
     stem, codebook, latent = "encoder.stem.weight", "codebook", "decoder.stem.weight"
     for name in (codebook, stem, latent):
@@ -130,6 +133,8 @@ def _configuration(weights: Mapping[str, Tensor], where: str) -> VQGANConfig:
             attends.add(int(attention[1]))
     if not widths or any(width % channels for width in widths.values()):
         raise ParameterError(f"{where} holds no VQGAN: the levels of its encoder can't be read")
+    if groups < 1 or channels % groups:
+        raise ParameterError(f"{where} holds no VQGAN: {groups} groups of {channels} channels")
     return VQGANConfig(
         channels=channels,
         multipliers=tuple(widths[level] // channels for level in sorted(widths)),
@@ -139,4 +144,5 @@ def _configuration(weights: Mapping[str, Tensor], where: str) -> VQGANConfig:
         code_size=weights[codebook].shape[1],
         attends=tuple(sorted(attends)),
         unit_codes=bool((weights[codebook].float().norm(dim=1) - 1).abs().max() < _UNIT),
+        groups=groups,
     )
