@@ -4,8 +4,8 @@ The network is :class:`kvpolicy_adapters.images.vqgan.VQGAN`, small; only the tr
 
 * what is lost: absolute differences of pixels, and of neighbouring pixels on three scales, for clip
   art is edges and flat areas (no adversarial loss: there is nothing to make up);
-* codes are averages of what was nearest to them (arXiv:1711.00937, appendix A),
-  on the unit sphere as LlamaGen's; a code that nobody uses is put where somebody is;
+* codes are not learned: they are the points of a fixed grid, 8 x 5 x 5 x 5 (finite scalar
+  quantization, arXiv:2309.15505), for learned ones collapsed to two in the first 250 steps;
 * drawings are flipped, shifted, scaled, and turned in hue.
 
 Batches are a function of seed and step, and checkpoints are replaced in one move, so the same
@@ -35,10 +35,18 @@ from torch import Tensor
 from kvpolicy_adapters.images.vqgan import VQGAN, VQGANConfig, from_pixels, to_pixels
 from kvpolicy_adapters.images.vqgan_checkpoint import save_vqgan
 
+LEVELS = (8, 5, 5, 5)
 CONFIG = VQGANConfig(
-    channels=32, multipliers=(1, 1, 3), blocks=1, latent=64, codes=1024, code_size=8, attends=()
+    channels=32,
+    multipliers=(1, 1, 3),
+    blocks=1,
+    latent=64,
+    codes=math.prod(LEVELS),
+    code_size=len(LEVELS),
+    attends=(),
+    unit_codes=False,
+    groups=8,
 )
-DECAY, SILENT = 0.99, 0.05  # of the codes' averages; uses a step below which a code is moved
 
 
 def augment(picture: Pixels, draws: np.random.Generator) -> Pixels:
@@ -67,34 +75,19 @@ def batch_at(step: int, *, images: Pixels, batch: int, seed: int) -> Tensor:
     return from_pixels(torch.from_numpy(np.stack([augment(one, draws) for one in chosen])))
 
 
-class Codes:
-    """The codebook while it is learned: running means of the vectors that were nearest."""
+def grid() -> Tensor:
+    """The codebook: every combination of evenly spaced numbers from -1 to 1, ``[codes, 4]``."""
+    steps = [torch.linspace(-1, 1, levels) for levels in LEVELS]
+    return torch.cartesian_prod(*steps)
 
-    def __init__(self, model: VQGAN) -> None:
-        self.book = model.codebook.data
-        self.book.copy_(F.normalize(self.book, dim=-1))
-        self.uses = torch.ones(len(self.book))
-        self.sums = self.book.clone()
 
-    def quantise(self, hidden: Tensor, draws: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Vectors ``[B, size, h, w]`` as codes' vectors (gradients go straight through), and how
-        far the vectors were from them."""
-        vectors = F.normalize(hidden.movedim(1, -1).float(), dim=-1)
-        flat = vectors.detach().flatten(0, -2)
-        nearest = (flat @ self.book.T).argmax(-1)
-        found = self.book[nearest].view_as(vectors)
-        self._learn(flat, nearest, draws)
-        commitment = (vectors - found).square().mean()
-        return (vectors + (found - vectors).detach()).movedim(-1, 1), commitment
-
-    def _learn(self, flat: Tensor, nearest: Tensor, draws: torch.Generator) -> None:
-        count = torch.bincount(nearest, minlength=len(self.book)).float()
-        self.uses.lerp_(count, 1 - DECAY)
-        self.sums.mul_(DECAY).index_add_(0, nearest, flat, alpha=1 - DECAY)
-        silent = (self.uses < SILENT).nonzero().flatten()
-        some = flat[torch.randint(len(flat), (len(silent),), generator=draws)]
-        self.sums[silent], self.uses[silent] = some, 1.0
-        self.book.copy_(F.normalize(self.sums, dim=-1))
+def quantise(hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """Vectors ``[B, 4, h, w]`` as the nearest of the grid (gradients go straight through), and how
+    far beyond the grid the vectors were."""
+    steps = torch.tensor(LEVELS).view(1, -1, 1, 1) - 1
+    inside = hidden.clamp(-1, 1)
+    nearest = ((inside + 1) / 2 * steps).round() / steps * 2 - 1
+    return inside + (nearest - inside).detach(), (hidden - inside).square().mean()
 
 
 def difference(painted: Tensor, images: Tensor) -> Tensor:
@@ -114,7 +107,7 @@ class Run:
         torch.manual_seed(seed)
         self.out, self.rate, self.seed = out, rate, seed
         self.model = VQGAN(CONFIG).to(memory_format=torch.channels_last)
-        self.codes = Codes(self.model)
+        self.model.codebook.data.copy_(grid())
         self.model.codebook.requires_grad_(False)
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimiser = torch.optim.AdamW(trained, lr=rate, betas=(0.9, 0.99), weight_decay=0.01)
@@ -131,10 +124,9 @@ class Run:
             return self.model.decoder(self.model.from_codes(vectors)).float()
 
     def forward(self, images: Tensor) -> Tensor:
-        draws = torch.Generator().manual_seed(self.seed + self.step)
         hidden = self.encode(images.to(memory_format=torch.channels_last))
-        vectors, commitment = self.codes.quantise(hidden, draws)
-        return difference(self.paint(vectors), images) + 0.25 * commitment
+        vectors, beyond = quantise(hidden)
+        return difference(self.paint(vectors), images) + 0.25 * beyond
 
     def train_step(self, images: Tensor, total: int) -> float:
         """One step; returns the loss."""
@@ -175,8 +167,6 @@ class Run:
             "step": self.step,
             "seconds": self.seconds,
             "model": self.model.state_dict(),
-            "uses": self.codes.uses,
-            "sums": self.codes.sums,
             "optimiser": self.optimiser.state_dict(),
         }
         fresh = self.out / "checkpoint.pt.new"
@@ -198,8 +188,6 @@ class Run:
             raise typer.BadParameter(f"{path} has another shape: {state['config']}")
         self.step, self.seconds = state["step"], state["seconds"]
         self.model.load_state_dict(state["model"])
-        self.codes.uses, self.codes.sums = state["uses"], state["sums"]
-        self.codes.book = self.model.codebook.data
         self.optimiser.load_state_dict(state["optimiser"])
         return True
 

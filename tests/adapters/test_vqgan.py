@@ -77,6 +77,22 @@ def test_codes_and_pixels_are_the_authors(run, tmp_path):
     assert torch.equal(again.encode(images), found)
 
 
+def test_groups_that_no_released_one_has_are_kept_in_the_file(tmp_path):
+    config = VQGANConfig(
+        channels=32, multipliers=(1, 1), blocks=1, latent=32, codes=9, attends=(), groups=4
+    )
+    torch.manual_seed(0)
+    model = VQGAN(config).eval()
+    save_vqgan(model, tmp_path / "vq.safetensors")
+    again = read_vqgan(tmp_path / "vq.safetensors")
+    codes = torch.arange(9).view(1, 3, 3)
+    assert again.config.groups == 4
+    assert torch.equal(again.decode(codes), model.decode(codes))
+    strange = {**model.state_dict(), "groups": torch.tensor(7)}
+    with pytest.raises(ParameterError, match="7 groups of 32 channels"):
+        read_vqgan(strange)
+
+
 def test_released_shapes_are_the_defaults():
     with torch.device("meta"):
         model = VQGAN(VQGANConfig())
