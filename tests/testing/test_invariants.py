@@ -51,7 +51,8 @@ def small(name: str) -> kvpolicy.EvictionPolicy:
 @pytest.mark.parametrize("name", POLICIES)
 def test_keeps_every_invariant(name, reclaim):
     policy = small(name)
-    found = find_violation(policy, applicable(policy), examples=40, reclaim=reclaim)
+    # A few: the long run below draws both ways to reclaim.
+    found = find_violation(policy, applicable(policy), examples=10, reclaim=reclaim)
     assert found is None, str(found)
 
 
