@@ -5,7 +5,7 @@ The network is :class:`kvpolicy_adapters.images.vqgan.VQGAN`, small; only the tr
 * what is lost: absolute differences of pixels, and of neighbouring pixels on three scales, for clip
   art is edges and flat areas (no adversarial loss: there is nothing to make up);
 * codes are not learned: they are the points of a fixed grid, 8 x 5 x 5 x 5 (finite scalar
-  quantization, arXiv:2309.15505), for learned ones collapsed to two in the first 250 steps;
+  quantization, arXiv:2309.15505), none of which can fall out of use for good;
 * drawings are flipped, shifted, scaled, and turned in hue.
 
 Batches are a function of seed and step, and checkpoints are replaced in one move, so the same
@@ -111,9 +111,9 @@ class Run:
         self.model.codebook.requires_grad_(False)
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimiser = torch.optim.AdamW(trained, lr=rate, betas=(0.9, 0.99), weight_decay=0.01)
-        self.encode = torch.compile(self._encode, dynamic=False)
-        self.paint = torch.compile(self._paint, dynamic=False)
         self.step, self.seconds = 0, 0.0
+
+    # Not compiled: with torch 2.13 on a CPU the compiled gradients were others, and learned one colour.
 
     def _encode(self, images: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):
@@ -124,9 +124,9 @@ class Run:
             return self.model.decoder(self.model.from_codes(vectors)).float()
 
     def forward(self, images: Tensor) -> Tensor:
-        hidden = self.encode(images.to(memory_format=torch.channels_last))
+        hidden = self._encode(images.to(memory_format=torch.channels_last))
         vectors, beyond = quantise(hidden)
-        return difference(self.paint(vectors), images) + 0.25 * beyond
+        return difference(self._paint(vectors), images) + 0.25 * beyond
 
     def train_step(self, images: Tensor, total: int) -> float:
         """One step; returns the loss."""
