@@ -20,6 +20,7 @@ from kvpolicy.commands.draw import draw
 from kvpolicy.commands.list_policies import list_policies
 from kvpolicy.commands.report import report
 from kvpolicy.commands.reproduce import reproduce
+from kvpolicy.commands.score import score
 from kvpolicy.commands.tune import tune
 from kvpolicy.errors import KVPolicyError
 
@@ -60,6 +61,7 @@ app.command("ablate")(ablate)
 app.command("check")(check)
 app.command("report")(report)
 app.command("reproduce")(reproduce)
+app.command("score")(score)
 app.command("tune")(tune)
 app.command("calibrate")(calibrate)
 

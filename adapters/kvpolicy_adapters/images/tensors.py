@@ -36,7 +36,11 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         # Training scripts save their parsed arguments along, which are plain values.
         with torch.serialization.safe_globals([argparse.Namespace]):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError, SafetensorError) as error:
+    except (pickle.UnpicklingError, EOFError, OSError, RuntimeError, SafetensorError) as error:
+        # A file that can't be opened has a name in its error; of one that is cut off within its
+        # first pages torch says EINVAL, and no name.
+        if isinstance(error, OSError) and error.filename is not None:
+            raise
         raise ParameterError(
             f"{path} can't be read as a checkpoint of tensors ({str(error).splitlines()[0]}); if "
             f"it holds Python objects and you trust it, load it yourself and give the state dict"

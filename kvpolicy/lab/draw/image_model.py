@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from kvpolicy.cache.cache import CacheStats
 from kvpolicy.errors import ParameterError, parameter_error
 from kvpolicy.lab.draw.items import Item
+from kvpolicy.lab.run.device import check_device
 from kvpolicy.lab.run.subject import Setting
 from kvpolicy.layout import LateLayout, TokenLayout
 from kvpolicy.registry import Registry
@@ -145,12 +146,7 @@ def load_image_model(source: ModelSource) -> ImageModel:
         ParameterError: its files can't be used, or an option is unknown.
         OSError: a file can't be read.
     """
-    device = source.device
-    if device.startswith("cuda"):
-        import torch
-
-        if not torch.cuda.is_available():
-            raise ParameterError(f"device={device!r}: torch sees no GPU here; use --device cpu")
+    check_device(source.device)
     model = IMAGE_MODELS.get(source.name)(source)
     if not isinstance(model, ImageModel):
         raise ParameterError(f"image model {source.name!r} made {model!r}, which can't draw")

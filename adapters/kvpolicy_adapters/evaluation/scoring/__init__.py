@@ -1,0 +1,1 @@
+"""Networks that ``kvpolicy score`` looks at images with, read from local files only."""

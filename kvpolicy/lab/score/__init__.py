@@ -1,0 +1,1 @@
+"""Figures of drawn images: how they compare with real ones, and with what was asked for."""
