@@ -16,7 +16,7 @@ from kvpolicy.cache.lending import Pass
 from kvpolicy.cache.terms import Terms
 from kvpolicy.ops.attend import by_slot
 
-__all__ = ["QUERY_CHUNK", "Part", "attend_beside"]
+__all__ = ["QUERY_CHUNK", "Part", "attend_beside", "mass_by_slot"]
 
 #: Queries that attend, and are observed, at once: bounds the memory of a long call.
 QUERY_CHUNK = 128
@@ -120,6 +120,31 @@ def attend_beside(
             query[:, :, begin:end], terms, need_mass=need_mass, weights=weights
         )
         yield Part(begin, end, output, mass, given, attended)
+
+
+def mass_by_slot(mass: Tensor, slots: Tensor, held: int, handed_out: int) -> Tensor:
+    """Mass to old slots and new tokens, as mass to slots once the new tokens are written.
+
+    What was given to victims by those who still saw them is nobody's any more.
+
+    Args:
+        mass: ``[B, H, Q, held + N]``, of queries that saw the first N of T new tokens.
+        slots: where the new tokens go, ``[B, H, T]``.
+        held: old slots.
+        handed_out: slots of each head that have held a token once these are written.
+
+    Returns:
+        ``[B, H, Q, handed_out]``.
+    """
+    given = mass.new_zeros(*mass.shape[:3], handed_out)
+    given[..., :held] = mass[..., :held]
+    new = mass[..., held:]
+    into = slots[..., : new.shape[3]].unsqueeze(2)
+    given.scatter_(3, into.expand_as(new), new)
+    if new.shape[3] < slots.shape[2]:
+        rest = slots[..., new.shape[3] :].unsqueeze(2)
+        given.scatter_(3, rest.expand(*new.shape[:3], -1), 0.0)
+    return given
 
 
 def _starts(ends: list[int]) -> list[int]:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -14,70 +12,25 @@ from torch import Tensor
 from kvpolicy.budget.budget import Budget, Schedule
 from kvpolicy.cache.checks import check_tokens, under_autocast
 from kvpolicy.cache.compiled_step import CompiledStep, Hide, SlotStep
-from kvpolicy.cache.layer import MOST_POSITIONS, Layer
+from kvpolicy.cache.layer import Layer
 from kvpolicy.cache.plan import LayerPlan
 from kvpolicy.cache.saving import check_alike, load_layer, save_layer
+from kvpolicy.cache.sharing import Sharing
+from kvpolicy.cache.stage import Stage
+from kvpolicy.cache.stats import CacheStats
 from kvpolicy.cache.terms import Terms
-from kvpolicy.errors import (
-    BudgetError,
-    CacheStateError,
-    KVPolicyError,
-    LayoutError,
-    ParameterError,
-    ShapeError,
-)
+from kvpolicy.errors import CacheStateError, KVPolicyError, ParameterError, ShapeError
 from kvpolicy.layout import LateLayout, TokenLayout
 from kvpolicy.policy.policy import EvictionPolicy
-from kvpolicy.registry import check_order, create
+from kvpolicy.registry import create
 
-__all__ = ["CacheStats", "PolicyCache", "Reclaim"]
+__all__ = ["PolicyCache", "Reclaim"]
 
 Reclaim = Literal["lazy", "eager"]
 
 #: Devices on which tensors may be under autocast; others refuse the question.
 _AUTOCASTS = ("cpu", "cuda", "mps", "xpu", "hpu", "mtia")
 _INTEGERS = (torch.int64, torch.int32)
-
-
-@dataclass(frozen=True)
-class CacheStats:
-    """What a generation has cost so far.
-
-    Attributes:
-        policy: registry name of the policy.
-        budgets: evictable tokens a head may hold, per layer.
-        peak_tokens: most tokens that a head held at any instant, prefix included, per layer.
-        bytes: bytes of all keys and values allocated.
-        overhead_bytes: bytes of positions and observers beside them.
-        evictions: tokens that a head lost, per layer.
-        reports: attention reports that reached observers, per layer.
-        seen: tokens of the sequence so far.
-        left_alone: layers that need no policy, so that none of the above is theirs: their sliding
-            window is no larger than their budget, or they keep no keys and values of their own.
-        staging_bytes: bytes allocated to take staged tokens back; see :meth:`PolicyCache.stage`.
-        passes: how often staged tokens were committed.
-        staged: tokens that were staged before these commits.
-        accepted: tokens that they kept.
-    """
-
-    policy: str
-    budgets: tuple[int, ...]
-    peak_tokens: tuple[int, ...]
-    bytes: int
-    overhead_bytes: int
-    evictions: tuple[int, ...]
-    reports: tuple[int, ...]
-    seen: int
-    left_alone: tuple[int, ...] = ()
-    staging_bytes: int = 0
-    passes: int = 0
-    staged: int = 0
-    accepted: int = 0
-
-    @property
-    def acceptance(self) -> float:
-        """Share of the staged tokens that were kept; NaN where none were staged."""
-        return self.accepted / self.staged if self.staged else math.nan
 
 
 class PolicyCache:
@@ -149,20 +102,12 @@ class PolicyCache:
         if not isinstance(schedule, Schedule):
             raise ParameterError(f"schedule={schedule!r} is not a Schedule, e.g. Uniform()")
         self.schedule = schedule
-        late, known = (
-            (None, layout) if isinstance(layout, TokenLayout) else (layout, layout.preview())
+        budget = None if budget is None else Budget.parse(budget)
+        self._sharing = sharing = Sharing(
+            self.policy, budget, schedule, layout, num_layers, windows
         )
-        self._late = late
-        self._budget = None if budget is None else Budget.parse(budget)
-        windows = _checked(windows, num_layers)
-        average = None if known is None else self._average(known)
-        # Where the layout is not known yet, the budget may not be either: windows stay with us.
-        reach = 0 if known is None or average is None else known.prefix + average
-        self._left_alone = frozenset(
-            layer for layer, window in enumerate(windows) if window is not None and window <= reach
-        )
-        self._managed = tuple(n for n in range(num_layers) if n not in self._left_alone)
-        budgets = {} if known is None or average is None else self._share(known, average)
+        known = sharing.known
+        budgets = {} if known is None else sharing.budgets(known)
         self.layers = tuple(
             Layer(
                 LayerPlan(
@@ -170,26 +115,23 @@ class PolicyCache:
                     layer=layer,
                     num_layers=num_layers,
                     eager=reclaim == "eager",
-                    window=windows[layer] or None,
+                    window=sharing.windows[layer] or None,
                     lends=layer in lent,
                     first_head=first_head,
-                    bind=None if late is None else self._bind,
+                    bind=None if sharing.late is None else sharing.bind,
                 ),
                 known,
                 budgets.get(layer, 0),
             )
             for layer in range(num_layers)
         )
-        self._attending = {layer: self.layers[layer] for layer in self._managed}
-        self._first = self.layers[self._managed[0] if self._managed else 0]
-        self._last = self.layers[self._managed[-1] if self._managed else 0]
-        self._step = CompiledStep(tuple(self._attending.values()))
+        self._attending = {layer: self.layers[layer] for layer in sharing.managed}
+        self._managed = tuple(self._attending.values())
+        self._first = self._managed[0] if self._managed else self.layers[0]
+        self._last = self._managed[-1] if self._managed else self.layers[0]
+        self._step = CompiledStep(self._managed)
         self._stepping = False
-        self._lookahead: int | None = None
-        # Commits, tokens staged before them, and tokens that they kept.
-        self._counted = (0, 0, 0)
-        # The newest mask of staged tokens, and whether it hides nothing but their future.
-        self._mask: tuple[Tensor, int, bool] | None = None
+        self._stage = Stage(self._managed)
 
     def __getstate__(self) -> dict[str, Any]:
         """What ``copy.deepcopy`` copies: a copy is not inside of a stage.
@@ -198,7 +140,7 @@ class PolicyCache:
             CacheStateError: tokens are staged.
         """
         self._refuse_staged("copied")
-        return {**vars(self), "_lookahead": None, "_mask": None}
+        return vars(self).copy()
 
     @property
     def layout(self) -> TokenLayout | None:
@@ -258,10 +200,9 @@ class PolicyCache:
             raise self._no_layer(layer)
         if not isinstance(query, Tensor) or not isinstance(key, Tensor) or key.ndim != 4:
             check_tokens(query, key, value)
-        if visible is not None and self._lookahead is not None:
-            if found is self._first:
-                self._mask = None  # the same tensor may say something else by now
-            visible = self._unless_causal(visible, found.seen, key.shape[2])
+        if visible is not None and self._stage.lookahead is not None:
+            seen, count = found.seen, key.shape[2]
+            visible = self._stage.unless_causal(visible, seen, count, anew=found is self._first)
         terms = Terms(scale, visible, bias, softcap, sinks)
         if query.device.type in _AUTOCASTS and torch.is_autocast_enabled(query.device.type):
             return self._under_autocast(found, query, key, value, terms, False)[0]
@@ -271,26 +212,12 @@ class PolicyCache:
             if found.seen + key.shape[2] != self._first.seen:
                 raise self._disagree(found)
         else:
-            for other in self._step.layers:
+            for other in self._managed:
                 if other.seen != found.seen and (other.seen or other is self._last):
                     raise self._disagree(found)
                 if not other.whole:
                     raise other.interrupted()
         return found.attend(query, key, value, terms)[0]
-
-    def _unless_causal(self, visible: Tensor, seen: int, count: int) -> Tensor | None:
-        """A mask of staged tokens; None if it hides nothing but their future: None is faster.
-
-        Layers are given the same mask one after the other, so that it is looked at once.
-        """
-        if not isinstance(visible, Tensor) or visible.dtype != torch.bool or visible.ndim != 4:
-            return visible  # which is about to be refused
-        if self._mask is None or self._mask[0] is not visible or self._mask[1] != seen:
-            causal = visible.shape[2:] == (count, seen + count) and bool(
-                (visible == torch.ones_like(visible[:1, :1]).tril(seen)).all()
-            )
-            self._mask = visible, seen, causal
-        return None if self._mask[2] else visible
 
     def attend_with_weights(
         self,
@@ -372,18 +299,18 @@ class PolicyCache:
         if found is not self._first:
             wrong = found.seen + count != self._first.seen
         else:
-            for layer in self._step.layers:
+            for layer in self._managed:
                 if not layer.whole:
                     raise layer.interrupted()
             wrong = self._last.seen != found.seen or any(
-                layer.seen not in (0, found.seen) for layer in self._step.layers
+                layer.seen not in (0, found.seen) for layer in self._managed
             )
         if wrong:
             raise self._disagree(found)
 
     def _disagree(self, found: Layer) -> CacheStateError:
         """Why a layer can't take tokens now."""
-        seen = {layer.plan.layer: layer.seen for layer in self._step.layers}
+        seen = {layer.plan.layer: layer.seen for layer in self._managed}
         return CacheStateError(
             f"layer {found.plan.layer} is given tokens out of turn: layers have seen {seen} "
             f"tokens, but each must see the same ones, the first layer first; after an exception "
@@ -434,37 +361,33 @@ class PolicyCache:
             raise ParameterError(f"lookahead={lookahead!r} must be an integer, at least 1")
         if isinstance(sure, bool) or not isinstance(sure, int) or sure < 0:
             raise ParameterError(f"sure={sure!r} must be a position, an integer of at least 0")
-        if self._lookahead is not None:
+        if self.staging:
             raise CacheStateError(
-                f"a stage of {self._lookahead} tokens has begun that has not ended; commit() in "
-                f"it, or leave it first"
+                f"a stage of {self._stage.lookahead} tokens has begun that has not ended; commit() "
+                f"in it, or leave it first"
             )
         if self._stepping:
             raise CacheStateError("a step has begun that has not ended; stage tokens after it")
-        for layer in self._step.layers:
+        for layer in self._managed:
             if not layer.whole:
                 raise layer.interrupted()
             if layer.seen not in (0, self._first.seen):
                 raise self._disagree(layer)
         try:
-            for layer in self._step.layers:
-                layer.stage(lookahead, sure, together)
-            self._lookahead = lookahead
+            self._stage.begin(lookahead, sure, together)
             yield
         finally:
-            self._lookahead = self._mask = None
-            for layer in self._step.layers:
-                layer.unstage()
+            self._stage.end()
 
     @property
     def staging(self) -> bool:
         """Whether a stage has begun and not ended."""
-        return self._lookahead is not None
+        return self._stage.lookahead is not None
 
     @property
     def staged(self) -> int:
         """Tokens that are staged now, and not yet committed."""
-        return 0 if self._lookahead is None else self._first.staged
+        return self._stage.staged
 
     def commit(self, count: int) -> None:
         """Keep the first ``count`` staged tokens, and forget the others; inside of :meth:`stage`.
@@ -481,25 +404,19 @@ class PolicyCache:
                 would be cut.
             ParameterError: ``count`` is no integer, or more tokens than are staged.
         """
-        if self._lookahead is None:
+        if not self.staging:
             raise CacheStateError("nothing can be staged outside of `with cache.stage(...)`")
         if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count <= self.staged:
             raise ParameterError(
                 f"commit({count!r}): give an integer from 0 to {self.staged}, the tokens staged"
             )
         if count:
-            for layer in self._step.layers:
+            for layer in self._managed:
                 if not layer.whole:
                     raise layer.interrupted()
                 if layer.seen not in (0, self._first.seen):
                     raise self._disagree(layer)
-                layer.check_commit(count)
-        if staged := self.staged:
-            before = self._counted
-            self._counted = (before[0] + 1, before[1] + staged, before[2] + count)
-        self._mask = None
-        for layer in self._step.layers:
-            layer.commit(count)
+        self._stage.commit(count)
 
     def _refuse_staged(self, done: str) -> None:
         """Refuse what would need all tokens to be sure.
@@ -533,12 +450,12 @@ class PolicyCache:
         """
         if self._stepping:
             raise CacheStateError("a step has begun that has not ended")
-        if self._lookahead is not None:
+        if self.staging:
             raise CacheStateError(
                 "a compiled step can't be taken back; inside of stage(), decode without "
                 "compile_decode"
             )
-        for layer in self._step.layers:
+        for layer in self._managed:
             if layer.seen != self._first.seen:
                 raise self._disagree(layer)
         self._step.begin(hide)
@@ -582,48 +499,6 @@ class PolicyCache:
         """The tensors of a layer's step, inside of :meth:`step`."""
         return self._step.by_layer[layer]
 
-    def _bind(
-        self, layer: int, seen: int, count: int, bound: TokenLayout | None
-    ) -> tuple[TokenLayout, int] | None:
-        """The layout that a layer has from now on, and its budget; see :class:`LateLayout`."""
-        assert self._late is not None
-        layout = self._late.at(seen, count, bound)
-        if layout is None:
-            return None
-        if bound is None:
-            return layout, self._share(layout, self._average(layout))[layer]
-        budget = self.layers[layer].budget
-        if layout is not bound and budget < (floor := self.policy.min_budget(layout)):
-            raise BudgetError(
-                f"layer {layer} has a budget of {budget} tokens since {bound!r}, too few for "
-                f"{self.policy.label} on {layout!r}, which follows; the smallest budget that works "
-                f"is {floor}"
-            )
-        return layout, budget
-
-    @property
-    def _goes_on(self) -> bool:
-        """Whether the layout may go on; see :class:`LateLayout`."""
-        return self._late is not None and self._late.goes_on
-
-    def _average(self, layout: TokenLayout) -> int:
-        """Tokens a layer, before layers share them."""
-        return _average(self.policy, self._budget, layout, self._goes_on)
-
-    def _share(self, layout: TokenLayout, average: int) -> dict[int, int]:
-        """The budget of each layer that the policy manages."""
-        if not self._managed:
-            return {}
-        self.schedule.check(layout)
-        open_end = self._goes_on and self._budget is not None and self._budget.kind != "fraction"
-        budgets = self.schedule.layers(
-            average,
-            len(self._managed),
-            floor=_floor(self.policy, layout),
-            ceiling=None if open_end else layout.evictable,
-        )
-        return dict(zip(self._managed, budgets, strict=True))
-
     def _layer(self, layer: int) -> Layer:
         found = self._attending.get(layer) if type(layer) is int else None
         if found is None:
@@ -636,7 +511,7 @@ class PolicyCache:
             return ParameterError(f"layer={layer!r} is not one of the {len(self.layers)} layers")
         return CacheStateError(
             f"layer {layer} is left alone: it sees no more tokens than its budget, or keeps "
-            f"none; the layers under the policy are {list(self._managed)}"
+            f"none; the layers under the policy are {list(self._sharing.managed)}"
         )
 
     @property
@@ -674,6 +549,7 @@ class PolicyCache:
     def stats(self) -> CacheStats:
         """What the generation has cost so far."""
         stores = [layer.store for layer in self.layers if layer.store is not None]
+        passes, staged, accepted = self._stage.counted
         readings = [o.mass.nbytes for layer in self.layers for o in layer.observers]
         return CacheStats(
             policy=self.policy.label,
@@ -684,11 +560,11 @@ class PolicyCache:
             evictions=tuple(0 if n.store is None else n.seen - n.store.held for n in self.layers),
             reports=tuple(layer.reports for layer in self.layers),
             seen=self.seen,
-            left_alone=tuple(sorted(self._left_alone)),
-            staging_bytes=sum(layer.staging_bytes for layer in self.layers),
-            passes=self._counted[0],
-            staged=self._counted[1],
-            accepted=self._counted[2],
+            left_alone=tuple(sorted(self._sharing.left_alone)),
+            staging_bytes=self._stage.nbytes,
+            passes=passes,
+            staged=staged,
+            accepted=accepted,
         )
 
     def reset(self) -> None:
@@ -696,7 +572,7 @@ class PolicyCache:
         for layer in self.layers:
             layer.reset()
         self._stepping = False
-        self._counted = (0, 0, 0)
+        self._stage.counted = (0, 0, 0)
 
     def state_dict(self) -> dict[str, Any]:
         """The cache in tensors, numbers and text, for ``torch.save``; tensors are its own.
@@ -724,7 +600,7 @@ class PolicyCache:
             raise CacheStateError("a step has begun that has not ended; save the cache after it")
         self._refuse_staged("saved")
         layers = [save_layer(layer) for layer in self.layers]
-        return {**self._made_with(), "layers": layers, "counted": list(self._counted)}
+        return {**self._made_with(), "layers": layers, "counted": list(self._stage.counted)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state that :meth:`state_dict` gave; tensors are copied.
@@ -736,9 +612,10 @@ class PolicyCache:
         check_alike(state, self._made_with())
         for layer, saved in zip(self.layers, state["layers"], strict=True):
             load_layer(layer, saved)
-            layer.restage()
+            if layer.staging is not None:
+                layer.staging.restart()
         passes, staged, accepted = state.get("counted", (0, 0, 0))
-        self._counted = (passes, staged, accepted)
+        self._stage.counted = (passes, staged, accepted)
 
     def _made_with(self) -> dict[str, Any]:
         """What a cache must have in common with one whose state it takes."""
@@ -757,49 +634,3 @@ class PolicyCache:
             raise ShapeError(f"index={index!r} is not a vector of integers [B'], int64 or int32")
         for layer in self.layers:
             layer.select_batch(index)
-
-
-def _average(
-    policy: EvictionPolicy, budget: Budget | None, layout: TokenLayout, goes_on: bool
-) -> int:
-    """Tokens a layer; ``goes_on`` as in :class:`LateLayout`."""
-    check_order(policy, layout)
-    if layout.length is not None and layout.length > MOST_POSITIONS:
-        raise LayoutError(
-            f"{layout!r} has {layout.length} tokens, and positions count {MOST_POSITIONS}; give it "
-            f"a length that fits, or a TextLayout without one"
-        )
-    if budget is None:
-        if layout.evictable is None:
-            raise BudgetError(
-                f"budget=None means everything, but {layout!r} has no length; give the layout a "
-                f"length, or a budget"
-            )
-        return layout.evictable
-    # A fraction is of the layout that is known, and "everything" means all of that.
-    average = budget.tokens(layout, goes_on=goes_on and budget.kind != "fraction")
-    floor = _floor(policy, layout)
-    if average < floor:
-        raise BudgetError(
-            f"budget={budget} is {average} tokens per layer, too few for {policy.label} on "
-            f"{layout!r}; the smallest budget that works is {floor}"
-        )
-    return average
-
-
-def _floor(policy: EvictionPolicy, layout: TokenLayout) -> int:
-    """The smallest budget of a layer, which never has to be more than the layout has."""
-    floor = policy.min_budget(layout)
-    return floor if layout.evictable is None else min(floor, layout.evictable)
-
-
-def _checked(windows: Sequence[int | None] | None, num_layers: int) -> tuple[int | None, ...]:
-    """One window a layer."""
-    if windows is None:
-        return (None,) * num_layers
-    if len(windows) != num_layers:
-        raise ParameterError(f"windows has {len(windows)} entries for {num_layers} layers")
-    for window in windows:
-        if window is not None and (type(window) is not int or window < 0):
-            raise ParameterError(f"windows={windows!r} must hold None or integers, at least 0")
-    return tuple(windows)

@@ -13,10 +13,12 @@ from kvpolicy.policy.policy import ScoredPolicy
 from kvpolicy.policy.view import CacheView
 from kvpolicy.slots import SlotStore
 
-__all__ = ["FORESEEN", "Decider", "DecisionRecorder"]
+__all__ = ["FORESEEN", "MOST_POSITIONS", "Decider", "DecisionRecorder"]
 
 #: Tokens ahead of which a layer asks, at most, when its next decision is due.
 FORESEEN = 128
+#: Positions are int32, and ranking adds as much to those that are protected.
+MOST_POSITIONS = 2**30
 
 
 class DecisionRecorder(Protocol):
@@ -83,10 +85,11 @@ class Decider:
     def foresee(self, view: CacheView, room: int, block: int) -> None:
         """Find out how many tokens can come with no decision between them, at least ``block``.
 
-        What a policy wants is known ahead, as it reads no tensors for it.
+        What a policy wants is known ahead, as it reads no tensors for it. Nothing is settled beyond
+        the layout's end: who comes there is refused, and need not be looked for before.
         """
         seen, length = view.seen, view.layout.length
-        calm = min(room, FORESEEN)
+        calm = min(room, FORESEEN, (MOST_POSITIONS if length is None else length) - seen)
         if length is None or room < length - seen:
             for ahead in range(1, calm):
                 # One view for all of them: headroom() reads none of what a view remembers.

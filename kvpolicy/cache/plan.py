@@ -10,9 +10,9 @@ from kvpolicy.policy.policy import EvictionPolicy
 
 __all__ = ["Bind", "LayerPlan"]
 
-#: Given a layer, its tokens so far, how many are about to come, and its layout so far (None if it
-#: has none): the layout from now on and the layer's budget; None while the layout is unknown.
-Bind = Callable[[int, int, int, TokenLayout | None], tuple[TokenLayout, int] | None]
+#: Given a layer, its tokens so far, how many are about to come, its layout so far (None if it has
+#: none) and its budget: the layout and the budget from now on; None while the layout is unknown.
+Bind = Callable[[int, int, int, TokenLayout | None, int], tuple[TokenLayout, int] | None]
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ def load_layer(layer: Layer, state: Mapping[str, Any]) -> None:
     layer.reset()
     layer.whole = False
     if layer.plan.bind is not None and state["layout"] is not None:
-        layer.place(_read(state["layout"]), state["budget"])
+        layer.layout, layer.budget = _read(state["layout"]), state["budget"]
     here = None if layer.layout is None else _spelled(layer.layout)
     if (here, layer.budget) != (state["layout"], state["budget"]):
         raise CacheStateError(

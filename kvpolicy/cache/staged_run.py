@@ -1,43 +1,82 @@
-"""Staged tokens with no decision between them: attended together, and taken back one by one.
+"""A call inside of a stage: tokens that attend as if each came alone, and may be taken back.
 
-What observers are to hear of them waits until it is known how many of them stay, and is then what
-those alone would have given. As wherever several tokens attend at once, sums are those of one token
-after the other but for rounding.
+Each is written and attends in its turn, exactly as :meth:`Layer.token` has it, and all that it
+takes to take a run of them back is kept aside at once. Where the stage asks for it, those with no
+decision between them attend together: as wherever several tokens attend at once, sums are those of
+one token after the other but for rounding. What observers are to hear waits until it is known how
+many of the tokens stay, and is then what those alone would have given.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from kvpolicy.cache.beside import attend_beside
-from kvpolicy.cache.staging import Staging
+from kvpolicy.cache.beside import attend_beside, mass_by_slot
+from kvpolicy.cache.blocks import block_ends
+from kvpolicy.cache.checks import check_tokens
+from kvpolicy.cache.staging import StagedLayer, Staging
 from kvpolicy.cache.terms import Terms
-from kvpolicy.observers import AttentionObserver, AttentionReport
-from kvpolicy.ops.attend import attend
+from kvpolicy.errors import CacheStateError
+from kvpolicy.observers import AttentionReport
+from kvpolicy.ops.attend import attend, write_and_attend
 from kvpolicy.slots import SlotStore
 
-__all__ = ["RunNews", "attend_staged"]
+__all__ = ["RunLayer", "RunNews", "attend_staged", "attend_sure"]
 
 
-class RunLayer(Protocol):
-    """What a run of staged tokens needs of its layer."""
+class RunLayer(StagedLayer, Protocol):
+    """What a call inside of a stage asks of a layer; see :class:`kvpolicy.cache.layer.Layer`."""
 
-    seen: int
-    observers: Sequence[AttentionObserver]
     need_mass: bool
 
-    def require_store(self) -> SlotStore:
-        """The layer's slots, which are there once a token has come."""
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, terms: Terms, weights: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Cache T tokens and attend from them."""
+
+    def decide(self, block: int) -> None:
+        """Let the policy make room for ``block`` tokens that are written together."""
+
+    def may_pad(self, terms: Terms) -> bool:
+        """Whether there is padding to look for."""
+
+    def token(
+        self,
+        store: SlotStore,
+        slots: Tensor,
+        reclaimed: Tensor | None,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        terms: Terms,
+    ) -> Tensor:
+        """Write a token into the slots it was given, attend from it, and report."""
+
+    def run(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        terms: Terms,
+        ends: list[int],
+        weights: bool,
+        length: int,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend from tokens that come with no decision between them, then write them."""
+
+    def report(
+        self, mass: Tensor, first: int, room: int, finite: bool | None = None
+    ) -> AttentionReport:
+        """Mass for the observers, after refusing NaN."""
 
 
 @dataclass(frozen=True)
 class RunNews:
-    """What observers are to hear of T tokens that were staged together.
+    """What observers are to hear of T tokens that attended together.
 
     Attributes:
         slots: where they lie, int64 ``[B, H, T]``.
@@ -58,14 +97,10 @@ class RunNews:
         reclaimed = slots[:, :, self.fresh :] if count > self.fresh else None
         if report is None:
             return reclaimed, None
-        mass = report.mass[:, :, :count]
-        by_slot = mass.new_zeros(*mass.shape[:3], self.held + min(count, self.fresh))
-        by_slot[..., : self.held] = mass[..., : self.held]
-        # What is given to victims by those who still saw them is nobody's any more.
-        new = mass[..., self.held : self.held + count]
-        by_slot.scatter_(3, slots.unsqueeze(2).expand_as(new), new)
+        mass = report.mass[:, :, :count, : self.held + count]
+        mass = mass_by_slot(mass, slots, self.held, self.held + min(count, self.fresh))
         room = report.room + self.slots.shape[2] - count
-        return reclaimed, AttentionReport(by_slot, report.first, room, report.layout)
+        return reclaimed, AttentionReport(mass, report.first, room, report.layout)
 
 
 def attend_staged(
@@ -75,22 +110,122 @@ def attend_staged(
     key: Tensor,
     value: Tensor,
     terms: Terms,
-    report: Callable[[Tensor, int, int], AttentionReport],
-) -> Tensor:
-    """Write T tokens for which there is room, attend from them, and keep back what they report.
+    weights: bool,
+    wants_gradient: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Cache T tokens that may be taken back, and attend from them: runs with no decision within.
 
     Args:
-        layer: the layer.
-        staging: its stage.
+        layer: the layer, whose slots are there.
+        staging: its stage, which has admitted them.
         query: ``[B, G * H, T, D]``.
         key: ``[B, H, T, D]``.
         value: ``[B, H, T, Dv]``.
         terms: of these T queries.
-        report: makes a report of mass ``[B, H, T, N]`` from a position on, with so much room left.
+        weights: whether to return what each query head gave to each position.
+        wants_gradient: whether a gradient goes back through them.
 
     Returns:
-        Output ``[B, G * H, T, Dv]``.
+        Output ``[B, G * H, T, Dv]``, and the weights, or None.
     """
+    store, first, count = layer.require_store(), layer.seen, key.shape[2]
+    ends = block_ends(terms.visible, first, count)
+    apart = layer.may_pad(terms)  # observers are told at once of it, and then told otherwise
+    joined = not apart and layer.lending is None
+    outputs: list[Tensor] = []
+    given: list[Tensor] = []
+    done = 0
+    while done < count:
+        if layer.seen >= layer.decider.settled or ends[done] - done > 1:
+            layer.decide(ends[done] - done)
+        run = ends[done]
+        # Only tokens of a block are written together.
+        alone = run - done == 1 and not (weights or wants_gradient)
+        if alone and joined:
+            calm = done + layer.decider.settled - layer.seen
+            while run < count and ends[run] == run + 1 <= calm:
+                run += 1
+        layer.whole = False
+        new = query, key, value, terms
+        if run - done < count:
+            part = slice(done, run)
+            new = query[:, :, part], key[:, :, part], value[:, :, part], terms.rows(part)
+        if apart:
+            staging.isolate()
+        if not alone:
+            until = [end - done for end in ends[done:run]]
+            output, weight = layer.run(*new, until, weights, first + count)
+            outputs.append(output)
+            given += [] if weight is None else [weight]
+        elif apart:
+            slots, reclaimed = store.take(1)
+            staging.keep(store, slots, reclaimed is not None)
+            outputs.append(layer.token(store, slots, reclaimed, *new))
+        elif staging.together and run - done > 1:
+            outputs.append(_together(layer, staging, *new))
+        else:
+            outputs += _in_turn(layer, staging, *new)
+        if apart:
+            staging.rejoin()
+        if layer.lending is not None and alone and run < count:
+            layer.lending.copy_slots()
+        done = run
+    layer.whole = True
+    output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+    return output, torch.cat(given, dim=2) if weights else None
+
+
+def _in_turn(
+    layer: RunLayer, staging: Staging, query: Tensor, key: Tensor, value: Tensor, terms: Terms
+) -> list[Tensor]:
+    """Tokens for which there is room, each as :meth:`Layer.token` has it; an output for each."""
+    store, first, count = layer.require_store(), layer.seen, key.shape[2]
+    fresh, handed_out = store.fresh, store.handed_out
+    slots, reclaimed = store.take(count)
+    staging.keep(store, slots, reclaimed is not None)
+    room = store.room + count - 1
+    outputs = []
+    new = query, key, value, slots
+    each = [new]
+    if count > 1:
+        each = list(zip(*(tensor.chunk(count, dim=2) for tensor in new), strict=True))
+    by_row = count > 1 and (terms.visible is not None or terms.bias is not None)
+    for token, (one_query, one_key, one_value, slot) in enumerate(each):
+        rows = terms.rows(slice(token, token + 1)) if by_row else terms
+        output, mass, finite = write_and_attend(
+            store.kernel,
+            store.write,
+            one_query,
+            store.keys,
+            store.values,
+            store.positions,
+            slot,
+            one_key,
+            one_value,
+            first + token,
+            handed_out + min(token + 1, fresh),
+            scale=rows.scale,
+            visible=rows.visible,
+            bias=rows.bias,
+            softcap=rows.softcap,
+            sinks=rows.sinks,
+            need_mass=layer.need_mass,
+            may_be_empty=store.may_be_empty,
+        )
+        layer.seen += 1
+        outputs.append(output)
+        if layer.lending is not None:
+            layer.lending.keep(store, rows)
+        report = None if mass is None else layer.report(mass, first + token, room - token, finite)
+        if token >= fresh or report is not None:
+            staging.hear(first + token, slot if token >= fresh else None, report)
+    return outputs
+
+
+def _together(
+    layer: RunLayer, staging: Staging, query: Tensor, key: Tensor, value: Tensor, terms: Terms
+) -> Tensor:
+    """Write T tokens for which there is room, and attend from all of them at once."""
     store, first, count = layer.require_store(), layer.seen, key.shape[2]
     old, fresh = store.cached(), min(store.fresh, count)
     slots, reclaimed = store.take(count)
@@ -113,7 +248,7 @@ def attend_staged(
         )
         output, mass = part.output, part.mass
     if layer.observers:
-        told = None if mass is None else report(mass, first, store.room)
+        told = None if mass is None else layer.report(mass, first, store.room)
         staging.hear_run(first, RunNews(slots, fresh, old[2].shape[2], told))
     store.write(slots, key.detach(), value.detach(), first)
     layer.seen = first + count
@@ -151,3 +286,59 @@ def _attend_plainly(
         sinks=terms.sinks,
         need_mass=need_mass,
     )
+
+
+def attend_sure(
+    layer: RunLayer,
+    staging: Staging,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    terms: Terms,
+    weights: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Cache tokens that come for sure, before the first that is staged, and those behind it.
+
+    Args, returns and errors are those of :meth:`Layer.attend`.
+
+    Raises:
+        CacheStateError: the mask lets sure tokens see staged ones.
+    """
+    opens, first = staging.opens, layer.seen
+    assert opens is not None
+    if first == opens:  # it was refused when it was to open
+        staging.start()
+        return layer.attend(query, key, value, terms, weights)
+    check_tokens(query, key, value)
+    terms.check(key, query.shape[1], first)
+    count = key.shape[2]
+    sure = min(opens - first, count)
+    end, length = first + sure, first + count
+    if terms.visible is not None and bool(terms.visible[:, :, :sure, end:].any()):
+        raise CacheStateError(
+            f"tokens before position {opens} are not staged, but the mask lets them see tokens "
+            f"that are; stage all of them, or bring them apart"
+        )
+
+    def part(rows: slice, end: int) -> tuple[Tensor, Tensor | None]:
+        new = query[:, :, rows], key[:, :, rows], value[:, :, rows]
+        return layer.attend(*new, terms.rows(rows).columns(end), weights)
+
+    layer.staging = None
+    try:
+        output, given = part(slice(0, sure), end)
+    finally:
+        layer.staging = staging
+    if end == opens:
+        staging.start()
+    if sure == count:
+        return output, given
+    passes = [] if layer.lending is None else [each.copied() for each in layer.lending.passes]
+    rest, more = part(slice(sure, count), length)
+    if layer.lending is not None:
+        layer.lending.passes = passes + layer.lending.passes
+    output = torch.cat([output, rest], dim=2)
+    if given is None or more is None:
+        return output, None
+    wider = torch.nn.functional.pad(given, (0, length - end))
+    return output, torch.cat([wider, more], dim=2)

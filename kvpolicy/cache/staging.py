@@ -12,14 +12,15 @@ decision before them; and to go on from there with the tokens that stay, without
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple, Protocol
 
-import torch
 from torch import Tensor
 
 from kvpolicy.cache import readings
+from kvpolicy.cache.aside import Aside
 from kvpolicy.cache.decider import Decider
 from kvpolicy.cache.lending import Lending
 from kvpolicy.cache.plan import LayerPlan
@@ -28,7 +29,13 @@ from kvpolicy.layout import TokenLayout
 from kvpolicy.observers import AttentionObserver, AttentionReport
 from kvpolicy.slots import SlotBooks, SlotStore
 
-__all__ = ["LayerBooks", "Staging"]
+__all__ = ["LayerBooks", "StagedLayer", "Staging", "Tell"]
+
+#: Tells which slots hold other tokens now, and what attention did.
+Tell = Callable[[Tensor | None, AttentionReport | None], None]
+
+#: Slots a head that are allocated at first, where more may be staged.
+_FIRST = 64
 
 
 class LayerBooks(NamedTuple):
@@ -39,7 +46,6 @@ class LayerBooks(NamedTuple):
     need_mass: bool
     layout: TokenLayout | None
     budget: int
-    most: int
     seen: int
     reports: int
     settled: int
@@ -54,6 +60,7 @@ class StagedLayer(Protocol):
     observers: Sequence[AttentionObserver]
     decider: Decider
     lending: Lending | None
+    staging: Staging | None
     seen: int
     whole: bool
     books: LayerBooks
@@ -119,8 +126,7 @@ class Staging:
         layer: the layer.
 
     Attributes:
-        lookahead: tokens that may be staged at once, W.
-        together: whether those of a call may attend together.
+        together: whether the tokens of a call may attend together.
         apart: whether observers are told at once of the tokens that come now.
         opens: the position of the first token to be staged, in a stage that has not come to it;
             None in one that has, and outside of one.
@@ -128,19 +134,42 @@ class Staging:
 
     def __init__(self, layer: StagedLayer) -> None:
         self.layer = layer
-        self.lookahead = 0
-        self.together = False
-        self.apart = False
+        self.together = self.apart = False
         self.opens: int | None = None
+        self._lookahead = 0
         self._checked: object = ()
-        self._aside: _Aside | None = None
+        self._aside: Aside | None = None
         # Copies that are not needed now, and overwritten by those that are.
         self._spare_positions: list[Tensor] = []
         self._spare_readings: list[list[readings.Reading]] = []
         self._segments: list[_Segment] = []
 
-    def begin(self) -> None:
-        """Stage from here on: what has come is sure."""
+    def begin(self, lookahead: int, sure: int, together: bool) -> None:
+        """Stage tokens from position ``sure`` on, up to ``lookahead`` at once.
+
+        Raises:
+            CacheStateError: an observer knows what can't be copied.
+        """
+        self._lookahead, self.together = lookahead, together
+        self.opens = max(sure, self.layer.seen)
+        if self.opens == self.layer.seen:
+            self.start()
+        self.layer.staging = self
+
+    def end(self) -> None:
+        """Forget what is staged, also where it was interrupted, and take tokens for sure again."""
+        if self.layer.staging is self:
+            try:
+                self.commit(0)
+            finally:
+                self.opens = self.layer.staging = None
+
+    def start(self) -> None:
+        """Stage from here on: what has come is sure.
+
+        Raises:
+            CacheStateError: an observer knows what can't be copied.
+        """
         for segment in self._segments:
             if segment.positions is not None:
                 self._spare_positions.append(segment.positions)
@@ -154,11 +183,17 @@ class Staging:
         self._segments = []
         self.apart = self._torn = False
         self._open(decided=False)
+        self.opens = None
+
+    def restart(self) -> None:
+        """All that the layer holds now is sure: it is another sequence, or another batch."""
+        if self.opens is None:
+            self.start()
 
     @property
     def staged(self) -> int:
         """Tokens that the layer has seen and that are not sure."""
-        return self.layer.seen - self._segments[0].books.seen
+        return 0 if self.opens is not None else self.layer.seen - self._segments[0].books.seen
 
     @property
     def nbytes(self) -> int:
@@ -181,10 +216,10 @@ class Staging:
             CacheStateError: with them more than ``lookahead`` would be staged, or nobody knows yet
                 where tokens sit.
         """
-        if self.staged + count > self.lookahead:
+        if self.staged + count > self._lookahead:
             raise CacheStateError(
                 f"{self.staged} tokens are staged and {count} come, but stage() was given a "
-                f"lookahead of {self.lookahead}; commit() what is sure first, or give a larger one"
+                f"lookahead of {self._lookahead}; commit() what is sure first, or give a larger one"
             )
         if self.layer.layout is None:
             raise CacheStateError(
@@ -214,8 +249,8 @@ class Staging:
             self._open(decided=True)
         count, aside = slots.shape[2], self._aside
         if aside is None or not aside.fits(store, self.kept + count):
-            room = min(self.lookahead, max(2 * self.kept, self.kept + count, _FIRST))
-            self._aside = _Aside(store, room)
+            room = min(self._lookahead, max(2 * self.kept, self.kept + count, _FIRST))
+            self._aside = Aside(store, room)
             if aside is not None and self.kept:
                 self._aside.copy_from(aside, self.kept)
         assert self._aside is not None
@@ -227,6 +262,10 @@ class Staging:
     def hear(self, first: int, reclaimed: Tensor | None, report: AttentionReport | None) -> None:
         """Keep back what observers are to hear of the token, or block, at position ``first``."""
         self._news.append(_News(first - self._segments[0].books.seen, reclaimed, report))
+
+    def teller(self, first: int) -> Tell:
+        """Who is told of the tokens from position ``first`` on: whoever comes next."""
+        return self.layer.deliver if self.apart else partial(self.hear, first)
 
     def hear_run(self, first: int, run: RunNews) -> None:
         """Keep back what observers are to hear of the tokens from position ``first`` on."""
@@ -307,9 +346,10 @@ class Staging:
 
     def commit(self, count: int) -> None:
         """Keep the first ``count`` staged tokens, forget the others, and stage from there on."""
+        if self.opens is not None or self._torn:
+            return  # nothing is; or nobody can tell what observers know, and the layer says so
         layer, last, staged = self.layer, self._segments[-1], self.staged
-        if self._torn:
-            return  # nobody can tell what observers know; the layer says that it was interrupted
+        count = min(count, staged)  # a layer that is left out of a pass has none
         # A decision for a token that has not come is taken back with it.
         ahead = last.end is not None or (last.decided and last.begin == count)
         if count < self.kept or ahead or not layer.whole:
@@ -320,7 +360,7 @@ class Staging:
         recorder = layer.decider.recorder
         if recorder is not None and staged:
             recorder.committed(layer.seen - count, staged, count)
-        self.begin()
+        self.start()
         layer.whole = True
 
     def _take_back(self, count: int) -> None:
@@ -357,75 +397,3 @@ class Staging:
             )
         if layer.lending is not None:
             layer.lending.passes = []
-
-
-#: Slots a head that are allocated at first, where more may be staged.
-_FIRST = 64
-
-
-class _Aside:
-    """What slots held before staged tokens were written into them, W a head.
-
-    Where W is large it is allocated as it is needed, and then kept.
-    """
-
-    def __init__(self, store: SlotStore, room: int) -> None:
-        size = (*store.positions.shape[:2], room)
-        with torch.inference_mode(False):  # as slots are: they may outlive this call's mode
-            self.keys = store.keys.new_empty(*size, store.keys.shape[3])
-            self.values = store.values.new_empty(*size, store.values.shape[3])
-            self.positions = store.positions.new_empty(size)
-            self.slots = torch.zeros(size, dtype=torch.int64, device=store.keys.device)
-            #: Of each slot, the first token taken back that was written into it.
-            self.first = torch.empty_like(store.positions, dtype=torch.int64)
-            self.turns = torch.arange(room, device=store.keys.device)
-        self.store = store
-
-    @property
-    def nbytes(self) -> int:
-        tensors = (self.keys, self.values, self.positions, self.slots, self.first, self.turns)
-        return sum(tensor.nbytes for tensor in tensors)
-
-    def fits(self, store: SlotStore, count: int) -> bool:
-        """Whether it serves ``count`` tokens in these slots."""
-        return (
-            self.store is store
-            and self.turns.shape[0] >= count
-            and self.first.shape == store.positions.shape
-        )
-
-    def copy_from(self, other: _Aside, count: int) -> None:
-        """Take over what was kept aside for the first ``count`` tokens."""
-        for name in ("keys", "values", "positions", "slots"):
-            getattr(self, name)[:, :, :count] = getattr(other, name)[:, :, :count]
-
-    def keep(self, store: SlotStore, slots: Tensor, at: int, reclaims: bool) -> None:
-        """Copy what slots ``[B, H, T]`` hold to the places from ``at`` on."""
-        count = slots.shape[2]
-        self.slots.narrow(2, at, count).copy_(slots)
-        if not reclaims:  # what was never handed out is empty, and is emptied again
-            return
-        torch.gather(store.positions, 2, slots, out=self.positions.narrow(2, at, count))
-        each = slots.unsqueeze(-1)
-        for held, aside in ((store.keys, self.keys), (store.values, self.values)):
-            where = each.expand(-1, -1, -1, held.shape[3])
-            torch.gather(held, 2, where, out=aside.narrow(2, at, count))
-
-    def put_back(self, store: SlotStore, begin: int, end: int, kept: int) -> None:
-        """Put back what slots held before the tokens from ``begin`` on.
-
-        Args:
-            store: the slots.
-            begin: the first token that goes.
-            end: behind the last one before the next decision: positions are known from then.
-            kept: behind the last one that was written.
-        """
-        slots = self.slots[:, :, begin:kept]
-        # Of two tokens that were written into a slot, the first has kept what is wanted.
-        turns = self.turns[begin:kept].expand_as(slots)
-        self.first.fill_(kept).scatter_reduce_(2, slots, turns, "amin")
-        source = self.first.gather(2, slots).unsqueeze(-1)
-        where = (store.batch_index, store.head_index, slots)
-        for tensor, aside in ((store.keys, self.keys), (store.values, self.values)):
-            tensor.index_put_(where, aside.gather(2, source.expand(*slots.shape, aside.shape[3])))
-        store.positions.scatter_(2, self.slots[:, :, begin:end], self.positions[:, :, begin:end])

@@ -12,8 +12,9 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor
 
-from kvpolicy.cache.cache import CacheStats, PolicyCache
+from kvpolicy.cache.cache import PolicyCache
 from kvpolicy.cache.layer import Layer
+from kvpolicy.cache.stats import CacheStats
 from kvpolicy.errors import KVPolicyError
 from kvpolicy.observers import AttentionObserver, AttentionReport, Need
 from kvpolicy.policy.policy import CacheView, EvictionPolicy, ScoredPolicy

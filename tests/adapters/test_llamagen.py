@@ -486,13 +486,13 @@ def test_masked_caption_tokens_get_no_mass():
     reports = []
     with attach(ours, policy=make("h2o"), budget=20) as cache:
         for layer in cache.policy_cache.layers:
-            report = layer._report
+            report = layer.report
 
             def keep(mass, first, room, finite=None, report=report, layer=layer):
                 reports.append((first, mass, layer.store.positions.clone()))
                 report(mass, first, room, finite)
 
-            layer._report = keep
+            layer.report = keep
         draw(ours, cache)
     image = [(mass, held) for first, mass, held in reports if first >= CAPTION]
     assert len(image) == LAYERS * (IMAGE - 1)

@@ -194,7 +194,7 @@ def test_keys_and_values_never_move(name):
 
 
 def test_the_guard_bites_a_cache_that_concatenates(monkeypatch):
-    whole = Layer._token
+    whole = Layer.token
 
     def token(self, *args, **named):
         store = self.store
@@ -203,7 +203,7 @@ def test_the_guard_bites_a_cache_that_concatenates(monkeypatch):
 
     cache = cache_of("random")
     feed(cache, BUDGET + 1, 32, torch.float32)
-    monkeypatch.setattr(Layer, "_token", token)
+    monkeypatch.setattr(Layer, "token", token)
     with Allocations() as allocated:
         feed(cache, 1, 32, torch.float32)
     assert allocated.largest >= keys_of_a_layer(cache)

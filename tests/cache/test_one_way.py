@@ -78,10 +78,8 @@ def test_the_count_bites(monkeypatch):
 
 
 def test_a_layer_has_few_attributes():
-    # 12, and two for staging: the stage that is on, which each token looks at, and what the last
-    # one had allocated, which outlives it.
     cache = begun("linear/protect=anchors:2+lines:1")
-    assert len(vars(cache.layers[0])) <= 14, sorted(vars(cache.layers[0]))
+    assert len(vars(cache.layers[0])) <= 12, sorted(vars(cache.layers[0]))
 
 
 def functions_that_write() -> set[str]:
@@ -109,12 +107,12 @@ def test_there_are_few_ways_to_write_and_attend():
     token that is not staged goes through neither.
     """
     assert functions_that_write() == {
-        "layer._token",
-        "layer._run",
+        "layer.token",
+        "layer.run",
         "compiled_step.attend",
         "layer._follow",
-        "layer._in_turn",
-        "staged_run.attend_staged",
+        "staged_run._in_turn",
+        "staged_run._together",
     }
 
 

@@ -74,7 +74,7 @@ def test_what_stays_is_what_would_have_come_alone(name, layout, reclaim):
 
 def test_they_do_attend_together(monkeypatch):
     """One product for all of them: that is what it is for."""
-    from kvpolicy.cache import layer as module
+    from kvpolicy.cache import staged_run
 
     runs = []
 
@@ -82,8 +82,8 @@ def test_they_do_attend_together(monkeypatch):
         runs.append(arguments[2].shape[2])
         return honest(*arguments)
 
-    honest = module.attend_staged
-    monkeypatch.setattr(module, "attend_staged", counted)
+    honest = staged_run._together
+    monkeypatch.setattr(staged_run, "_together", counted)
     cache, tensors = make("linear", RASTER), tokens(32)
     fed(cache, tensors, 0, 19)
     with cache.stage(lookahead=8, together=True):

@@ -367,7 +367,7 @@ def test_a_stage_allocates_once_and_says_so():
             feed(cache, tensors, 20, 5)
             cache.commit(0)
         said = cache.stats().staging_bytes
-        aside = [layer._spare._aside.keys for layer in cache.layers]
+        aside = [staging._aside.keys for staging in cache._stage.stagings]
         assert all(a.shape == (BATCH, HEADS, 5, DIM) for a in aside)
         assert said >= sum(2 * a.nbytes for a in aside)
     with cache.stage(5):
@@ -375,9 +375,8 @@ def test_a_stage_allocates_once_and_says_so():
             feed(cache, tensors, 20, 5)
             cache.commit(0)
         assert cache.stats().staging_bytes == said
-        assert all(
-            layer._spare._aside.keys is a for layer, a in zip(cache.layers, aside, strict=True)
-        )
+        again = [staging._aside.keys for staging in cache._stage.stagings]
+        assert all(a is b for a, b in zip(again, aside, strict=True))
     after = cache.stats()
     assert (after.bytes, after.overhead_bytes) == (before.bytes, before.overhead_bytes)
 
@@ -517,7 +516,7 @@ def test_more_is_staged_than_was_allocated_at_first():
         for first in (20, 70, 120):
             feed(cache, mixed(tensors, junk, 90), first, 50)
         cache.commit(70)
-        assert all(layer._spare._aside.turns.shape[0] < 400 for layer in cache.layers)
+        assert all(s._aside.turns.shape[0] < 400 for s in cache._stage.stagings)
     for position in range(20, 90):
         feed(alone, tensors, position, 1)
     assert same(cache, alone)

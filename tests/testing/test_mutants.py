@@ -22,9 +22,10 @@ import kvpolicy.cache.layer
 import kvpolicy.cache.lending
 import kvpolicy.cache.readings
 from kvpolicy import CumulativeMass, FadingMass, LineMass, Need, OrderedLayout, SlotStore
+from kvpolicy.cache.aside import Aside
 from kvpolicy.cache.layer import Layer
 from kvpolicy.cache.lending import Pass
-from kvpolicy.cache.staging import Staging, _Aside
+from kvpolicy.cache.staging import Staging
 from kvpolicy.policies import (
     H2O,
     RKV,
@@ -876,6 +877,16 @@ def _restores(patch, change):
     patch.setattr(SlotStore, "books", property(books.fget, restore))
 
 
+def _restores_books(patch, change):
+    """Layers whose books come back changed."""
+    books = Layer.books
+
+    def restore(self, given):
+        books.fset(self, given._replace(**change(self)))
+
+    patch.setattr(Layer, "books", property(books.fget, restore))
+
+
 @caught_by("rollback")
 def leaves_a_reading_as_rejected_tokens_made_it(patch):
     patch.setattr(kvpolicy.cache.readings, "give_back", lambda observers, readings: None)
@@ -944,9 +955,7 @@ def remembers_a_peak_of_rejected_tokens(patch):
 @caught_by("rollback")
 def believes_a_decision_that_was_taken_back(patch):
     """The next decision is foreseen where a rejected token's decision put it."""
-    patch.setattr(
-        Layer, "settled", property(lambda self: self.decider.settled, lambda self, settled: None)
-    )
+    _restores_books(patch, lambda layer: {"settled": layer.decider.settled})
     return Linear(**SMALL_LINEAR)
 
 
@@ -959,38 +968,33 @@ def keeps_a_decision_of_the_first_rejected_token(patch):
 
 @caught_by("rollback")
 def counts_the_reports_of_rejected_tokens(patch):
-    books = Layer.books
-    patch.setattr(
-        Layer,
-        "books",
-        property(books.fget, lambda self, b: books.fset(self, b._replace(reports=self.reports))),
-    )
+    _restores_books(patch, lambda layer: {"reports": layer.reports})
     return H2O()
 
 
 @caught_by("rollback")
 def leaves_the_position_of_a_rejected_token(patch):
-    whole = _Aside.put_back
+    whole = Aside.put_back
 
     def put_back(self, store, begin, end, kept):
         stays = store.positions.clone()
         whole(self, store, begin, end, kept)
         store.positions.copy_(stays)
 
-    patch.setattr(_Aside, "put_back", put_back)
+    patch.setattr(Aside, "put_back", put_back)
     return Linear(**SMALL_LINEAR)
 
 
 @caught_by("rollback")
 def leaves_the_key_of_a_rejected_token(patch):
-    whole = _Aside.put_back
+    whole = Aside.put_back
 
     def put_back(self, store, begin, end, kept):
         stays = store.keys.clone()
         whole(self, store, begin, end, kept)
         store.keys.copy_(stays)
 
-    patch.setattr(_Aside, "put_back", put_back)
+    patch.setattr(Aside, "put_back", put_back)
     return StreamingLLM(sinks=1)
 
 

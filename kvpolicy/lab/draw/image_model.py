@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from kvpolicy.cache.cache import CacheStats
+from kvpolicy.cache.stats import CacheStats
 from kvpolicy.errors import ParameterError, parameter_error
 from kvpolicy.lab.draw.items import Item
 from kvpolicy.lab.run.device import check_device

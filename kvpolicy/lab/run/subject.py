@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
-from kvpolicy.cache.cache import CacheStats
+from kvpolicy.cache.stats import CacheStats
 from kvpolicy.decoding import Decoder, Sequential
 from kvpolicy.errors import ParameterError, near_matches
 from kvpolicy.layout import LateLayout, RasterLayout, TokenLayout
