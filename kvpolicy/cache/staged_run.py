@@ -129,8 +129,16 @@ def attend_staged(
         Output ``[B, G * H, T, Dv]``, and the weights, or None.
     """
     store, first, count = layer.require_store(), layer.seen, key.shape[2]
+    # Observers are told at once of what may be padding, and then told otherwise.
+    apart = terms.visible is not None and layer.may_pad(terms)
+    if count == 1 and not (apart or weights or wants_gradient):
+        if first >= layer.decider.settled:
+            layer.decide(1)
+        layer.whole = False
+        (output,) = _in_turn(layer, staging, query, key, value, terms)
+        layer.whole = True
+        return output, None
     ends = block_ends(terms.visible, first, count)
-    apart = layer.may_pad(terms)  # observers are told at once of it, and then told otherwise
     joined = not apart and layer.lending is None
     outputs: list[Tensor] = []
     given: list[Tensor] = []

@@ -107,7 +107,8 @@ class _Segment:
         slots: of its store, likewise; None where there was no store.
         known: what its observers knew, copied before they were told more; None until then.
         end: tokens staged up to its last one; None while it is open.
-        positions: of the store at its end, copied then.
+        positions: of the store at its end, copied then where decisions change them: where they hide
+            victims, or tokens behind a window.
     """
 
     begin: int
@@ -170,6 +171,12 @@ class Staging:
         Raises:
             CacheStateError: an observer knows what can't be copied.
         """
+        if self._aside is not None:
+            self._aside.clear()
+        self._go_on()
+
+    def _go_on(self) -> None:
+        """Stage from here on, with what is copied ahead of the tokens to come."""
         for segment in self._segments:
             if segment.positions is not None:
                 self._spare_positions.append(segment.positions)
@@ -252,7 +259,7 @@ class Staging:
             room = min(self._lookahead, max(2 * self.kept, self.kept + count, _FIRST))
             self._aside = Aside(store, room)
             if aside is not None and self.kept:
-                self._aside.copy_from(aside, self.kept)
+                self._aside.move_from(aside, self.kept)
         assert self._aside is not None
         self._aside.keep(store, slots, self.kept, reclaims)
         if together and count > 1:
@@ -283,7 +290,7 @@ class Staging:
         segment, store = self._segments[-1], self.layer.store
         if segment.end is None:
             segment.end = self.kept
-            if store is not None:
+            if store is not None and (store.hides or self.layer.plan.window is not None):
                 spare = self._spare_positions.pop() if self._spare_positions else None
                 segment.positions = readings.copied(store.positions, spare)
 
@@ -317,6 +324,8 @@ class Staging:
             self._checked = observers
         slots = None if store is None else store.books
         self._segments.append(_Segment(self.kept, decided, self.layer.books, slots))
+        if decided and self._aside is not None:
+            self._aside.decided(self.kept)
 
     def _deliver(self, count: int) -> None:
         """Tell observers what they have not heard of the first ``count`` tokens."""
@@ -352,7 +361,8 @@ class Staging:
         count = min(count, staged)  # a layer that is left out of a pass has none
         # A decision for a token that has not come is taken back with it.
         ahead = last.end is not None or (last.decided and last.begin == count)
-        if count < self.kept or ahead or not layer.whole:
+        stays = count == self.kept and not ahead and layer.whole
+        if not stays:
             layer.whole = False
             self._take_back(count)
         layer.whole, self._torn = False, True
@@ -360,7 +370,11 @@ class Staging:
         recorder = layer.decider.recorder
         if recorder is not None and staged:
             recorder.committed(layer.seen - count, staged, count)
-        self.start()
+        if self._aside is not None and stays:
+            self._aside.stay(count)
+            self._go_on()
+        else:
+            self.start()
         layer.whole = True
 
     def _take_back(self, count: int) -> None:
@@ -377,9 +391,10 @@ class Staging:
         store = layer.store
         layer.books = segment.books  # its store among them
         if store is not None and store is layer.store and self._aside is not None:
-            end = self.kept if segment.end is None else segment.end
-            if segment.positions is not None:
+            end = self.kept
+            if segment.positions is not None and segment.end is not None:
                 store.positions.copy_(segment.positions)
+                end = segment.end
             self._aside.put_back(store, count, end, self.kept)
         if segment.slots is not None:
             store = layer.require_store()

@@ -8,7 +8,7 @@ from support import tiny_models
 from support.fake_devices import fake_devices
 
 import kvpolicy
-import kvpolicy.cache.cache
+from kvpolicy.cache.sharing import Sharing
 
 LAYOUTS = {
     "image": kvpolicy.RasterLayout(rows=6, cols=5, prefix=6),
@@ -39,7 +39,7 @@ def test_a_layers_tensors_lie_where_the_layer_lies(name, layout, reclaim, monkey
         # have no numbers in here: work it out before.
         known = LAYOUTS["late"].at(0, 6, None)
         floor = tiny_models.policy(name).min_budget(known)
-        monkeypatch.setattr(kvpolicy.cache.cache, "_floor", lambda policy, layout: floor)
+        monkeypatch.setattr(Sharing, "_floor", lambda sharing, layout: floor)
     cache = kvpolicy.PolicyCache(
         tiny_models.policy(name),
         40 if name == "full" else 13,
