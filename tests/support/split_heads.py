@@ -1,4 +1,4 @@
-"""A toy model whose heads are split over processes, decoded greedily with guesses that may be wrong.
+"""A toy model whose heads processes share, decoded greedily with guesses that may be wrong.
 
     python tests/support/split_heads.py RANK FOLDER
 
