@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import shutil
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 pytest.importorskip("typer", reason="ablations need the extra 'lab'")
 pytest.importorskip("pyarrow", reason="ablations need the extra 'lab'")
 
+from kvpolicy.decoding import DECODERS
 from kvpolicy.errors import ParameterError
 from kvpolicy.lab.run import provenance
 from kvpolicy.lab.run.executors import Inline
@@ -91,6 +93,38 @@ def test_what_has_not_changed_is_not_measured_again(tmp_path):
 def changed_policy(tmp_path, monkeypatch):
     write(tmp_path, "mine", POLICY.format(" * 2"))
     return "the code of the policy is another", {"policies": ["mine:Mine"]}, 1
+
+
+DRAWING = """
+import kvpolicy
+from toy_subject import Toy
+
+
+class Drawing(Toy):
+    draws = True
+
+
+class Mine(kvpolicy.Sequential):
+    pass{}
+"""
+
+
+def test_other_code_of_a_decoder_is_said(tmp_path, monkeypatch):
+    def sweep_with_mine(stale="refuse"):
+        kind = importlib.import_module("theirs").Mine
+        monkeypatch.setitem(DECODERS._items, "mine", kind)
+        monkeypatch.setattr(kind, "key", "mine")
+        fields = {"policies": ["linear", "linear@mine"], "subject": "mine:Drawing"}
+        return sweep(tmp_path / "run", stale, **fields)
+
+    write(tmp_path, "mine", DRAWING.format(""))
+    write(tmp_path, "theirs", DRAWING.format(""))
+    assert sweep_with_mine().waiting == 3
+    write(tmp_path, "theirs", DRAWING.format("  # in a loop"))
+    with pytest.raises(ParameterError, match="1 finished cells.*the code of the decoder is another"):
+        sweep_with_mine()
+    assert sweep_with_mine("anew").waiting == 1
+    assert sweep_with_mine().waiting == 0
 
 
 def changed_subject(tmp_path, monkeypatch):

@@ -11,11 +11,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 import kvpolicy
 from kvpolicy.lab.run.records import Provenance
-from kvpolicy.lab.run.subject import Subject
+from kvpolicy.lab.run.subject import Setting, Subject
 from kvpolicy.ops.cpu import native
-from kvpolicy.policy.policy import EvictionPolicy
 
 __all__ = ["differences", "provenance", "versions"]
 
@@ -40,20 +41,21 @@ def versions() -> dict[str, str]:
     return found
 
 
-def provenance(policy: EvictionPolicy, subject: Subject, threads: int) -> Provenance:
-    """What figures of this policy on this subject depend on, in this process.
+def provenance(setting: Setting, subject: Subject, threads: int) -> Provenance:
+    """What figures of this setting on this subject depend on, in this process.
 
     Code counts by its sources: those of kvpolicy that compute, and the whole package (or the one
-    file) that the policy's and the subject's classes are from. A schedule that was read from a
-    file counts by what it says.
+    file) that the policy's, the decoder's and the subject's classes are from. A schedule that was
+    read from a file counts by what it says.
     """
-    parts = [type(policy), *(type(value) for value in _flat(vars(policy).values()))]
+    policy, decoder = setting.policy, setting.decoder
     said = f"{policy!r} {policy.schedule()!r}"
     return Provenance(
         versions=versions(),
         code={
             "kvpolicy": _kvpolicy(),
-            "the policy": _sources(parts, said),
+            "the policy": _sources(_kinds(policy), said),
+            "the decoder": _sources(_kinds(decoder), repr(decoder)),
             "the subject": _sources([type(subject)]),
         },
         threads=threads,
@@ -77,6 +79,11 @@ def differences(then: Provenance | None, now: Provenance) -> list[str]:
     if then.threads != now.threads:
         found.append(f"threads were {then.threads}, are {now.threads}")
     return found
+
+
+def _kinds(model: BaseModel) -> list[type]:
+    """The class of a policy or decoder, and those of the parts that it is made of."""
+    return [type(model), *(type(value) for value in _flat(vars(model).values()))]
 
 
 def _flat(values: Iterable[Any]) -> Iterator[Any]:

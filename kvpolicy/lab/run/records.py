@@ -97,7 +97,7 @@ class Provenance(_Record):
 
     Attributes:
         versions: of Python, kvpolicy, torch, transformers, numpy, and of the CPU kernel.
-        code: digests of the sources of kvpolicy, of the policy and of the subject.
+        code: digests of the sources of kvpolicy, of the policy, of the decoder and of the subject.
         threads: of torch.
     """
 

@@ -29,7 +29,7 @@ from kvpolicy.lab.run.run_folder import (
     RunFolder,
     SubjectInfo,
 )
-from kvpolicy.lab.run.subject import MetricInfo, Subject
+from kvpolicy.lab.run.subject import MetricInfo, Setting, Subject
 from kvpolicy.lab.run.worker import STANDARD, Measured, Task, subject_of
 from kvpolicy.layout import RasterLayout, TokenLayout
 from kvpolicy.named import make_policy
@@ -241,8 +241,10 @@ def run(
 
 def stale_because(found: FinishedCell, subject: Subject, threads: int) -> str | None:
     """Why a finished cell's figures may not be those that it would get now; None where they are."""
-    policy = make_policy(found.cell.policy, found.cell.parameters)
-    now = provenance(policy, subject, threads)
+    cell = found.cell
+    policy = make_policy(cell.policy, cell.parameters)
+    setting = Setting(policy, cell.budget, Decoder.parse(cell.decoder))
+    now = provenance(setting, subject, threads)
     return "; ".join(differences(found.record.made_by, now)) or None
 
 

@@ -133,12 +133,12 @@ def _measure(task: Task) -> Measured:
         metrics = (*subject.metrics, *STANDARD)
         wanted = [m.name for m in metrics if cell.metrics is None or m.name in cell.metrics]
         policy = make_policy(cell.policy, cell.parameters)
-        made_by = provenance(policy, subject, task.threads)
+        setting = Setting(policy, cell.budget, Decoder.parse(cell.decoder))
+        made_by = provenance(setting, subject, task.threads)
         # A subject that forgets to seed is repeatable all the same.
         random.seed(cell.seed)
         np.random.seed(cell.seed % 2**32)  # noqa: NPY002
         torch.manual_seed(cell.seed)
-        setting = Setting(policy, cell.budget, Decoder.parse(cell.decoder))
         measured = subject.measure(setting, cell.seed, wanted)
         scores = {name: _numbers(name, array) for name, array in measured.arrays.items()}
         figures = _figures(subject, measured, scores, wanted)
