@@ -1,11 +1,13 @@
-"""``kvpolicy bench``: what a decode step costs, against a floor and what others offer."""
+"""``kvpolicy bench``: what a decode step costs, and what decoders save, each against others."""
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -14,30 +16,56 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 from rich.text import Text
 
+from kvpolicy.commands.arguments import find_own, split
 from kvpolicy.commands.console import console
+from kvpolicy.decoding import Decoder
 from kvpolicy.errors import ParameterError
 from kvpolicy.lab.bench.contender import BASELINES, Workload, load_shape
-from kvpolicy.lab.bench.fit import Fit
+from kvpolicy.lab.bench.drawing import Drawing, drawers, images_of_turn
 from kvpolicy.lab.bench.machine import survey
 from kvpolicy.lab.bench.peers import build_environment
-from kvpolicy.lab.bench.report import Grid, grids
+from kvpolicy.lab.bench.report import Grid, grids, machine_line
+from kvpolicy.lab.bench.report import markdown as as_markdown
 from kvpolicy.lab.bench.run import Bench, capacity_of, enlist, plan_of, torch_device
-from kvpolicy.lab.bench.summary import Summary
+from kvpolicy.lab.run.files import write_whole
+from kvpolicy.lab.run.subject import load_subject
 
 __all__ = ["bench"]
 
 _DTYPES = ("float32", "bfloat16", "float16")
+_POLICIES = "linear,streaming_llm,h2o,pyramid"
+#: Options that go together with ``--decoders``.
+_DRAWING = (
+    "decoders",
+    "subject",
+    "policies",
+    "budget",
+    "batch",
+    "rounds",
+    "minutes",
+    "threads",
+    "seed",
+    "out",
+    "markdown",
+)
 
 
 def bench(
+    context: typer.Context,
     shape: Annotated[str, typer.Option(help="Whose dimensions: llamagen-b, lumina-768, …")] = (
         "llamagen-b"
     ),
-    batch: Annotated[int, typer.Option(min=1, help="Sequences.")] = 8,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Sequences; 8 by default, 1 with --decoders.")
+    ] = None,
     budget: Annotated[str, typer.Option(help="Budget: 1/6, 25%, 96, '4 lines'.")] = "1/6",
     policies: Annotated[
-        str, typer.Option(help="Policies; linear@compiled@skinny: how its model runs.")
-    ] = ("linear,streaming_llm,h2o,pyramid"),
+        str | None,
+        typer.Option(
+            help=f"Policies; linear@compiled@skinny: how its model runs. By default {_POLICIES}; "
+            f"linear with --decoders."
+        ),
+    ] = None,
     baselines: Annotated[
         str,
         typer.Option(
@@ -54,6 +82,15 @@ def bench(
     llamagen: Annotated[
         Path | None, typer.Option(help="A checkout of LlamaGen: its official generate too.")
     ] = None,
+    decoders: Annotated[
+        str | None,
+        typer.Option(
+            help="Draw whole images with these instead, each in turn: sjd:window=16,sjd:window=32."
+        ),
+    ] = None,
+    subject: Annotated[
+        str, typer.Option(help="What draws them: a subject with real weights.")
+    ] = "fashion-ar",
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1.")] = "cpu",
     dtype: Annotated[str, typer.Option(help=f"Of {', '.join(_DTYPES)}.")] = "float32",
     layers: Annotated[
@@ -92,15 +129,34 @@ def bench(
 ) -> None:
     """Time a decode step with each cache, in alternation, on a model of real dimensions.
 
+    With --decoders whole images are drawn, and passes and times compared with sequential decoding.
     Writes results.json, tables.md and steps.png; Ctrl-C keeps what is finished.
     """
+    if decoders is not None:
+        _refuse_step_options(context)
+        _draw(
+            subject,
+            split(policies or "linear"),
+            split(decoders),
+            budget=budget,
+            batch=batch or 1,
+            rounds=rounds,
+            minutes=minutes,
+            threads=threads,
+            seed=seed,
+            out=out,
+            markdown=markdown,
+        )
+        return
+    if _is_given(context, "subject"):
+        raise ParameterError("--subject is what decoders draw with: give --decoders, too")
     if dtype not in _DTYPES:
         raise ParameterError(f"dtype={dtype!r} must be one of {', '.join(_DTYPES)}")
     if llamagen is not None and not (llamagen / "autoregressive" / "models" / "gpt.py").exists():
         raise ParameterError(f"--llamagen {llamagen}: there is no autoregressive/models/gpt.py")
     contenders = enlist(
-        _names(policies),
-        _names(baselines),
+        split(policies or _POLICIES),
+        split(baselines),
         presses=peers,
         llamagen=llamagen is not None,
     )
@@ -119,7 +175,7 @@ def bench(
     )
     workload = Workload(
         shape=shape,
-        batch=batch,
+        batch=batch or 8,
         budget=budget,
         capacity=capacity_of(budget, model.layout),
         layers=model.dimensions.layers,
@@ -173,21 +229,90 @@ def bench(
     if markdown:
         typer.echo((out / "tables.md").read_text(encoding="utf-8"))
     else:
-        _print(summary, job, job.facts(measured), fit)
+        _show(job.facts(measured), grids(summary, job.contenders, fit))
     for name in ("results.json", "tables.md", "steps.png"):
         console.print(f"wrote {out / name}")
 
 
-def _names(listed: str) -> list[str]:
-    return [name.strip() for name in listed.split(",") if name.strip()]
+def _is_given(context: typer.Context, name: str) -> bool:
+    """Whether an option stands on the command line, and has not its default."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
-def _print(summary: Summary, job: Bench, facts: list[str], fit: Fit | None) -> None:
+def _refuse_step_options(context: typer.Context) -> None:
+    """Refuse options that say how steps of a model with random weights are timed."""
+    for name in context.params:
+        if name not in _DRAWING and _is_given(context, name):
+            raise ParameterError(
+                f"--{name.replace('_', '-')} is for steps, and --decoders draws whole images with "
+                f"a subject; it goes together with {', '.join('--' + n for n in _DRAWING)}"
+            )
+
+
+def _draw(
+    name: str,
+    policies: Sequence[str],
+    decoders: Sequence[str],
+    *,
+    budget: str,
+    batch: int,
+    rounds: int,
+    minutes: float | None,
+    threads: int | None,
+    seed: int,
+    out: Path,
+    markdown: bool,
+) -> None:
+    """Draw in turns, and print and write what decoders save."""
+    find_own(name, *policies)
+    for decoder in decoders:
+        Decoder.parse(decoder)  # a name that is mistyped is said before a model is loaded
+    if threads is not None:
+        torch.set_num_threads(threads)
+    subject: Any = load_subject(name, {"batch": batch})
+    entries = drawers(subject, name, policies, decoders, budget)
+    machine = survey("cpu", torch.float32)
+    out.mkdir(parents=True, exist_ok=True)
+    columns = (TextColumn("drawing"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("drawing", total=(rounds + 1) * len(entries))
+        job = Drawing(subject, entries, batch, seed, lambda count: progress.advance(task, count))
+        job.run(rounds, minutes)
+    if not job.finished:
+        console.print("interrupted before a round was finished: nothing to report")
+        raise typer.Exit(130)
+    facts = [
+        f"{subject.name}, batch {batch}, budget {budget}; {images_of_turn(batch)} images a turn, "
+        f"rounds finished: {job.finished}" + ", interrupted" * job.interrupted,
+        machine_line(machine),
+    ]
+    command = shlex.join(["kvpolicy", *sys.argv[1:]])
+    content = {
+        "command": command,
+        "subject": subject.name,
+        "batch": batch,
+        "budget": budget,
+        "seed": seed,
+        "machine": machine.as_dict(),
+        **job.as_dict(),
+    }
+    write_whole(out / "results.json", json.dumps(content, indent=1) + "\n")
+    write_whole(out / "tables.md", as_markdown([job.table()], facts, command))
+    if markdown:
+        typer.echo((out / "tables.md").read_text(encoding="utf-8"))
+    else:
+        _show(facts, [job.table()])
+    for written in ("results.json", "tables.md"):
+        console.print(f"wrote {out / written}")
+
+
+def _show(facts: Sequence[str], tables: Sequence[Grid]) -> None:
     for fact in facts:
         console.print(fact, highlight=False)
     # A table that is wider than the terminal is better than one with broken numbers.
     wide = Console(width=max(console.width, 150))
-    for grid in grids(summary, job.contenders, fit):
+    for grid in tables:
         wide.print(_table(grid))
 
 

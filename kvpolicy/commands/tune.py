@@ -1,4 +1,4 @@
-"""``kvpolicy tune``: search a policy's own parameters."""
+"""``kvpolicy tune``: search a policy's or a decoder's parameters."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import typer
 
 from kvpolicy.commands.arguments import STALE, find_own, pair, split, stale_from, whole_number
 from kvpolicy.commands.console import console
+from kvpolicy.lab.run.plan import SEQUENTIAL
 
 __all__ = ["tune"]
 
@@ -18,6 +19,14 @@ def tune(
     policy: Annotated[str, typer.Option(help="A name, or package.module:Class.")],
     out: Annotated[Path, typer.Option(help="Folder of the search; made, or gone on with.")],
     budget: Annotated[str, typer.Option(help="Budget: 1/6, 25%, 130, '4 lines'.")] = "1/6",
+    decoder: Annotated[
+        str,
+        typer.Option(help="Search its parameters, not the policy's: sjd, or sjd:draft=above."),
+    ] = SEQUENTIAL,
+    metric: Annotated[
+        str | None,
+        typer.Option(help="The subject's first one if none, or passes with --decoder."),
+    ] = None,
     trials: Annotated[int, typer.Option(min=1, help="Settings to measure.")] = 40,
     option: Annotated[
         list[str] | None, typer.Option(help="Of the subject, e.g. scored=128; repeatable.")
@@ -32,7 +41,8 @@ def tune(
 ) -> None:
     """Search a policy's own parameters, and judge the best on items that the search has not seen.
 
-    Bounds are those of the policy's fields and of the budget. However a search ends, the same
+    With --decoder those of what draws tokens, such as its window. Bounds are those of the fields
+    and of the budget. However a search ends, the same
     command goes on; more trials go further.
     """
     from kvpolicy.lab.search import tune as lab
@@ -66,11 +76,14 @@ def tune(
             tell_space=tell_space,
             tell=tell,
             stale=stale_from(stale),
+            decoder=decoder,
+            metric=metric,
         )
     except KeyboardInterrupt:
         typer.echo(f"stopped; every finished trial is safe in {out}: the same command goes on")
         raise SystemExit(130) from None
-    console.print(f"best: {policy}: {_spell(found.parameters)}", highlight=False, markup=False)
+    whose = policy if decoder == SEQUENTIAL else f"{policy}@{decoder}"
+    console.print(f"best: {whose}: {_spell(found.parameters)}", highlight=False, markup=False)
     console.print(f"on {found.items} unseen items, with 95% intervals:", highlight=False)
     for name, finding in (("best", found.best), ("defaults", found.default)):
         estimate, difference = finding.estimate, finding.difference

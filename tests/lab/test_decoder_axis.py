@@ -8,7 +8,6 @@ import pytest
 
 pytest.importorskip("typer", reason="the lab needs its extra")
 
-from support.toy_subject import Toy
 from typer.testing import CliRunner
 
 from kvpolicy.cli import app
@@ -17,19 +16,7 @@ from kvpolicy.lab.compare.comparison import compare
 from kvpolicy.lab.run.plan import Cell, Plan
 from kvpolicy.lab.run.runner import prepare, run
 
-
-class Drawing(Toy):
-    """A toy that is better the longer the window of its decoder is."""
-
-    draws = True
-
-    def measure(self, setting, seed, wanted):
-        measured = super().measure(setting, seed, wanted)
-        measured.arrays["bits"] -= getattr(setting.decoder, "window", 0) / 100
-        return measured
-
-
-DRAWING, TOY = f"{__name__}:Drawing", "support.toy_subject:Toy"
+DRAWING, TOY = "support.toy_subject:Drawing", "support.toy_subject:Toy"
 
 
 def plan(subject=DRAWING, **fields):

@@ -13,8 +13,9 @@ pytest.importorskip("typer", reason="tune needs the extra 'lab'")
 pytest.importorskip("optuna", reason="tune needs the extra 'tune'")
 
 from kvpolicy.errors import BudgetError, ParameterError
+from kvpolicy.lab.run.run_folder import open_run
 from kvpolicy.lab.run.subject import Subject, load_subject
-from kvpolicy.lab.search.search_space import Range, search_space
+from kvpolicy.lab.search.search_space import Choice, Range, search_space
 from kvpolicy.lab.search.tune import tune
 
 HERE = Path(__file__).parents[1] / "support"
@@ -29,11 +30,21 @@ def toy(**options) -> Subject:
     return load_subject("toy_subject:Toy", options)
 
 
-def search(folder: Path, policy="linear", trials=6, budget="3/4", unseen=(1, 2), **options):
+def search(
+    folder: Path,
+    policy="linear",
+    trials=6,
+    budget="3/4",
+    unseen=(1, 2),
+    subject="toy_subject:Toy",
+    decoder="sequential",
+    metric=None,
+    **options,
+):
     tried = []
     found = tune(
         folder,
-        "toy_subject:Toy",
+        subject,
         options,
         policy,
         budget,
@@ -42,6 +53,8 @@ def search(folder: Path, policy="linear", trials=6, budget="3/4", unseen=(1, 2),
         threads=1,
         tell_space=lambda space: None,
         tell=tried.append,
+        decoder=decoder,
+        metric=metric,
     )
     return found, tried
 
@@ -57,9 +70,53 @@ def test_bounds_come_from_fields_and_budget():
     assert space["beta"].log
 
 
+def test_what_is_searched_of_a_decoder_is_what_it_is_not_spelled_with():
+    space = search_space("linear", "3/4", toy(), "sjd")
+    assert space["window"] == Range(low=2, high=2 + 192, whole=True, log=True)
+    assert space["draft"] == Choice(values=("above", "left", "last", "uniform"))
+    assert space["coupled"] == Choice(values=(False, True))
+    space = search_space("linear", "1/1", toy(), "sjd:draft=left:coupled=true")
+    assert space == {"window": Range(low=2, high=257, whole=True, log=True)}  # all of the layout
+
+
+def test_the_best_window_is_found_under_the_policy_as_it_is(tmp_path):
+    drawing = {"subject": "toy_subject:Drawing", "metric": "bits", "longest": 90}
+    drawing |= {"decoder": "sjd:draft=left:coupled=true", "trials": 20}
+    found, tried = search(tmp_path / "run", **drawing)
+    assert tried[0].parameters == {"window": 32}
+    assert abs(found.parameters["window"] - 90) < 15
+    assert found.gain[2] < 0
+    cells = [cell.cell for cell in open_run(tmp_path / "run").finished()]
+    assert {cell.decoder for cell in cells if cell.policy == "full"} == {"sequential"}
+    assert {tuple(cell.parameters) for cell in cells} == {()}
+    _, again = search(tmp_path / "run", **drawing)
+    assert not any(try_.fresh for try_ in again)
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "said"),
     [
+        ({"decoder": "sjd"}, ParameterError, "does not draw with decoders"),
+        (
+            {"decoder": "sjd", "subject": "toy_subject:Drawing"},
+            ParameterError,
+            "no metric 'passes'",
+        ),
+        (
+            {"decoder": "sjd:window=300", "subject": "toy_subject:Drawing", "metric": "bits"},
+            ParameterError,
+            "longer than the 257 tokens",
+        ),
+        (
+            {
+                "decoder": "sjd:window=8:draft=left:coupled=true",
+                "subject": "toy_subject:Drawing",
+                "metric": "bits",
+            },
+            ParameterError,
+            "no parameter that could be searched",
+        ),
+        ({"metric": "cache_bytes"}, ParameterError, "can't become better; take one of .*'bits'"),
         ({"policy": "random"}, ParameterError, "no parameter that could be searched"),
         ({"policy": "full"}, ParameterError, "a policy that evicts"),
         ({"budget": "1/50"}, BudgetError, "smallest budget that works"),

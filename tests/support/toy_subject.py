@@ -106,3 +106,19 @@ class Toy:
             figures={"speed": 1 / (time.perf_counter() + 1)},
             images=images,
         )
+
+
+class Drawing(Toy):
+    """Better by a hundredth for each token of its decoder's window, up to ``longest``."""
+
+    draws = True
+
+    def __init__(self, longest: int = 300, **options) -> None:
+        super().__init__(**options)
+        self.longest = longest
+
+    def measure(self, setting, seed, wanted):
+        measured = super().measure(setting, seed, wanted)
+        window = getattr(setting.decoder, "window", 0)
+        measured.arrays["bits"][:] -= (self.longest - abs(self.longest - window)) / 100
+        return measured

@@ -16,7 +16,7 @@ from kvpolicy.lab.bench.summary import Figures, Ratio, Summary
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Grid", "conditions", "grids", "markdown", "plot"]
+__all__ = ["Grid", "conditions", "grids", "machine_line", "markdown", "plot"]
 
 #: Colours that people with any colour vision can tell apart (Okabe and Ito, 2008).
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -53,9 +53,7 @@ def conditions(
         f"{workload.shape}: {workload.layers}{scaled} layers, random weights, batch "
         f"{workload.batch}, {workload.dtype}; budget {workload.budget}, {workload.capacity} slots; "
         f"{plan.lines} lines of {plan.line_length} tokens",
-        f"{machine.processor}, {machine.cores} cores, {machine.threads} threads; torch "
-        f"{machine.torch}; copy {machine.copy / 1e9:.1f} GB/s, matmul "
-        f"{machine.matmul / 1e9:.0f} GFLOP/s" + ("; with the CPU kernel" if machine.kernel else ""),
+        machine_line(machine),
         f"rounds finished: {finished}; contenders in turn "
         + ("image by image" if plan.whole_images else "line by line"),
     ]
@@ -66,6 +64,15 @@ def conditions(
             f"their times are interpolated"
         )
     return rows
+
+
+def machine_line(machine: Machine) -> str:
+    """The machine in a line."""
+    return (
+        f"{machine.processor}, {machine.cores} cores, {machine.threads} threads; torch "
+        f"{machine.torch}; copy {machine.copy / 1e9:.1f} GB/s, matmul "
+        f"{machine.matmul / 1e9:.0f} GFLOP/s" + ("; with the CPU kernel" if machine.kernel else "")
+    )
 
 
 def grids(summary: Summary, contenders: Sequence[Contender], fit: Fit | None = None) -> list[Grid]:

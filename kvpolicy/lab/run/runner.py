@@ -125,12 +125,6 @@ def prepare(plan: Plan) -> Prepared:
     for cell in every:  # names and parameters first: they are checked in no time
         make_policy(cell.policy, cell.parameters)
     subject = subject_of(every[0])
-    known = [metric.name for metric in (*subject.metrics, *STANDARD)]
-    for name in plan.metrics or ():
-        if name not in known:
-            raise ParameterError(
-                f"subject {plan.subject!r} has no metric {name!r}; {near_matches(name, known)}"
-            )
     for decoder in dict.fromkeys(cell.decoder for cell in every):
         if decoder != SEQUENTIAL and not getattr(subject, "draws", False):
             raise ParameterError(
@@ -139,6 +133,12 @@ def prepare(plan: Plan) -> Prepared:
             )
         if isinstance(subject.layout, TokenLayout):
             Decoder.parse(decoder).check(subject.layout)
+    known = [metric.name for metric in (*subject.metrics, *STANDARD)]
+    for name in plan.metrics or ():
+        if name not in known:
+            raise ParameterError(
+                f"subject {plan.subject!r} has no metric {name!r}; {near_matches(name, known)}"
+            )
     cells: list[Cell] = []
     left_out: dict[tuple[str, str | None], BudgetError] = {}
     for cell in every:

@@ -1,8 +1,8 @@
-"""What can be searched of a policy: its parameters, between the bounds that its fields declare."""
+"""What can be searched of a policy or decoder: its parameters, between its fields' own bounds."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Literal, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt
@@ -11,12 +11,22 @@ from pydantic import BaseModel, ConfigDict
 from kvpolicy.budget.budget import Budget
 from kvpolicy.budget.span import lines_in, tokens_of
 from kvpolicy.cache.cache import PolicyCache
+from kvpolicy.decoding import Decoder
 from kvpolicy.errors import BudgetError, ParameterError
+from kvpolicy.lab.run.plan import SEQUENTIAL
 from kvpolicy.lab.run.subject import Subject
 from kvpolicy.layout import LateLayout, TokenLayout
 from kvpolicy.named import make_policy
 
-__all__ = ["Choice", "Range", "Space", "check_setting", "search_space", "usual_parameters"]
+__all__ = [
+    "Choice",
+    "Range",
+    "Space",
+    "check_setting",
+    "search_space",
+    "usual_parameters",
+    "with_parameters",
+]
 
 
 class Range(BaseModel):
@@ -48,22 +58,34 @@ class Choice(BaseModel):
 Space = dict[str, Range | Choice]
 
 
-def search_space(policy: str, budget: str, subject: Subject) -> Space:
+def search_space(policy: str, budget: str, subject: Subject, decoder: str = SEQUENTIAL) -> Space:
     """What can be searched: each parameter between the bounds that its field declares.
 
     What may be given in tokens or in lines is searched in tokens. A whole number without an upper
     bound goes up to what the budget allows, the other parameters at their least. Seeds are left
     alone.
 
+    Args:
+        policy: a name, or ``package.module:Class``.
+        budget: in any spelling.
+        subject: whose layout they must go with.
+        decoder: where it is not ``sequential`` its parameters are searched instead of the policy's,
+            but for those that it is spelled with.
+
     Raises:
-        ParameterError: the policy has no parameter to search.
+        ParameterError: there is no parameter to search, or the decoder can't draw on this layout.
         BudgetError: the budget is too small for this policy.
     """
-    kind = type(make_policy(policy, {}))
+    drawn_by = Decoder.parse(decoder)
+    kind: type[BaseModel] = type(make_policy(policy, {}))
+    given: Collection[str] = ("seed",)
+    if decoder != SEQUENTIAL:
+        drawn_by.check(_layout_of(subject))
+        kind, given = type(drawn_by), drawn_by.model_fields_set | {"seed"}
     tokens = Budget.parse(budget).tokens(_layout_of(subject))
     space: Space = {}
     for name, field in kind.model_fields.items():
-        if name == "seed":
+        if name in given:
             continue
         if field.annotation is bool:
             space[name] = Choice(values=(False, True))
@@ -81,9 +103,10 @@ def search_space(policy: str, budget: str, subject: Subject) -> Space:
             if high is not None:
                 space[name] = Range(low=low, high=high, whole=whole)
     if not space:
-        raise ParameterError(f"policy {policy!r} has no parameter that could be searched")
+        whose = f"policy {policy!r}" if decoder == SEQUENTIAL else f"decoder {decoder!r}"
+        raise ParameterError(f"{whose} has no parameter that could be searched")
     least = {name: r.low for name, r in space.items() if isinstance(r, Range) and r.whole}
-    usual = usual_parameters(policy, subject)
+    usual = usual_parameters(policy, subject, decoder)
 
     def works(name: str, value: int) -> bool:
         """Whether a value goes with the least or the usual values of the others, or beside itself.
@@ -93,7 +116,7 @@ def search_space(policy: str, budget: str, subject: Subject) -> Space:
         usually = {other: usual[other] for other in least}
         for others in (_whole(least), usually, dict.fromkeys(least, value)):
             try:
-                check_setting(policy, others | {name: value}, budget, subject)
+                check_setting(policy, others | {name: value}, budget, subject, decoder)
             except (ParameterError, BudgetError):
                 continue
             return True
@@ -124,8 +147,10 @@ def _layout_of(subject: Subject) -> TokenLayout:
     return subject.layout
 
 
-def usual_parameters(policy: str, subject: Subject) -> dict[str, Any]:
-    """A policy's defaults, lines counted in tokens of the subject's layout."""
+def usual_parameters(policy: str, subject: Subject, decoder: str = SEQUENTIAL) -> dict[str, Any]:
+    """Defaults of what is searched, lines counted in tokens of the subject's layout."""
+    if decoder != SEQUENTIAL:
+        return Decoder.parse(decoder).model_dump(mode="json")
     layout = _layout_of(subject)
     usual = make_policy(policy, {}).model_dump(mode="json")
     return {
@@ -136,10 +161,26 @@ def usual_parameters(policy: str, subject: Subject) -> dict[str, Any]:
     }
 
 
-def check_setting(policy: str, parameters: dict[str, Any], budget: str, subject: Subject) -> None:
+def check_setting(
+    policy: str,
+    parameters: dict[str, Any],
+    budget: str,
+    subject: Subject,
+    decoder: str = SEQUENTIAL,
+) -> None:
     """Refuse what can't be, before it costs a measurement."""
+    if decoder != SEQUENTIAL:
+        with_parameters(decoder, parameters).check(_layout_of(subject))
+        parameters = {}
     made = make_policy(policy, parameters)
     PolicyCache(made, budget, layout=subject.layout, num_layers=subject.num_layers)
+
+
+def with_parameters(decoder: str, parameters: dict[str, Any]) -> Decoder:
+    """A decoder as it is spelled, and with these parameters, too."""
+    spelled = Decoder.parse(decoder)
+    set_already = {name: getattr(spelled, name) for name in spelled.model_fields_set}
+    return type(spelled)(**(set_already | parameters))
 
 
 def _whole(parameters: dict[str, Any]) -> dict[str, Any]:

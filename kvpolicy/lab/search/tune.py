@@ -1,4 +1,4 @@
-"""Search a policy's own parameters with Optuna, and judge the best on items not seen by the search.
+"""Search parameters with Optuna, and judge the best on items that the search has not seen.
 
 Every try is a cell in the folder of the run, written whole or not at all. Going on means to search
 again from the start with the values that are there: the sampler is seeded, so that it asks for the
@@ -23,7 +23,7 @@ from kvpolicy.lab.compare.comparison import Finding, compare
 from kvpolicy.lab.run.environment import find_environment
 from kvpolicy.lab.run.executors import Inline
 from kvpolicy.lab.run.files import write_whole
-from kvpolicy.lab.run.plan import BASELINE, Cell, Plan
+from kvpolicy.lab.run.plan import BASELINE, SEQUENTIAL, Cell, Plan
 from kvpolicy.lab.run.run_folder import FinishedCell, RunFolder
 from kvpolicy.lab.run.runner import (
     Stale,
@@ -42,6 +42,7 @@ from kvpolicy.lab.search.search_space import (
     check_setting,
     search_space,
     usual_parameters,
+    with_parameters,
 )
 
 __all__ = ["Found", "Tried", "tune"]
@@ -55,7 +56,7 @@ class Tried:
 
     Attributes:
         number: from 1.
-        parameters: of the policy.
+        parameters: of the policy, or of the decoder where that is searched.
         value: of the main metric on the items of the search.
         best: the best value so far.
         fresh: whether it was measured now, and not in an earlier run.
@@ -76,7 +77,7 @@ class Found:
         parameters: the best.
         searched: its value on the items of the search.
         best: with its difference to the full cache.
-        default: the same for the policy's defaults.
+        default: the same for the defaults.
         gain: best minus default, item by item, with its 95% interval; None for a metric that is
             no mean.
         items: unseen items.
@@ -103,6 +104,8 @@ def tune(
     tell_space: Callable[[Space], None],
     tell: Callable[[Tried], None],
     stale: Stale = "refuse",
+    decoder: str = SEQUENTIAL,
+    metric: str | None = None,
 ) -> Found:
     """Search, then judge the best, the defaults and the full cache on unseen items.
 
@@ -119,6 +122,10 @@ def tune(
         tell: is told of each try.
         stale: what becomes of tries that were measured otherwise; see
             :func:`kvpolicy.lab.run.runner.run`.
+        decoder: what draws tokens; its parameters are searched, and the policy keeps its defaults,
+            unless it is ``sequential``.
+        metric: what is to become better: by default the subject's first one, which tells policies
+            apart, or ``passes`` where a decoder is searched.
 
     Raises:
         ParameterError: the folder holds another search, or one that is stale, a name or option is
@@ -132,15 +139,24 @@ def tune(
         policies=[policy],
         budgets=[budget],
         seeds=[0, *unseen],
+        decoders=[decoder],
     )
+    (decoder,) = plan.decoders
+    if metric is None and decoder != SEQUENTIAL:
+        metric = "passes"
+    if metric is not None:
+        plan = plan.model_copy(update={"metrics": (metric,)})
     if policy == BASELINE or len(plan.seeds) < 2:
         raise ParameterError("tune needs a policy that evicts, and unseen seeds other than 0")
     prepared = prepare(plan)
     subject = prepared.subject
-    main = subject.metrics[0]
+    main = next((m for m in subject.metrics if metric in (None, m.name)), None)
+    if main is None or main.better is None:
+        better = [m.name for m in subject.metrics if m.better is not None]
+        raise ParameterError(f"metric {metric!r} can't become better; take one of {better}")
     plan = plan.model_copy(update={"metrics": (main.name,)})
     prepared = replace(prepared, plan=plan)
-    space = search_space(policy, plan.budgets[0], subject)
+    space = search_space(policy, plan.budgets[0], subject, decoder)
     tell_space(space)
     with alone(path):
         with writing(path):
@@ -185,15 +201,15 @@ def _search(
     direction = "maximize" if main.better == "higher" else "minimize"
     study = optuna.create_study(direction=direction, sampler=optuna.samplers.TPESampler(seed=0))
     # The defaults first: what is found is never worse than they are, on these items.
-    policy, budget = measure.policy, measure.budget
-    defaults = usual_parameters(policy, subject)
+    policy, budget, decoder = measure.policy, measure.budget, measure.decoder
+    defaults = usual_parameters(policy, subject, decoder)
     study.enqueue_trial({name: defaults[name] for name in space if name in defaults})
     number = refused = 0
     while number < trials:
         trial = study.ask()
         parameters = {name: _suggest(trial, name, part) for name, part in space.items()}
         try:
-            check_setting(policy, parameters, budget, subject)
+            check_setting(policy, parameters, budget, subject, decoder)
         except (BudgetError, ParameterError) as error:
             refused += 1
             if refused > _REFUSED:
@@ -219,11 +235,13 @@ class _Measure:
         self._subject, self._stale = subject, stale
         self._fresh: set[str] = set()  # measured by this very run
         self.policy = next(p.name for p in plan.policies if p.name != BASELINE)
-        self.budget = plan.budgets[0]
+        self.budget, self.decoder = plan.budgets[0], plan.decoders[0]
         self._plan, self._folder, self._threads = plan, folder, threads
 
     def _cell(self, policy: str, parameters: dict[str, Any], seed: int) -> Cell:
-        plan = self._plan
+        plan, decoder = self._plan, SEQUENTIAL
+        if policy != BASELINE and self.decoder != SEQUENTIAL:
+            parameters, decoder = {}, with_parameters(self.decoder, parameters).label
         return Cell(
             subject=plan.subject,
             options=plan.options,
@@ -232,6 +250,7 @@ class _Measure:
             budget=None if policy == BASELINE else self.budget,
             seed=seed,
             metrics=plan.metrics,
+            decoder=decoder,
         )
 
     def known(self, policy: str, parameters: dict[str, Any], seed: int) -> FinishedCell | None:
