@@ -74,6 +74,9 @@ def test_help_everywhere(tmp_path):
         (("--policies", "linar"), "did you mean 'linear'"),
         (("--budget", "1/50"), "the smallest budget that works is"),
         (("--budget", "a sixth"), "budget='a sixth' is not a budget"),
+        (("--decoders", "sjdd"), "did you mean 'sjd'"),
+        (("--decoders", "lpd"), "draws in groups"),
+        (("--decoders", "sjd", "--policies", "linear"), "give one of them"),
     ],
 )
 def test_wrong_requests_fail_before_any_work_in_one_line(tmp_path, arguments, said):
@@ -151,6 +154,48 @@ def test_the_demo_is_a_plan_in_which_a_seed_draws_other_images():
     other = demo.plan(["linear"], "1/6", images=200, scored=256, seed=3)
     assert other.options == {"images": 200, "scored": 256, "draw_seed": 3}
     assert other.seeds == (0,)  # the same real images
+
+
+def test_decoders_are_compared_one_image_at_a_time():
+    made = demo.decoder_plan(["sequential", "sjd:window=8"], "1/4", images=10, seed=2)
+    labels = [(cell.label, cell.budget) for cell in made.cells()]
+    assert labels == [("full", None), ("linear", "1/4"), ("linear@sjd:window=8", "1/4")]
+    assert made.options == {"images": 10, "batch": 1, "draw_seed": 2}
+    assert "frechet" not in made.metrics
+    assert "frechet" in demo.decoder_plan(["sjd"], "1/4", images=100, seed=0).metrics
+
+
+def test_decoders_are_as_fast_as_the_full_cache_is_slow():
+    made = demo.decoder_plan(["sequential", "sjd:window=8"], "1/4", images=10, seed=0)
+
+    def entry(cell, passes, speed):
+        figures = {"passes": passes, "images_per_second": speed, "class_accuracy": 0.5}
+        found = {name: Finding(Estimate(value)) for name, value in figures.items()}
+        return Entry(cell.label, cell.budget, (SimpleNamespace(cell=cell),), found)
+
+    figures = ((784, 0.5), (784, 0.4), (80, 2.0))
+    entries = [entry(c, *f) for c, f in zip(made.cells(), figures, strict=True)]
+    rows = demo.decoder_rows(entries)
+    assert [row.drawn_by for row in rows] == ["full", "linear", "linear@sjd:window=8"]
+    assert [(row.passes, row.seconds, row.times_as_fast, row.frechet) for row in rows] == [
+        (784, 2.0, 1.0, None),
+        (784, 2.5, 0.8, None),
+        (80, 0.5, 4.0, None),
+    ]
+    assert [row.times_as_fast for row in demo.decoder_rows(entries[1:])] == [None, None]
+
+
+@pytest.mark.slow
+def test_a_demo_of_decoders_writes_what_it_says(tmp_path):
+    done = command("demo", "--decoders", "sjd:window=32", "--out", "out", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "out/decoders/decoders.json").read_text())
+    assert [row["drawn_by"] for row in rows] == ["full", "linear@sjd:window=32"]
+    assert rows[0]["passes"] == 784
+    assert rows[1]["passes"] < 784 / 4
+    assert (tmp_path / "out/decoders/images.png").exists()
+    assert not (tmp_path / "out/results.json").exists()
+    assert max(map(len, done.stdout.splitlines())) <= 80
 
 
 @pytest.mark.slow

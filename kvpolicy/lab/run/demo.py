@@ -1,4 +1,4 @@
-"""The main job as a plan: images from a sixth of the cache, and what each policy costs."""
+"""The main job as plans: images from a sixth of the cache, what policies cost and decoders save."""
 
 from __future__ import annotations
 
@@ -9,12 +9,29 @@ from pathlib import Path
 
 from kvpolicy.lab.compare.comparison import Entry, Estimate
 from kvpolicy.lab.run.files import write_whole
-from kvpolicy.lab.run.plan import Plan
+from kvpolicy.lab.run.plan import BASELINE, SEQUENTIAL, Plan
 
-__all__ = ["POLICIES", "Row", "plan", "rows", "write_rows"]
+__all__ = [
+    "DECODERS",
+    "DRAWN_UNDER",
+    "POLICIES",
+    "DecoderRow",
+    "Row",
+    "decoder_plan",
+    "decoder_rows",
+    "plan",
+    "rows",
+    "write_rows",
+]
 
 #: What the demo compares unless told otherwise.
 POLICIES = ("full", "linear", "linear2d", "h2o", "streaming_llm", "pyramid", "random")
+
+#: What draws under :data:`DRAWN_UNDER`, beside the policies.
+DECODERS = ("sequential", "sjd:window=32")
+DRAWN_UNDER = "linear"
+#: A Fréchet distance of fewer images tells nothing.
+_FRECHET = 100
 
 
 @dataclass(frozen=True)
@@ -71,13 +88,81 @@ def plan(policies: Sequence[str], budget: str, *, images: int, scored: int, seed
     )
 
 
+@dataclass(frozen=True)
+class DecoderRow:
+    """One decoder's figures, as they stand in ``decoders.json``.
+
+    Attributes:
+        drawn_by: policy and decoder, as an ablation spells them; ``full`` is the full cache, token
+            by token.
+        budget: as it was asked for; ``1/1`` for the full cache.
+        passes: of the model an image, mean.
+        seconds: an image, on one thread, beside the other workers.
+        times_as_fast: as the full cache in the same run; None where that has failed.
+        class_accuracy: share of images in which a classifier sees the class asked for.
+        frechet: distance of the drawn images' features to real ones; None of fewer than 100 images.
+    """
+
+    drawn_by: str
+    budget: str
+    passes: float
+    seconds: float
+    times_as_fast: float | None
+    class_accuracy: float
+    frechet: float | None
+
+
+def decoder_plan(decoders: Sequence[str], budget: str, *, images: int, seed: int) -> Plan:
+    """What ``kvpolicy demo`` runs to compare decoders: ``linear`` with each, and the full cache.
+
+    One image at a time: what a decoder saves is passes, and a batch waits for its slowest sequence.
+
+    Args:
+        decoders: spelled.
+        budget: in any spelling.
+        images: images to draw with each.
+        seed: of the drawing.
+
+    Raises:
+        ParameterError: there is no decoder, or one can't be read, or the budget can't be parsed.
+    """
+    metrics = ["passes", "images_per_second", "class_accuracy"]
+    return Plan(
+        subject="fashion-ar",
+        options={"images": images, "batch": 1, **({"draw_seed": seed} if seed else {})},
+        policies=[{"name": BASELINE, "decoders": [SEQUENTIAL]}, DRAWN_UNDER],
+        budgets=[budget],
+        decoders=decoders,
+        metrics=[*metrics, "frechet"] if images >= _FRECHET else metrics,
+    )
+
+
+def decoder_rows(entries: Sequence[Entry]) -> list[DecoderRow]:
+    """The table of decoders, out of a comparison of fashion-ar's cells."""
+    figures = [{name: f.estimate.value for name, f in e.findings.items()} for e in entries]
+    seconds = [1 / of["images_per_second"] for of in figures]
+    full = next((s for e, s in zip(entries, seconds, strict=True) if e.is_full), None)
+    return [
+        DecoderRow(
+            drawn_by=entry.label,
+            budget=entry.budget or "1/1",
+            passes=of["passes"],
+            seconds=own,
+            times_as_fast=None if full is None else full / own,
+            class_accuracy=of["class_accuracy"],
+            frechet=of.get("frechet"),
+        )
+        for entry, of, own in zip(entries, figures, seconds, strict=True)
+    ]
+
+
 def rows(entries: Sequence[Entry]) -> list[Row]:
     """The table, a row for each entry, out of a comparison of fashion-ar's cells."""
     return [_row(entry) for entry in entries]
 
 
-def write_rows(table: Sequence[Row], path: Path) -> None:
-    """Write ``results.json``, whole or not at all."""
+def write_rows(table: Sequence[Row | DecoderRow], path: Path) -> None:
+    """Write ``results.json`` or ``decoders.json``, whole or not at all."""
     write_whole(path, json.dumps([asdict(row) for row in table], indent=2) + "\n")
 
 
