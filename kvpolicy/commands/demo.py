@@ -78,10 +78,9 @@ def demo(
         chosen = lab.POLICIES if policies is None else split(policies)
         jobs.append(_of_policies(chosen, budget, images or _IMAGES, scored, seed, out))
     if policies is None:
-        named, count = lab.DECODERS, _ONE_BY_ONE
-        if decoders is not None:
-            named, count = split(decoders), images or _ONE_BY_ONE
-        jobs.append(_of_decoders(named, budget, count, seed, out))
+        others = lab.DECODERS if decoders is None else split(decoders)
+        count = _ONE_BY_ONE if decoders is None or images is None else images
+        jobs.append(_of_decoders(others, budget, count, seed, out))
     prepared = [prepare(job.plan) for job in jobs]  # all, before anything is measured
     for job, cells in zip(jobs, prepared, strict=True):
         _compare(job, cells, stale_from(stale))

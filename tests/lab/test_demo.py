@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 import struct
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,11 +19,15 @@ import kvpolicy
 
 pytest.importorskip("typer", reason="the demo needs the extra 'lab'")
 
+from support.toy_subject import Drawing
+from typer.testing import CliRunner
+
+from kvpolicy.cli import app
 from kvpolicy.lab.compare.bootstrap import paired_bootstrap
 from kvpolicy.lab.compare.comparison import Entry, Estimate, Finding
-from kvpolicy.lab.run import demo
+from kvpolicy.lab.run import demo, executors
 from kvpolicy.lab.run.run_folder import open_run
-from kvpolicy.lab.run.subject import Setting, load_subject
+from kvpolicy.lab.run.subject import Metric, Setting, load_subject
 
 KEYS = {
     "policy",
@@ -74,9 +79,6 @@ def test_help_everywhere(tmp_path):
         (("--policies", "linar"), "did you mean 'linear'"),
         (("--budget", "1/50"), "the smallest budget that works is"),
         (("--budget", "a sixth"), "budget='a sixth' is not a budget"),
-        (("--decoders", "sjdd"), "did you mean 'sjd'"),
-        (("--decoders", "lpd"), "draws in groups"),
-        (("--decoders", "sjd", "--policies", "linear"), "give one of them"),
     ],
 )
 def test_wrong_requests_fail_before_any_work_in_one_line(tmp_path, arguments, said):
@@ -183,6 +185,69 @@ def test_decoders_are_as_fast_as_the_full_cache_is_slow():
         (80, 0.5, 4.0, None),
     ]
     assert [row.times_as_fast for row in demo.decoder_rows(entries[1:])] == [None, None]
+
+
+class Drawn(Drawing):
+    """Draws nothing, a little faster by speculation, and says what fashion-ar would."""
+
+    def __init__(self, **options):
+        super().__init__()
+        self.metrics = tuple(
+            Metric(name=name, label=name, array="bits" if name == "passes" else None)
+            for name in ("bits_per_pixel", "class_accuracy", "passes", "images_per_second")
+        )
+
+    def measure(self, setting, seed, wanted):
+        measured = super().measure(setting, seed, wanted)
+        speed = 1.0 if isinstance(setting.decoder, kvpolicy.Sequential) else 4.0
+        measured.arrays["bits"][:] = 784 / speed
+        figures = {"class_accuracy": 0.5, "images_per_second": speed}
+        return replace(measured, figures=figures)
+
+
+def run(monkeypatch, *arguments):
+    """The demo's decoders on a toy, in this process."""
+    plan = demo.decoder_plan
+    toy = {"subject": f"{__name__}:Drawn"}
+    monkeypatch.setattr(demo, "decoder_plan", lambda *a, **k: plan(*a, **k).model_copy(update=toy))
+    monkeypatch.setattr(executors, "Processes", lambda workers: executors.Inline())
+    return CliRunner().invoke(app, ["demo", *arguments], env={"COLUMNS": "80"})
+
+
+def test_decoders_are_compared_in_a_folder_of_their_own(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    done = run(
+        monkeypatch, "--decoders", "sequential,sjd:window=8", "--budget", "1/4", "--out", str(out)
+    )
+    assert done.exit_code == 0, (done.output, done.exception)
+    rows = json.loads((out / "decoders" / "decoders.json").read_text())
+    assert [(row["drawn_by"], row["budget"], row["passes"]) for row in rows] == [
+        ("full", "1/1", 784),
+        ("linear", "1/4", 784),
+        ("linear@sjd:window=8", "1/4", 196),
+    ]
+    assert rows[2]["times_as_fast"] == 4
+    assert (out / "decoders" / "images.png").exists()
+    assert not (out / "results.json").exists()
+    (row,) = [line for line in done.output.splitlines() if line.startswith("linear@sjd")]
+    assert row.split() == ["linear@sjd:window=8", "196", "0.25", "4.00", "50%", "-"]
+    assert max(map(len, done.output.splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--decoders", "sjdd"), "did you mean 'sjd'"),
+        (("--decoders", ""), "decoders"),
+        (("--decoders", "lpd", "--budget", "1/4"), "draws in groups"),
+        (("--decoders", "sjd", "--policies", "linear"), "give one of them"),
+    ],
+)
+def test_wrong_decoders_are_refused_before_any_work(tmp_path, monkeypatch, arguments, says):
+    done = run(monkeypatch, *arguments, "--out", str(tmp_path / "out"))
+    assert done.exit_code != 0
+    assert says in str(done.exception)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
