@@ -113,7 +113,7 @@ class Run:
         self.optimiser = torch.optim.AdamW(trained, lr=rate, betas=(0.9, 0.99), weight_decay=0.01)
         self.step, self.seconds = 0, 0.0
 
-    # Not compiled: with torch 2.13 on a CPU the compiled gradients were others, and learned one colour.
+    # Not compiled: with torch 2.13 on a CPU, compiled gradients were others, and learned nothing.
 
     def _encode(self, images: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):
