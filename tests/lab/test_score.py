@@ -231,7 +231,7 @@ def _index(path):
         (_sizes, r"000003\.png is 5 x 4 pixels, but .*000000\.png is 4 x 4"),
         (_torn, r"000003\.png can't be read as a picture"),
         (_gone, r"index\.jsonl lists images/000003\.png, which is gone"),
-        (_index, r"index\.jsonl: line 13 says no picture"),
+        (_index, r"index\.jsonl: line 13 is no JSON object"),
         (
             lambda path: folder_of(path, np.zeros((12, 6, 6, 3), np.uint8)),
             r"set has pictures of 6 x 6 pixels, .*real of 4 x 4.*--option size=4",

@@ -117,7 +117,9 @@ def test_adapters_stand_on_the_library_not_on_its_tools():
     for module, path in modules(ROOT / "adapters" / "kvpolicy_adapters"):
         names = imported(path.read_text(encoding="utf-8"), module, path.name == "__init__.py")
         tools = {"kvpolicy.cli", "kvpolicy.commands", "kvpolicy.testing", "kvpolicy.lab"}
-        if module in ("kvpolicy_adapters.evaluation.subjects", "kvpolicy_adapters.bench.shapes"):
+        speak = ("subjects", "checkpoints", "drawn_figures", "real_images")
+        evaluation = {f"kvpolicy_adapters.evaluation.{name}" for name in speak}
+        if module in {*evaluation, "kvpolicy_adapters.bench.shapes"}:
             tools.remove("kvpolicy.lab")  # a subject, or a shape, speaks the lab's protocol
         if module.startswith("kvpolicy_adapters.evaluation.drawing"):
             tools.remove("kvpolicy.lab")  # and so does an image model

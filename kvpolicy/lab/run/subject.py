@@ -286,6 +286,15 @@ def _check_options(name: str, maker: Callable[..., Any], options: Mapping[str, A
         takes = inspect.signature(maker).parameters
     except (TypeError, ValueError):  # some things built in do not say what they take
         return
+    missing = [
+        f"{option}=..."
+        for option, parameter in takes.items()
+        if parameter.default is parameter.empty
+        and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+        and option not in options
+    ]
+    if missing:
+        raise ParameterError(f"subject {name!r} needs the options {' '.join(missing)}")
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values()):
         return
     for option in options:

@@ -16,10 +16,11 @@ from PIL import Image, UnidentifiedImageError
 
 from kvpolicy.errors import ParameterError
 
-__all__ = ["Pictures", "read_pictures"]
+__all__ = ["INDEX", "KINDS", "Pictures", "read_index", "read_pictures"]
 
-_INDEX = "index.jsonl"
-_KINDS = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
+INDEX = "index.jsonl"
+#: How names of pictures end.
+KINDS = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 
 
 @dataclass(frozen=True)
@@ -79,10 +80,10 @@ def read_pictures(source: Path) -> Pictures:
         return _of_array(source)
     if not source.is_dir():
         raise ParameterError(f"{source} is no folder of pictures, and no .npz")
-    index = source / _INDEX
+    index = source / INDEX
     prompts: tuple[str, ...] | None = None
     if index.exists():
-        lines = _index(index)
+        lines = read_index(index)
         files = tuple(source / str(line["path"]) for line in lines)
         gone = [file for file in files if not file.exists()]
         if gone:
@@ -93,14 +94,20 @@ def read_pictures(source: Path) -> Pictures:
         if lines and all(isinstance(line.get("prompt"), str) for line in lines):
             prompts = tuple(str(line["prompt"]) for line in lines)
     else:
-        files = tuple(sorted(file for file in source.rglob("*") if file.suffix.lower() in _KINDS))
+        files = tuple(sorted(file for file in source.rglob("*") if file.suffix.lower() in KINDS))
     if not files:
-        raise ParameterError(f"{source} holds no pictures ({', '.join(_KINDS)})")
+        raise ParameterError(f"{source} holds no pictures ({', '.join(KINDS)})")
     size = _colour(files[0]).shape[:2]
     return Pictures(source, files, len(files), (size[0], size[1]), prompts)
 
 
-def _index(file: Path) -> list[dict[str, Any]]:
+def read_index(file: Path) -> list[dict[str, Any]]:
+    """The lines of an ``index.jsonl``, each an object with ``path``.
+
+    Raises:
+        ParameterError: one is something else; the message says which.
+        OSError: it can't be read.
+    """
     found = []
     for number, line in enumerate(file.read_bytes().splitlines(), start=1):
         try:
@@ -108,7 +115,8 @@ def _index(file: Path) -> list[dict[str, Any]]:
             about["path"]
         except (ValueError, KeyError, TypeError):
             raise ParameterError(
-                f"{file}: line {number} says no picture; the command that drew the folder mends it"
+                f"{file}: line {number} is no JSON object with 'path'; where kvpolicy draw wrote "
+                f"it, the same command mends it"
             ) from None
         found.append(about)
     return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,12 @@ from kvpolicy.lab.score.networks import NETWORKS, FeatureNetwork, MatchNetwork
 from kvpolicy.lab.score.pictures import Pictures, read_pictures
 from kvpolicy.lab.score.reference import Reference, read_reference
 
-__all__ = ["Figure", "Figures", "Networks", "Scores", "load_networks", "score"]
+__all__ = ["SPLITS", "Figure", "Figures", "Networks", "Scores", "Seen", "load_networks", "score"]
 
-#: Images that the inception score is split into parts of, and neighbours of a manifold.
-_SPLITS, _NEIGHBOURS = 10, 3
+#: Parts that the inception score is a mean over.
+SPLITS = 10
+#: Of a point in its manifold.
+_NEIGHBOURS = 3
 
 Array = NDArray[np.float64]
 #: Told how many more images a network has seen, of how many, and whose they are.
@@ -121,16 +123,48 @@ class Networks:
 
 
 @dataclass(frozen=True)
-class _Seen:
-    """What a network said of a set of pictures: float32 ``[n, F]`` and ``[n, C]``."""
+class Seen:
+    """What a network said of a set of pictures.
+
+    Attributes:
+        features: float32 ``[n, F]``.
+        logits: float32 ``[n, C]``.
+    """
 
     features: Tensor
     logits: Tensor
 
+    @staticmethod
+    def of(network: FeatureNetwork, batches: Iterable[NDArray[np.uint8]], source: object) -> Seen:
+        """Let the network look at pictures, uint8 ``[n, rows, cols, 3]`` at a time.
+
+        Raises:
+            ParameterError: it gives numbers that are not finite; the message names the source.
+        """
+        looked = [network.look(torch.from_numpy(some.copy())) for some in batches]
+        seen = Seen(
+            torch.cat([each[0] for each in looked]), torch.cat([each[1] for each in looked])
+        )
+        if not (seen.features.isfinite().all() and seen.logits.isfinite().all()):
+            raise ParameterError(
+                f"the network of --inception gives numbers that are not finite for {source}; are "
+                f"its weights whole?"
+            )
+        return seen
+
     @property
     def moments(self) -> tuple[Array, Array]:
+        """Mean ``[F]`` and covariance ``[F, F]`` of the features."""
         features = self.features.double().numpy()
         return features.mean(0), np.cov(features, rowvar=False)
+
+    def distance(self, moments: tuple[Array, Array]) -> float:
+        """Fréchet distance to a mean and a covariance."""
+        return frechet_distance(*self.moments, *moments)
+
+    def within(self, other: Seen) -> Tensor:
+        """Which of these pictures lie in the manifold of the other ones, bool ``[n]``."""
+        return within(self.features, other.features, _NEIGHBOURS)
 
 
 def load_networks(inception: Path | None, clip: Path | None, device: str) -> Networks:
@@ -220,11 +254,11 @@ def _check(sets: dict[Path, Pictures], reference: Reference | None, networks: Ne
     if reference is not None and reference.pictures is not None:
         compared[reference.source] = reference.pictures
     for source, pictures in compared.items():
-        least = 1 if network is None else _SPLITS
+        least = 1 if network is None else SPLITS
         if pictures.count < least:
             raise ParameterError(
                 f"{source} holds {pictures.count} pictures; the inception score is a mean over "
-                f"{_SPLITS} parts, so at least {least} are needed"
+                f"{SPLITS} parts, so at least {least} are needed"
             )
         if reference is not None and reference.pictures is not None:
             real = reference.pictures.size
@@ -246,21 +280,20 @@ def _figures(
     pictures: Pictures,
     networks: Networks,
     moments: tuple[Array, Array] | None,
-    real: _Seen | None,
+    real: Seen | None,
     batch: int,
     tell: Tell,
 ) -> Figures:
     found: dict[str, Any] = {}
     if networks.features is not None:
         seen = _look(networks.features, pictures, batch, tell)
-        score, deviation = inception_score(seen.logits, _SPLITS)
+        score, deviation = inception_score(seen.logits, SPLITS)
         found |= {"inception_score": Figure(value=score), "inception_deviation": deviation}
         if moments is not None:
-            found["fid"] = Figure(value=frechet_distance(*seen.moments, *moments))
+            found["fid"] = Figure(value=seen.distance(moments))
         if real is not None:
-            ours, theirs = seen.features, real.features
-            found["precision"] = _mean(within(ours, theirs, _NEIGHBOURS))
-            found["recall"] = _mean(within(theirs, ours, _NEIGHBOURS))
+            found["precision"] = _mean(seen.within(real))
+            found["recall"] = _mean(real.within(seen))
     if networks.match is not None:
         cosines, cut = _match(networks.match, pictures, batch, tell)
         found |= {"clip_score": _mean(100 * cosines.clamp(min=0)), "prompts_cut": cut}
@@ -268,20 +301,13 @@ def _figures(
     return Figures(images=pictures.count, rows=rows, cols=cols, **found)
 
 
-def _look(network: FeatureNetwork, pictures: Pictures, batch: int, tell: Tell) -> _Seen:
-    features, logits = [], []
-    for some in pictures.batches(batch):
-        looked = network.look(torch.from_numpy(some.copy()))
-        features.append(looked[0])
-        logits.append(looked[1])
-        tell(len(some), pictures.count, pictures.source)
-    seen = _Seen(torch.cat(features), torch.cat(logits))
-    if not (seen.features.isfinite().all() and seen.logits.isfinite().all()):
-        raise ParameterError(
-            f"the network of --inception gives numbers that are not finite for {pictures.source}; "
-            f"are its weights whole?"
-        )
-    return seen
+def _look(network: FeatureNetwork, pictures: Pictures, batch: int, tell: Tell) -> Seen:
+    def told() -> Iterator[NDArray[np.uint8]]:
+        for some in pictures.batches(batch):
+            yield some
+            tell(len(some), pictures.count, pictures.source)
+
+    return Seen.of(network, told(), pictures.source)
 
 
 def _match(network: MatchNetwork, pictures: Pictures, batch: int, tell: Tell) -> tuple[Tensor, int]:

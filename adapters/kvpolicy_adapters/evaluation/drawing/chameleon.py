@@ -7,8 +7,9 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from kvpolicy import AfterPrompt, LateLayout, RasterLayout, TokenLayout
+from kvpolicy import AfterPrompt, CacheStats, LateLayout, RasterLayout, TokenLayout
 from kvpolicy.errors import ParameterError
 from kvpolicy.lab.draw.image_model import Drawn, Sampler
 from kvpolicy.lab.draw.items import Item
@@ -22,11 +23,11 @@ from kvpolicy_adapters.evaluation.drawing.common import (
 )
 from kvpolicy_adapters.images.chameleon import ImageChameleon, ImageGrammar, ImageGuidance
 from kvpolicy_adapters.images.families import layout_of
-from kvpolicy_adapters.images.vqgan import VQGAN, to_pixels
+from kvpolicy_adapters.images.vqgan import VQGAN, from_pixels, to_pixels
 
 __all__ = ["ChameleonImages"]
 
-_START, _END_OF_TURN = "<racm3:break>", "<reserved08706>"
+_START, _END_OF_TURN, _END_OF_LINE = "<racm3:break>", "<reserved08706>", "<reserved08799>"
 #: A size token stands for a patch of 2 x 2 codes of 16 pixels.
 _PATCH, _SIZE_ZERO = 32, 8800
 _CFG, _TOP_K = 4.0, 2000
@@ -104,6 +105,15 @@ class ChameleonImages:
 
     def draw(self, items: Sequence[Item], setting: Setting, sampler: Sampler, seed: int) -> Drawn:
         """Draw a batch, uint8 ``[B, rows, cols, 3]``."""
+        tokens, stats = self.tokens(items, setting, sampler, seed)
+        lines = tokens.view(len(items), self._rows, self._rows + self._break)
+        codes = self._code.to(tokens.device)[lines[:, :, : self._rows]]
+        return Drawn(to_pixels(self._vqgan.decode(codes), self._size).numpy(), stats)
+
+    def tokens(
+        self, items: Sequence[Item], setting: Setting, sampler: Sampler, seed: int
+    ) -> tuple[Tensor, tuple[CacheStats, ...]]:
+        """Draw a batch's tokens, int64 ``[B, count]``, line breaks included, and say the cost."""
         model, sized = self._model, self._pixels is not None
         prompts = [self._ids(needs_prompt(self.name, item)) for item in items]
         ids, mask = left_padded(prompts, model.config.pad_token_id or 0, model.device)
@@ -131,10 +141,38 @@ class ChameleonImages:
                 attention_mask=mask,
                 guidance=guidance,
             )
-            stats = tuple(cache.stats() for cache in caches)
-        lines = tokens.view(len(items), self._rows, self._rows + self._break)
-        codes = self._code.to(tokens.device)[lines[:, :, : self._rows]]
-        return Drawn(to_pixels(self._vqgan.decode(codes), self._size).numpy(), stats)
+            return tokens, tuple(cache.stats() for cache in caches)
+
+    @property
+    def image_layout(self) -> RasterLayout:
+        """The image without its prompt; behind it may come its end, and that of Lumina-mGPT's."""
+        return RasterLayout(
+            rows=self._rows, cols=self._rows, line_break=self._break, suffix=1 + self._break
+        )
+
+    @property
+    def side(self) -> int:
+        """Pixels a side of the images that its tokens stand for."""
+        return self._rows * self._vqgan.config.scale
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Tokens ``[B, count]``, line breaks included, of images, uint8 ``[B, side, side, 3]``.
+
+        Raises:
+            ParameterError: the VQGAN gives a code for which the model has no token.
+        """
+        codes = self._vqgan.encode(from_pixels(pixels).to(self._model.device))
+        token = torch.full((self._vqgan.config.codes,), -1, device=codes.device)
+        known = (self._code >= 0).nonzero()[:, 0]
+        token[self._code[known].to(codes.device)] = known.to(codes.device)
+        lines = token[codes]
+        if int(lines.min()) < 0:
+            missing = int(codes[lines < 0][0])
+            raise ParameterError(f"{self.name} has no token for code {missing} of the VQGAN")
+        if self._break:
+            ends = lines.new_full((*lines.shape[:2], 1), self._names[_END_OF_LINE])
+            lines = torch.cat([lines, ends], dim=2)
+        return lines.flatten(1)
 
     @property
     def _count(self) -> int:

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from kvpolicy import CacheStats
 from kvpolicy.errors import ParameterError
 from kvpolicy.lab.draw.image_model import Drawn, ModelSource, Sampler
 from kvpolicy.lab.draw.items import Item
@@ -22,7 +24,7 @@ from kvpolicy_adapters.evaluation.drawing.common import (
 )
 from kvpolicy_adapters.images.families import layout_of
 from kvpolicy_adapters.images.llamagen import LlamaGen, read_official
-from kvpolicy_adapters.images.vqgan import VQGAN, to_pixels
+from kvpolicy_adapters.images.vqgan import VQGAN, from_pixels, to_pixels
 from kvpolicy_adapters.images.vqgan_checkpoint import read_vqgan
 
 __all__ = ["LlamaGenImages"]
@@ -95,6 +97,15 @@ class LlamaGenImages:
 
     def draw(self, items: Sequence[Item], setting: Setting, sampler: Sampler, seed: int) -> Drawn:
         """Draw a batch, uint8 ``[B, rows, cols, 3]``."""
+        tokens, stats = self.tokens(items, setting, sampler, seed)
+        grid = self._model.config.grid_size
+        images = self._vqgan.decode(tokens.view(-1, grid, grid))
+        return Drawn(to_pixels(images, self._size).numpy(), stats)
+
+    def tokens(
+        self, items: Sequence[Item], setting: Setting, sampler: Sampler, seed: int
+    ) -> tuple[Tensor, tuple[CacheStats, ...]]:
+        """Draw a batch's tokens, int64 ``[B, count]``, and say what the cache cost."""
         classes = torch.tensor([item.row for item in items], device=self._device)
         count = self._model.config.grid_size**2
         own, sampling, chance = chance_of(items, seed, count, setting, sampler)
@@ -113,5 +124,18 @@ class LlamaGenImages:
                 sampler=own,
             )
             stats = cache.stats()
-        images = to_pixels(self._vqgan.decode(tokens), self._size)
-        return Drawn(images.numpy(), (stats,))
+        return tokens.flatten(1), (stats,)
+
+    @property
+    def classes(self) -> int:
+        """Classes that it knows."""
+        return self._model.config.num_classes
+
+    @property
+    def side(self) -> int:
+        """Pixels a side of the images that its tokens stand for."""
+        return self._model.config.grid_size * self._vqgan.config.scale
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Tokens ``[B, count]`` of images, uint8 ``[B, side, side, 3]``."""
+        return self._vqgan.encode(from_pixels(pixels).to(self._device)).flatten(1)
