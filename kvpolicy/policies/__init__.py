@@ -1,6 +1,7 @@
 """The strategies that ship with kvpolicy, one file each. Importing this registers them."""
 
 from kvpolicy.parts.compose import Compose
+from kvpolicy.policies.ahead import Ahead
 from kvpolicy.policies.full import Full
 from kvpolicy.policies.h2o import H2O
 from kvpolicy.policies.knorm import KNorm
@@ -20,6 +21,7 @@ __all__ = [
     "RKV",
     "SSD",
     "TOVA",
+    "Ahead",
     "Compose",
     "Full",
     "KNorm",

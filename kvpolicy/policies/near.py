@@ -14,7 +14,7 @@ from kvpolicy.parts import anchors, register_part
 from kvpolicy.policy.policy import CacheView, ScoredPolicy
 from kvpolicy.registry import register
 
-__all__ = ["Near", "nearness"]
+__all__ = ["Horizon", "Near", "coming", "nearness", "squared_distances"]
 
 #: Distances that are worked out at once.
 _PAIRS = 1 << 13
@@ -56,16 +56,31 @@ class Near(ScoredPolicy):
         return nearness(view, self.horizon)
 
 
-def _nearness(layout: TokenLayout, seen: int, horizon: int) -> Tensor:
-    """``sum over t of 1 / d(j, t)^2`` of each position j before ``seen``, float32 ``[seen]``."""
-    end = seen + horizon if layout.length is None else min(seen + horizon, layout.length)
+def coming(layout: TokenLayout, seen: int, horizon: int) -> tuple[int, int]:
+    """Positions of the next tokens, from the first to behind the last: at most ``horizon``."""
+    end = seen + horizon
+    return seen, end if layout.length is None else min(end, layout.length)
+
+
+def squared_distances(layout: TokenLayout, seen: int, first: int, end: int) -> Tensor:
+    """``d(j, t)^2`` of positions j before ``seen`` and t from ``first`` to ``end``, ``[seen, T]``.
+
+    In rows and columns, float32, on the CPU.
+    """
     position = torch.arange(end)
     row, column = layout.line(position).float(), layout.column(position).float()
+    down = row[:seen, None] - row[first:]
+    across = column[:seen, None] - column[first:]
+    return down * down + across * across
+
+
+def _nearness(layout: TokenLayout, seen: int, horizon: int) -> Tensor:
+    """``sum over t of 1 / d(j, t)^2`` of each position j before ``seen``, float32 ``[seen]``."""
+    first, end = coming(layout, seen, horizon)
     nearness = torch.zeros(seen)
     # Some of the next tokens at a time: no step allocates anything of the cache's size.
     some = max(1, _PAIRS // max(1, seen))
-    for first in range(seen, end, some):
-        down = row[:seen, None] - row[first : first + some]
-        across = column[:seen, None] - column[first : first + some]
-        nearness += (1 / (down * down + across * across)).sum(1)
+    for begin in range(first, end, some):
+        squares = squared_distances(layout, seen, begin, min(begin + some, end))
+        nearness += (1 / squares).sum(1)
     return nearness

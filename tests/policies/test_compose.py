@@ -38,6 +38,10 @@ SPELLED = {
     "tova": ({}, "compose/observe=last_query/score=head_mean"),
     "knorm": ({}, "compose/score=short_keys"),
     "random": ({"seed": 3}, "compose/score=lots:3"),
+    "ahead": (
+        {"anchors": 2, "horizon": 5, "fall": 3.0},
+        "compose/protect=anchors:2/score=change_ahead:5:3.0",
+    ),
     "near": ({"anchors": 2, "horizon": 5}, "compose/protect=anchors:2/score=nearness:5"),
     "snapkv": (
         {"window": 2, "interval": 3, "kernel": 3},

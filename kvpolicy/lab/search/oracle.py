@@ -3,27 +3,34 @@
 Real images are scored twice. In the first pass everything is cached, and what each line looks at is
 recorded. In the second a policy that is ``linear`` in all else looks its scores up there. No
 estimate of a token's mass from the past, at the same budgets, can be expected to do much better, so
-the oracles say what is left to gain. They are for the lab alone: they see the future.
+the oracles say what is left to gain. They are for the lab alone: they see the future. In an order
+other than raster it is groups that look (:class:`GroupOracle`).
 """
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from bisect import bisect_right
+from itertools import accumulate
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import PrivateAttr
+from pydantic import Field, PrivateAttr
 from torch import Tensor
 
 from kvpolicy.errors import ParameterError
 from kvpolicy.lab.run.subject import ImageSubject, Setting
+from kvpolicy.layout import OrderedLayout
 from kvpolicy.observers import AttentionObserver, AttentionReport, Need
+from kvpolicy.ops import change
 from kvpolicy.policies import Full, Linear
+from kvpolicy.policy.policy import ScoredPolicy
+from kvpolicy.policy.ranking import leveled
 from kvpolicy.policy.view import CacheView
 from kvpolicy.slots import SlotShape
 
-__all__ = ["Horizon", "LineRecord", "Oracle", "Recorder", "oracle_bits"]
+__all__ = ["GroupOracle", "Horizon", "LineRecord", "Oracle", "Recorder", "oracle_bits"]
 
 #: The next line alone, or all lines to come.
 Horizon = Literal["next", "all"]
@@ -99,6 +106,58 @@ class Oracle(Linear):
             )
         coming = worth[:, :, min(view.line, worth.shape[2] - 1)]
         return coming.gather(2, view.positions.long().clamp(min=0))
+
+
+class GroupOracle(ScoredPolicy):
+    """The clairvoyant cache of an order: what coming groups give most, recorded beforehand.
+
+    ``score(j) = sum over the next groups of the mass that they give j`` with everything cached.
+    What is ``together`` is chosen as in ``ahead``, with that mass in place of an estimate.
+    """
+
+    groups: int = Field(4, ge=1, description="coming groups whose mass counts")
+    how: Literal["mass", "together"] = "mass"
+    _given: list[Tensor] = PrivateAttr(default_factory=list)
+
+    @classmethod
+    def of(cls, given: list[Tensor], **parameters: Any) -> GroupOracle:
+        """With what groups gave, of each layer ``[B, H, groups, length]``."""
+        made = cls(**parameters)
+        made._given = given
+        return made
+
+    def score(self, view: CacheView) -> Tensor:
+        """What was recorded for the positions of this view, ``[B, H, S]``."""
+        return self._coming(view).sum(2)
+
+    def choose(self, view: CacheView, count: int, protected: Tensor | None) -> Tensor:
+        """What is given least, or changes least of what is read."""
+        if self.how == "mass":
+            return super().choose(view, count, protected)
+        mass = self._coming(view)
+        cost = leveled(view, change.alone(view.values, mass), protected)
+        return change.together(view.values, mass, cost, view.positions, count)
+
+    def _coming(self, view: CacheView) -> Tensor:
+        """Of the coming groups, ``[B, H, groups, S]``; 0 in empty slots.
+
+        Raises:
+            ParameterError: other images were recorded, or the layout has no groups.
+        """
+        layout, given = view.layout, self._given[view.layer]
+        if not isinstance(layout, OrderedLayout):
+            raise ParameterError(f"an oracle of groups needs an OrderedLayout, not {layout!r}")
+        if given.shape[0] != view.positions.shape[0]:
+            raise ParameterError(
+                f"the oracle has recorded {given.shape[0]} images and is asked about "
+                f"{view.positions.shape[0]}: score no more than one batch at once"
+            )
+        ends = list(accumulate(layout.groups, initial=layout.prefix))
+        group = bisect_right(ends, view.seen) - 1
+        coming = given[:, :, max(group, 0) : group + self.groups]
+        places = view.positions.clamp(min=0).long().unsqueeze(2)
+        found = coming.gather(3, places.expand(-1, -1, coming.shape[2], -1))
+        return found * (view.positions >= 0).unsqueeze(2)
 
 
 def oracle_bits(

@@ -1,0 +1,123 @@
+"""ahead: what each coming token will read, with and without a token, in any order of tokens."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+from torch import Tensor
+from torch.nn import functional
+
+from kvpolicy.budget.span import Span
+from kvpolicy.ops import change
+from kvpolicy.parts import anchors, register_part
+from kvpolicy.policies.near import Horizon, coming, squared_distances
+from kvpolicy.policy.policy import CacheView, ScoredPolicy
+from kvpolicy.policy.ranking import leveled, lowest
+from kvpolicy.registry import register
+
+__all__ = ["Ahead", "change_ahead", "foreseen", "least_change_ahead"]
+
+_TINY = 1e-30
+
+Fall = Annotated[
+    float,
+    Field(ge=0, le=16, description="attention falls off with the distance d as 1 / d^fall"),
+]
+How = Annotated[
+    Literal["together", "alone", "mass"],
+    Field(
+        description="what is kept small: the change of what is read, by all that goes or by each "
+        "token alone; or the attention that goes"
+    ),
+]
+
+
+@register("ahead")
+class Ahead(ScoredPolicy):
+    """Evict what together changes least of what the coming tokens will read.
+
+    Which tokens come next is known, and so is what lies near them: each is taken to look at cached
+    tokens of the image by their distance alone,
+
+    ``A[t, j] = d(t, j)^-fall / sum over i of d(t, i)^-fall``
+
+    where d is the distance in rows and columns (:class:`kvpolicy.OrderedLayout`; without one,
+    tokens come line by line). Token t then reads ``o_t = sum_j A[t, j] v_j``, and without the
+    tokens E something else: but for a factor the change is ``sum_{j in E} A[t, j] (o_t - v_j)``. As
+    in ``linear2d``, of all sets E of the size that is wanted, one is sought for which
+
+    ``sum over the next tokens t of |sum_{j in E} A[t, j] (o_t - v_j)|^2``
+
+    is small, by adding the token that increases it least, again and again. A token may go although
+    it is near, if others that are as near say the same. Nothing is observed.
+    """
+
+    anchors: Span = Field(
+        0, description="first image tokens that are never evicted, or lines of them"
+    )
+    horizon: Horizon = "4 lines"
+    fall: Fall = 4.0
+
+    def protect(self, view: CacheView) -> Tensor:
+        """The first tokens of the image stay, if any are to."""
+        return anchors(view, self.anchors)
+
+    def score(self, view: CacheView) -> Tensor:
+        """What changes if a token goes alone."""
+        return change_ahead(view, self.horizon, self.fall)
+
+    def choose(self, view: CacheView, count: int, protected: Tensor | None) -> Tensor:
+        """What changes least together."""
+        return least_change_ahead(view, count, protected, self.horizon, self.fall)
+
+
+def foreseen(view: CacheView, horizon: int | str, fall: float) -> Tensor:
+    """How each coming token is taken to look at each cached one, float32 ``[B, H, T, S]``.
+
+    The prefix stays in any case, and has no distance: it gets 0, as empty slots do. Behind the last
+    token nothing comes, and the last one is thought of again.
+    """
+    first, end = coming(view.layout, view.seen, view.tokens(horizon))
+    squares = squared_distances(view.layout, view.seen, min(first, end - 1), end)
+    # By place; only the last token, thought of again, has no distance to itself.
+    by_place = (squares.clamp(min=1) ** (-fall / 2)).to(view.positions.device)
+    looks = functional.embedding(view.positions.clamp(min=0).long(), by_place)
+    looks *= (view.positions >= view.layout.prefix).unsqueeze(-1)
+    return (looks / looks.sum(2, keepdim=True).clamp_(min=_TINY)).transpose(2, 3).contiguous()
+
+
+def change_ahead(
+    view: CacheView, horizon: Horizon = "4 lines", fall: Fall = 4.0, how: How = "together"
+) -> Tensor:
+    """What changes if a token goes alone: ``sum_t A[t, j]^2 |o_t - v_j|^2``, ``[B, H, S]``.
+
+    Values of a head are in units of the largest number among them, once they are centred. Where
+    ``how`` is ``mass``, how much is looked at it: ``sum_t A[t, j]``.
+    """
+    looks = foreseen(view, horizon, fall)
+    return looks.sum(2) if how == "mass" else change.alone(view.values, looks)
+
+
+def least_change_ahead(
+    view: CacheView,
+    count: int,
+    protected: Tensor | None,
+    horizon: int | str,
+    fall: float,
+    how: str = "together",
+) -> Tensor:
+    """One token after the other, each the one that adds least to the change of what is read.
+
+    Returns:
+        Slots, int64 ``[B, H, count]``, in the order in which they go.
+    """
+    looks = foreseen(view, horizon, fall)
+    alone = looks.sum(2) if how == "mass" else change.alone(view.values, looks)
+    if how != "together":
+        return lowest(view, count, alone, protected)
+    cost = leveled(view, alone, protected)
+    return change.together(view.values, looks, cost, view.positions, count)
+
+
+register_part("score", "change_ahead", choose=least_change_ahead)(change_ahead)
