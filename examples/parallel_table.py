@@ -31,7 +31,7 @@ BITS = (
     "oracle:8:together",
     "oracle:8:mass",
     "ahead",
-    "ahead/score=change_ahead:4lines:4.0:alone",
+    "ahead/score=change_ahead:4lines:4.0:together",
     "ahead/score=change_ahead:4lines:4.0:mass",
     "near",
     "streaming_llm",

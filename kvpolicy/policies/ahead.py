@@ -25,17 +25,17 @@ Fall = Annotated[
     Field(ge=0, le=16, description="attention falls off with the distance d as 1 / d^fall"),
 ]
 How = Annotated[
-    Literal["together", "alone", "mass"],
+    Literal["alone", "together", "mass"],
     Field(
-        description="what is kept small: the change of what is read, by all that goes or by each "
-        "token alone; or the attention that goes"
+        description="what is kept small: the change of what is read, by each token alone or by all "
+        "that goes together; or the attention that goes"
     ),
 ]
 
 
 @register("ahead")
 class Ahead(ScoredPolicy):
-    """Evict what together changes least of what the coming tokens will read.
+    """Evict what changes least of what the coming tokens will read.
 
     Which tokens come next is known, and so is what lies near them: each is taken to look at cached
     tokens of the image by their distance alone,
@@ -43,14 +43,13 @@ class Ahead(ScoredPolicy):
     ``A[t, j] = d(t, j)^-fall / sum over i of d(t, i)^-fall``
 
     where d is the distance in rows and columns (:class:`kvpolicy.OrderedLayout`; without one,
-    tokens come line by line). Token t then reads ``o_t = sum_j A[t, j] v_j``, and without the
-    tokens E something else: but for a factor the change is ``sum_{j in E} A[t, j] (o_t - v_j)``. As
-    in ``linear2d``, of all sets E of the size that is wanted, one is sought for which
+    tokens come line by line). Token t then reads ``o_t = sum_j A[t, j] v_j``, and without token j
+    something else: but for a factor the change is ``A[t, j] (o_t - v_j)``, so that
 
-    ``sum over the next tokens t of |sum_{j in E} A[t, j] (o_t - v_j)|^2``
+    ``score(j) = sum over the next tokens t of A[t, j]^2 |o_t - v_j|^2``
 
-    is small, by adding the token that increases it least, again and again. A token may go although
-    it is near, if others that are as near say the same. Nothing is observed.
+    A token may go although it is near, if what lies beside it says the same. Nothing is observed:
+    the score follows from the order and the cached values.
     """
 
     anchors: Span = Field(
@@ -64,12 +63,8 @@ class Ahead(ScoredPolicy):
         return anchors(view, self.anchors)
 
     def score(self, view: CacheView) -> Tensor:
-        """What changes if a token goes alone."""
+        """How much each token changes what the next ones read, if it goes."""
         return change_ahead(view, self.horizon, self.fall)
-
-    def choose(self, view: CacheView, count: int, protected: Tensor | None) -> Tensor:
-        """What changes least together."""
-        return least_change_ahead(view, count, protected, self.horizon, self.fall)
 
 
 def foreseen(view: CacheView, horizon: int | str, fall: float) -> Tensor:
@@ -88,7 +83,7 @@ def foreseen(view: CacheView, horizon: int | str, fall: float) -> Tensor:
 
 
 def change_ahead(
-    view: CacheView, horizon: Horizon = "4 lines", fall: Fall = 4.0, how: How = "together"
+    view: CacheView, horizon: Horizon = "4 lines", fall: Fall = 4.0, how: How = "alone"
 ) -> Tensor:
     """What changes if a token goes alone: ``sum_t A[t, j]^2 |o_t - v_j|^2``, ``[B, H, S]``.
 
@@ -105,9 +100,12 @@ def least_change_ahead(
     protected: Tensor | None,
     horizon: int | str,
     fall: float,
-    how: str = "together",
+    how: str = "alone",
 ) -> Tensor:
-    """One token after the other, each the one that adds least to the change of what is read.
+    """The lowest of :func:`change_ahead`; ``together``, each adds least to what has gone before it.
+
+    ``together`` is for comparison: ``sum over t of |sum_{j in E} A[t, j] (o_t - v_j)|^2`` is kept
+    small by adding the token to E that increases it least, again and again, as in ``linear2d``.
 
     Returns:
         Slots, int64 ``[B, H, count]``, in the order in which they go.

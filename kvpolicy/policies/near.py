@@ -35,7 +35,7 @@ def nearness(view: CacheView, horizon: Horizon = "4 lines") -> Tensor:
 
 @register("near")
 class Near(ScoredPolicy):
-    """Keep anchors, and the tokens that lie nearest to what is still to come.
+    """Keep the tokens that lie nearest to what is still to come (and anchors, if any are wanted).
 
     ``score(j) = sum over the next tokens t of 1 / d(j, t)^2``, where d is the distance in rows and
     columns of the image (:class:`kvpolicy.OrderedLayout`; without one, tokens come line by line).
@@ -43,12 +43,12 @@ class Near(ScoredPolicy):
     """
 
     anchors: Span = Field(
-        "1 line", description="first image tokens that are never evicted, or lines of them"
+        0, description="first image tokens that are never evicted, or lines of them"
     )
     horizon: Horizon = "4 lines"
 
     def protect(self, view: CacheView) -> Tensor:
-        """The first tokens of the image stay."""
+        """The first tokens of the image stay, if any are to."""
         return anchors(view, self.anchors)
 
     def score(self, view: CacheView) -> Tensor:

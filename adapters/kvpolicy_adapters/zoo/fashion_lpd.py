@@ -157,7 +157,8 @@ class FashionLPD:
             ParameterError: guidance is no finite number of at least 1, or the cache's layout has
                 no order.
         """
-        if not 1 <= guidance < math.inf:
+        number = isinstance(guidance, int | float) and not isinstance(guidance, bool)
+        if not (number and 1 <= guidance < math.inf):
             raise ParameterError(
                 f"fashion-lpd: guidance={guidance!r} must be a finite number of at least 1; 1 "
                 f"draws given the class alone"
