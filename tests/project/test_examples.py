@@ -78,3 +78,16 @@ def test_speculate_says_how_many_passes_it_took(tmp_path):
     found = re.fullmatch(r"class 3: 40 tokens in (\d+) passes\n", done.stdout)
     assert found is not None, done.stdout
     assert 1 < int(found[1]) < 40
+
+
+@pytest.mark.slow
+def test_the_bits_of_groups_are_measured_once(tmp_path):
+    script = ROOT / "examples" / "parallel_bits.py"
+    options = ["--out", "cells.jsonl", "--images", "2", "--passes", "16"]
+    options += ["--rows", "ahead,oracle:2:mass", "--budgets", "1/4"]
+    once, again = (run_script(script, *options, folder=tmp_path) for _ in range(2))
+    assert once.returncode == again.returncode == 0, once.stderr
+    assert once.stdout == again.stdout
+    assert re.search(r"^\| `ahead` \| \+0\.\d{4} \(", once.stdout, re.MULTILINE)
+    assert once.stderr.count("s of a processor") == 3
+    assert "s of a processor" not in again.stderr

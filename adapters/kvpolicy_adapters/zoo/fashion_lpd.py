@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from kvpolicy import GroupStep, OrderedLayout, Parallel, ParameterError, RasterLayout, Sampling
+from kvpolicy import GroupStep, OrderedLayout, Parallel, ParameterError, RasterLayout
 from kvpolicy_adapters.attach import attach
 from kvpolicy_adapters.zoo.fashion import FashionModel
 from kvpolicy_adapters.zoo.fashion_lpd_model import FashionLPDModel
@@ -24,7 +24,6 @@ from kvpolicy_adapters.zoo.sealed import CorruptFileError, read_sealed
 __all__ = ["LPD_FILES", "FashionLPD", "LPDCard", "read_fashion_lpd"]
 
 _GREYS = 16
-_ANY_CLASS = 26
 #: What the card vouches for.
 LPD_FILES = ("config.json", "model.safetensors")
 
@@ -131,60 +130,20 @@ class FashionLPD:
 
     @torch.no_grad()
     def draw(
-        self,
-        classes: Tensor,
-        cache: Any,
-        decoder: Parallel,
-        *,
-        guidance: float = 2.0,
-        sampling: Sampling | None = None,
-        seed: int | None = None,
+        self, classes: Tensor, cache: Any, decoder: Parallel, *, seed: int | None = None
     ) -> Tensor:
-        """Draw images of classes ``[n]`` from 0 to 9: pixel tokens in raster order ``[n, 784]``.
-
-        Args:
-            classes: int64 ``[n]``.
-            cache: of an ``attached`` block, new or reset.
-            decoder: the one whose order the cache's layout has.
-            guidance: logits are ``u + guidance * (c - u)``, c given the class and u given none
-                (Ho and Salimans, arXiv:2207.12598); the cache then holds both sequences of an
-                image, n with the class and n without. 1 draws given the class alone, with n
-                sequences. docs/parallel.md says how the default was chosen.
-            sampling: temperature, top-k and top-p; the distribution as it is by default.
-            seed: of what is drawn.
-
-        Raises:
-            ParameterError: guidance is no finite number of at least 1, or the cache's layout has
-                no order.
-        """
-        number = isinstance(guidance, int | float) and not isinstance(guidance, bool)
-        if not (number and 1 <= guidance < math.inf):
-            raise ParameterError(
-                f"fashion-lpd: guidance={guidance!r} must be a finite number of at least 1; 1 "
-                f"draws given the class alone"
-            )
+        """Draw images of classes ``[n]`` from 0 to 9: pixel tokens in raster order ``[n, 784]``."""
         step = self.step(cache)
 
         def greys(tokens: Tensor, ask: int) -> Tensor:
-            if guidance == 1:
-                logits = step(tokens, ask).clone()
-            else:
-                first = cache.get_seq_length() == 0
-                anyone = torch.full_like(tokens, _ANY_CLASS) if first else tokens
-                given, free = step(torch.cat([tokens, anyone]), ask).chunk(2)
-                logits = torch.lerp(free, given, guidance)
+            logits = step(tokens, ask).clone()
             logits[..., _GREYS:] = -torch.inf
             return logits
 
         chance = None if seed is None else torch.Generator().manual_seed(seed)
         layout = _ordered(cache)
         drawn = decoder.decode(
-            greys,
-            cache,
-            classes[:, None] + _GREYS,
-            len(layout.order),
-            sampling=sampling,
-            generator=chance,
+            greys, cache, classes[:, None] + _GREYS, len(layout.order), generator=chance
         )
         return layout.to_raster(drawn.tokens)[:, 1:]
 
@@ -220,7 +179,8 @@ class FashionLPD:
         """
         arrived = tokens[:, layout.place(torch.arange(layout.length))]
         config = self.model.llama.config
-        size = (len(tokens), config.num_key_value_heads, len(layout.groups), layout.length)
+        heads: int = config.num_key_value_heads
+        size = (len(tokens), heads, len(layout.groups), layout.length)
         given = [torch.zeros(size) for _ in range(config.num_hidden_layers)]
         done, first = 0, layout.prefix
         with self.attached("full", None, layout) as cache:
@@ -230,7 +190,7 @@ class FashionLPD:
                     found = self._ask(cache, newest, asked, output_attentions=True).attentions
                     cache.commit(newest.shape[1])
                 for mass, weights in zip(given, found, strict=True):
-                    by_head = weights.float().unflatten(1, (size[1], -1)).mean(2)[..., :first]
+                    by_head = weights.float().unflatten(1, (heads, -1)).mean(2)[..., :first]
                     mass[:, :, group, :first] += by_head[:, :, newest.shape[1] :].sum(2)
                     if group:
                         mass[:, :, group - 1, :first] += by_head[:, :, : newest.shape[1]].sum(2)
