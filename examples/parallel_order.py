@@ -20,7 +20,7 @@ from kvpolicy import Parallel
 from kvpolicy_adapters import zoo
 
 MOMENTS = (12, 24, 36)
-POLICIES = (("near", "1/4"), ("h2o", "1/4"))
+POLICIES = (("ahead", "1/4"), ("near", "1/4"))
 
 
 def main(out: str, passes: int = 48) -> None:

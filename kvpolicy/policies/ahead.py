@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
+import torch
 from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
@@ -79,7 +80,8 @@ def foreseen(view: CacheView, horizon: int | str, fall: float) -> Tensor:
     by_place = (squares.clamp(min=1) ** (-fall / 2)).to(view.positions.device)
     looks = functional.embedding(view.positions.clamp(min=0).long(), by_place)
     looks *= (view.positions >= view.layout.prefix).unsqueeze(-1)
-    return (looks / looks.sum(2, keepdim=True).clamp_(min=_TINY)).transpose(2, 3).contiguous()
+    looks /= looks.sum(2, keepdim=True).clamp_(min=_TINY)
+    return looks.transpose(2, 3).clone(memory_format=torch.contiguous_format)
 
 
 def change_ahead(

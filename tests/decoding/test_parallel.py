@@ -128,7 +128,7 @@ def test_raster_order_one_by_one_is_a_special_case():
     assert torch.equal(layout.to_raster(drawn["full"]), drawn["full"])
 
 
-@pytest.mark.parametrize("policy", ["near", "h2o", "streaming_llm", "random", "snapkv"])
+@pytest.mark.parametrize("policy", ["ahead", "near", "h2o", "streaming_llm", "random", "snapkv"])
 @pytest.mark.parametrize("passes", [6, 20])
 def test_queries_leave_nothing_behind(policy, passes):
     """The cache is, bit for bit, one that never saw a query, and holds no more than its budget."""

@@ -179,7 +179,7 @@ class FashionLPD:
         """
         arrived = tokens[:, layout.place(torch.arange(layout.length))]
         config = self.model.llama.config
-        heads: int = config.num_key_value_heads
+        heads = int(config.num_key_value_heads or config.num_attention_heads)
         size = (len(tokens), heads, len(layout.groups), layout.length)
         given = [torch.zeros(size) for _ in range(config.num_hidden_layers)]
         done, first = 0, layout.prefix
