@@ -46,7 +46,7 @@ def test_the_shipped_policies_are_available():
 
 
 #: Strategies that no paper has.
-OURS = ("compose", "full", "linear2d", "near", "random")
+OURS = ("ahead", "compose", "full", "linear2d", "near", "random")
 
 
 @pytest.mark.parametrize("name", kvpolicy.available())
