@@ -14,7 +14,6 @@ import json
 import os
 import platform
 import shutil
-import subprocess
 import sys
 import tempfile
 import tomllib
@@ -101,7 +100,7 @@ def _build(into: Path) -> tuple[dict[str, Any] | None, str | None]:
         # In a process of its own: what was built must load here, and compute what torch does.
         environment = os.environ | {"KVPOLICY_NATIVE": "0", "PYTHONPATH": str(ROOT)}
         trial = [sys.executable, "-m", "kvpolicy.ops.cpu.trial", "--only-compare", str(path)]
-        done = subprocess.run(trial, capture_output=True, text=True, env=environment)
+        done = compiling.run_in(path.parent, trial, env=environment)
         if done.returncode:
             said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
             raise compiling.CompileError(f"the trial of {name} failed: {said[-1]}")

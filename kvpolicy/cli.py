@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from importlib.metadata import version
 from io import TextIOWrapper
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from kvpolicy.commands.ablate import ablate
 from kvpolicy.commands.bench import bench
 from kvpolicy.commands.build_kernel import build_kernel
 from kvpolicy.commands.calibrate import calibrate
 from kvpolicy.commands.check import check
-from kvpolicy.commands.console import say_error
+from kvpolicy.commands.console import UNREAD, drop_output, say_error
 from kvpolicy.commands.demo import demo
 from kvpolicy.commands.draw import draw
 from kvpolicy.commands.list_policies import list_policies
@@ -26,8 +28,22 @@ from kvpolicy.errors import KVPolicyError
 
 __all__ = ["app", "main"]
 
+
+class _Commands(TyperGroup):
+    """Tells a command whose output nobody reads from one that has failed."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run a command; click itself would end with status 1."""
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            drop_output()
+            raise SystemExit(UNREAD) from None
+
+
 app = typer.Typer(
     name="kvpolicy",
+    cls=_Commands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -81,7 +97,10 @@ def main() -> None:
         say_error(str(error))
         raise SystemExit(74 if isinstance(error, OSError) else 2) from None
     except OSError as error:
-        if error.filename is None:
-            raise
-        say_error(f"{error.filename}: {error.strerror}")
+        about = error.filename
+        if about is None:  # what is written by its name says it: only the output has none
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+                raise
+            about = "the output can't be written"
+        say_error(f"{about}: {error.strerror}")
         raise SystemExit(74) from None

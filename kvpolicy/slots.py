@@ -102,7 +102,7 @@ class SlotStore:
         self.start: Tensor | None = None
         self.peak = self.shape.slots - fresh
         served = native.serves(self.keys, self.values) and self.keys.is_contiguous()
-        self.kernel = native.decoder() if served else None
+        self.kernel = native.decoder(self.keys.dtype) if served else None
         self._accepted: tuple[Any, ...] = ()
         self._index_heads()
 

@@ -70,7 +70,8 @@ class SlotStep:
             self.mass = torch.zeros(batch, heads, 1, slots, device=device) if need_mass else None
         # The CPU kernel, which knows empty slots, but nothing else that is hidden.
         plain = window is None and hidden is None
-        self.one_pass = native.stepper() if plain and store.kernel is not None else None
+        served = plain and store.kernel is not None
+        self.one_pass = native.stepper(store.keys.dtype) if served else None
         for tensor in (self.slots, self.position, self.mass, store.keys, store.values):
             if tensor is not None:
                 # CUDA graphs copy what they are given unless it is known to stay where it is.

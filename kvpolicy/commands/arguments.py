@@ -8,6 +8,7 @@ import sys
 from typing import Any
 
 from kvpolicy.errors import ParameterError
+from kvpolicy.lab.run.plan import require_json
 from kvpolicy.lab.run.runner import Stale
 from kvpolicy.named import is_path
 
@@ -26,19 +27,24 @@ def pair(text: str, option: str, example: str) -> tuple[str, Any]:
     """``images=100`` as ``("images", 100)``.
 
     Raises:
-        ParameterError: there is no name, or no value.
+        ParameterError: there is no name, or no value, or one that no file could hold.
     """
     name, equals, value = text.partition("=")
     if not (name and equals and value):
         raise ParameterError(f"{option} {text!r} is not like {example}")
-    return name, value_of(value)
+    found = value_of(value)
+    try:
+        require_json(found, name)
+    except ValueError as error:
+        raise ParameterError(f"{option} {error}") from None
+    return name, found
 
 
 def value_of(text: str) -> Any:
     """A number, true, false or null where the text is one; the text itself otherwise."""
     try:
         return json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # no JSON, or digits or brackets without an end
         return text
 
 

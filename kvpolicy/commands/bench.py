@@ -11,13 +11,12 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 from kvpolicy.commands.arguments import find_own, split
-from kvpolicy.commands.console import console
+from kvpolicy.commands.console import Terminal, console
 from kvpolicy.decoding import Decoder
 from kvpolicy.errors import ParameterError
 from kvpolicy.lab.bench.contender import BASELINES, Workload, load_shape
@@ -311,7 +310,7 @@ def _show(facts: Sequence[str], tables: Sequence[Grid]) -> None:
     for fact in facts:
         console.print(fact, highlight=False)
     # A table that is wider than the terminal is better than one with broken numbers.
-    wide = Console(width=max(console.width, 150))
+    wide = Terminal(width=max(console.width, 150))
     for grid in tables:
         wide.print(_table(grid))
 

@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from kvpolicy.commands.arguments import find_own
-from kvpolicy.commands.console import console, say_error
+from kvpolicy.commands.console import UNREAD, console, drop_output, say_error
 from kvpolicy.errors import KVPolicyError
 
 __all__ = ["check"]
@@ -44,6 +44,9 @@ def check(
         except KVPolicyError as error:
             say_error(str(error))
             return 2
+        except BrokenPipeError:
+            drop_output()
+            return UNREAD
 
     ending = run_apart(work)
     if ending.status is None:

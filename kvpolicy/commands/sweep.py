@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from pathlib import Path
 
 import typer
 
-from kvpolicy.commands.console import console
+from kvpolicy.commands.console import UNREAD, console, drop_output
 from kvpolicy.commands.progress import SweepProgress
 from kvpolicy.lab.run.executor import Executor
 from kvpolicy.lab.run.run_folder import RunFolder
@@ -39,10 +37,9 @@ def sweep(
         note(f"stopped: {_safe(progress, out)}")
         raise SystemExit(130) from None
     except BrokenPipeError:
-        # Else Python says so once more, when it flushes at its own end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_output()
         typer.echo(f"stopped, as nobody reads the output: {_safe(progress, out)}", err=True)
-        raise SystemExit(141) from None
+        raise SystemExit(UNREAD) from None
 
 
 def _safe(progress: SweepProgress, out: Path) -> str:

@@ -111,8 +111,8 @@ def test_every_policy_decides_as_it_does_without(model, name, reclaim):
 def steps(kernel, monkeypatch):
     """How often compiled code was given the CPU kernel."""
     given = []
-    found = native.stepper()
-    monkeypatch.setattr(native, "stepper", lambda: given.append(found) or found)
+    found = native.stepper(torch.float32)
+    monkeypatch.setattr(native, "stepper", lambda dtype: given.append(found) or found)
     return given
 
 

@@ -30,6 +30,7 @@ from kvpolicy.lab.run.run_folder import (
 )
 from kvpolicy.lab.show.report import report_on_run, report_on_trace
 from kvpolicy.lab.show.retention import retention
+from kvpolicy.tracing.trace import STAYS
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 REQUIRED = os.environ.get("KVPOLICY_REQUIRE_CHROMIUM")
@@ -374,6 +375,47 @@ class TestInABrowser:
         assert opened.locator(".grid i").count() == ROWS * COLS
         assert not complaints
         opened.close()
+
+
+def behind(found, prompt):
+    """The same image behind a prompt that is longer by so many tokens."""
+
+    def later(positions):
+        return torch.where((positions >= 0) & (positions < STAYS), positions + prompt, positions)
+
+    layer = found.layers[0]
+    kept = torch.full((*layer.gone.shape[:2], prompt), STAYS, dtype=torch.int32)
+    moved = {name: later(getattr(layer, name)) for name in ("decided", "victims", "places")}
+    moved["gone"] = torch.cat([kept, later(layer.gone)], -1)
+    grid = found.grid | {"prefix": found.grid["prefix"] + prompt}
+    layers = {0: replace(layer, **moved)}
+    return replace(found, grid=grid, seen=found.seen + prompt, layers=layers)
+
+
+@needs_chromium
+def test_positions_take_all_sixteen_bits(browser, tmp_path):
+    """Behind 32,767 they once were negative, and scores vanished."""
+    near = traced("linear", 15)
+    said = []
+    for prompt in (0, 40_000):
+        behind(near, prompt).save(tmp_path / "t.safetensors")
+        report_on_trace(tmp_path / "t.safetensors", tmp_path / "t.html")
+        opened = browser.new_page()
+        opened.goto((tmp_path / "t.html").as_uri())
+        move_to(opened, 23)
+        opened.hover("#left .grid i[data-place='16']")
+        said.append(opened.inner_text("#left .about"))
+        opened.close()
+    assert "score " in said[0]
+    score = [re.search(r"score \S+", text)[0] for text in said]
+    assert score[0] == score[1]
+    assert f"position {18 + 40_000}, row 3, column 1" in said[1]
+
+
+def test_a_trace_that_is_too_long_for_the_viewer_is_refused_by_its_length(tmp_path):
+    behind(traced("linear", 15), 2**16).save(tmp_path / "t.safetensors")
+    with pytest.raises(kvpolicy.ParameterError, match="longer than the viewer can show: 65,534"):
+        report_on_trace(tmp_path / "t.safetensors", tmp_path / "t.html")
 
 
 @needs_chromium

@@ -388,7 +388,7 @@ def test_every_policy_decides_as_without_them(operators, policy, dtype, reclaim)
 
     counted = Counted(operators)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(native, "decoder", lambda: None)
+        patch.setattr(native, "decoder", lambda dtype: None)
         patch.setattr(native, "operators", lambda: counted)
         one = held()
         patch.setattr(native, "operators", lambda: None)

@@ -4,9 +4,12 @@ import json
 import os
 import re
 import shutil
+import signal
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from hypothesis import given, settings
@@ -34,7 +37,7 @@ def calls(kernel, monkeypatch):
         seen.append(arguments)
         return kernel(*arguments)
 
-    monkeypatch.setattr(native, "decoder", lambda: counted)
+    monkeypatch.setattr(native, "decoder", lambda dtype: counted)
     return seen
 
 
@@ -207,7 +210,7 @@ def stream(policy, *, dtype=torch.float32, reclaim="lazy", **terms):
 def test_every_policy_decides_as_without_it(policy, reclaim, calls, monkeypatch):
     output, held = stream(policy, reclaim=reclaim)
     assert len(calls) == 50
-    monkeypatch.setattr(native, "decoder", lambda: None)
+    monkeypatch.setattr(native, "decoder", lambda dtype: None)
     plain_output, plain_held = stream(policy, reclaim=reclaim)
     assert all(map(torch.equal, held, plain_held))
     torch.testing.assert_close(output, plain_output, rtol=1e-5, atol=1e-5)
@@ -275,7 +278,7 @@ def test_it_can_be_turned_off(tmp_path, monkeypatch):
     native.library().write_bytes(b"")
     monkeypatch.setenv("KVPOLICY_NATIVE", "0")
     forget()
-    assert native.decoder() is None
+    assert native.in_use() is None
     forget()
 
 
@@ -447,6 +450,41 @@ def test_building_again_repairs_what_was_damaged(own_folder, folder, tmp_path, u
     assert not path.stat().st_mode & 0o077
 
 
+KILLED = """
+import os
+from kvpolicy.ops.cpu.build import build
+
+os.environ["KVPOLICY_KERNELS"] = {folder!r}
+build({compiler!r})
+"""
+
+
+@posix
+@pytest.mark.parametrize("how", ["KILL", "TERM", "INT"])
+def test_a_build_that_is_interrupted_leaves_nothing_behind_and_nothing_running(
+    own_folder, tmp_path, how
+):
+    """A compiler is processes of its own, which nobody else would end."""
+    script = f"sleep 300 &\necho $! $$ > {tmp_path}/ids\nkill -{how} $PPID\nwait\n"
+    compiler = fake_compiler(tmp_path, script)
+    done = run_code(KILLED.format(folder=str(own_folder), compiler=compiler), tmp_path)
+    assert done.returncode == (1 if how == "INT" else -getattr(signal, f"SIG{how}"))
+    ids = list(map(int, (tmp_path / "ids").read_text().split()))
+    assert len(ids) == 2
+    deadline = time.monotonic() + 20
+    while any(map(is_running, ids)) or list(own_folder.iterdir()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def is_running(process):
+    """Whether there is such a process, and it has not ended without being asked how."""
+    try:
+        return psutil.Process(process).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 @needs_compiler
 @posix
 def test_folders_are_private_whatever_the_umask(own_folder, folder, tmp_path, untried, monkeypatch):
@@ -476,7 +514,18 @@ def test_two_builds_take_turns_and_the_second_finds_the_first_ones(
 
 
 def test_what_was_slower_here_is_left_to_torch(own_folder, operators, monkeypatch):
-    slow = native.Library(own_folder, most_rows=8, times_as_fast={"lowest": 0.9, "pool": 1.5})
+    slow = native.Library(
+        own_folder,
+        most_rows=8,
+        times_as_fast={
+            "lowest": 0.9,
+            "pool": 1.5,
+            "cosines": 1.2,
+            "cosines bfloat16": 0.8,
+            "decode": 1.2,
+            "decode float16": 0.5,
+        },
+    )
     with monkeypatch.context() as patch:
         patch.setattr(native, "in_use", lambda: slow)
         patch.setattr(native, "operators", lambda: operators)
@@ -488,6 +537,13 @@ def _what_was_slower():
     served = torch.zeros(1)
     assert native.serving("lowest", served) is None
     assert native.serving("pool", served) is not None
+    assert native.serving("cosines", served) is not None
+    assert native.serving("cosines", served.bfloat16()) is None
+    assert native.serving("cosines", served.half()) is not None
+    assert native.decoder(torch.float32) is not None
+    assert native.decoder(torch.bfloat16) is not None
+    assert native.decoder(torch.float16) is None
+    assert native.stepper(torch.float16) is None
     assert native.most_rows() == 8
 
 
@@ -523,7 +579,7 @@ for _ in range(12):
     key = torch.randn(1, 1, 1, 4)
     cache.attend(0, key, key, key)
 assert cache.stats().evictions == (4,)
-print(native.in_use(), native.decoder())
+print(native.in_use(), native.decoder(torch.float32))
 """
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 
 import pytest
+import torch
 from filelock import FileLock
 
 from kvpolicy.ops.cpu import native
@@ -55,7 +56,7 @@ def operators(folder):
     forget()
     with pytest.MonkeyPatch.context() as patch:
         # Which were faster while a busy machine built them is no matter of tests.
-        patch.setattr(native, "uses", lambda name: True)
+        patch.setattr(native, "uses", lambda name, dtype: True)
         yield found
 
 
@@ -64,7 +65,7 @@ def kernel(folder, monkeypatch):
     """The kernel that writes and attends, which every new cache then uses."""
     monkeypatch.setenv("KVPOLICY_KERNELS", str(folder))
     monkeypatch.setenv("KVPOLICY_NATIVE", "1")
-    monkeypatch.setattr(native, "uses", lambda name: True)
+    monkeypatch.setattr(native, "uses", lambda name, dtype: True)
     forget()
-    yield native.decoder()
+    yield native.decoder(torch.float32)
     forget()

@@ -69,7 +69,7 @@ def survey(device: str, dtype: torch.dtype) -> Machine:
         python=platform.python_version(),
         copy=2 * size / _best(lambda: target.copy_(source), cuda),
         matmul=2 * side**3 / _best(lambda: left @ right, cuda),
-        kernel=not cuda and native.decoder() is not None,
+        kernel=not cuda and native.in_use() is not None,
     )
 
 

@@ -17,7 +17,16 @@ from kvpolicy.decoding import Decoder
 from kvpolicy.errors import BudgetError, KVPolicyError, ParameterError, parameter_error
 from kvpolicy.named import is_path
 
-__all__ = ["BASELINE", "SEQUENTIAL", "Cell", "Plan", "PolicyPlan", "Value", "read_plan"]
+__all__ = [
+    "BASELINE",
+    "SEQUENTIAL",
+    "Cell",
+    "Plan",
+    "PolicyPlan",
+    "Value",
+    "read_plan",
+    "require_json",
+]
 
 #: Values of parameters and options: what JSON can hold.
 Value: TypeAlias = Any
@@ -120,7 +129,7 @@ class PolicyPlan(BaseModel):
     @field_validator("parameters")
     @classmethod
     def _parameters_are_json(cls, value: dict[str, Value]) -> dict[str, Value]:
-        _only_json(value, "")
+        require_json(value, "")
         return value
 
     def grid(self) -> list[dict[str, Value]]:
@@ -197,7 +206,7 @@ class Plan(BaseModel):
     @field_validator("options")
     @classmethod
     def _options_are_json(cls, value: dict[str, Value]) -> dict[str, Value]:
-        _only_json(value, "")
+        require_json(value, "")
         return value
 
     @field_validator("seeds")
@@ -309,7 +318,7 @@ def _decoders(value: Any) -> Any:
         raise ValueError(str(error)) from None
 
 
-def _only_json(value: Value, where: str) -> None:
+def require_json(value: Value, where: str) -> None:
     """Refuse what no file can hold so that the same command gives the same plan.
 
     Raises:
@@ -317,11 +326,11 @@ def _only_json(value: Value, where: str) -> None:
     """
     if isinstance(value, dict):
         for name, inner in value.items():
-            _only_json(name, where)
-            _only_json(inner, f"{where}.{name}" if where else name)
+            require_json(name, where)
+            require_json(inner, f"{where}.{name}" if where else name)
     elif isinstance(value, list):
         for number, inner in enumerate(value):
-            _only_json(inner, f"{where}[{number}]")
+            require_json(inner, f"{where}[{number}]")
     elif isinstance(value, str):
         try:
             value.encode()

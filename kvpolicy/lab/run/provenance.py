@@ -36,8 +36,8 @@ def versions() -> dict[str, str]:
             found[package] = version(package)
         except PackageNotFoundError:
             continue
-    if native.decoder() is not None:
-        found["kvpolicy's CPU kernel"] = native.library().stem
+    if (library := native.in_use()) is not None:
+        found["kvpolicy's CPU kernel"] = library.path.stem
     return found
 
 

@@ -187,5 +187,9 @@ def read_record(kind: type[Model], path: Path) -> Model:
     """
     try:
         return kind.model_validate_json(path.read_bytes())
-    except (OSError, ValidationError) as error:
-        raise ParameterError(f"{path} can't be read: {error}") from None
+    except OSError as error:
+        raise ParameterError(f"{path} can't be read: {error.strerror}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = "".join(f"{part}: " for part in first["loc"])
+        raise ParameterError(f"{path} can't be read: {where}{first['msg']}") from None

@@ -16,7 +16,7 @@ from typing import Any
 import kvpolicy.ops.cpu as here
 from kvpolicy.errors import KernelError
 from kvpolicy.ops.cpu import native
-from kvpolicy.ops.cpu.compiling import CompileError, compile_library, find_compiler
+from kvpolicy.ops.cpu.compiling import CompileError, compile_library, find_compiler, run_in
 
 __all__ = ["build"]
 
@@ -130,9 +130,7 @@ def _try(path: Path) -> dict[str, Any]:
     environment = {**os.environ, "PYTHONPATH": paths, "KVPOLICY_NATIVE": "0"}
     command = [sys.executable, "-m", "kvpolicy.ops.cpu.trial", str(path)]
     try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, env=environment, timeout=_PATIENCE
-        )
+        done = run_in(path.parent, command, timeout=_PATIENCE, env=environment)
     except subprocess.TimeoutExpired as error:
         raise KernelError(f"the trial of {path.name} took more than {_PATIENCE} s") from error
     if done.returncode:

@@ -9,10 +9,19 @@ import os
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import torch
 
-__all__ = ["HEADERS", "SOURCES", "CompileError", "compile_library", "find_compiler", "flags"]
+__all__ = [
+    "HEADERS",
+    "SOURCES",
+    "CompileError",
+    "compile_library",
+    "find_compiler",
+    "flags",
+    "run_in",
+]
 
 SOURCES = tuple(sorted(Path(__file__).parent.glob("*_cpu.cpp")))
 HEADERS = tuple(sorted(Path(__file__).parent.glob("*.h")))
@@ -21,6 +30,16 @@ _FLAGS = (
     *("-std=c++20", "-O3", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"),
     "-ffp-contract=off",
 )
+
+#: Runs a command, whose group of processes a reader of standard input belongs to. A line: all is
+#: done. Its end without one: who wanted this has died, so all of it ends, and its folder goes.
+_GROUP = """exec 3<&0 </dev/null
+{
+    trap '' TERM
+    read _ <&3 || { kill -TERM 0; sleep 1; rm -rf "$0"; }
+    kill -KILL 0
+} >/dev/null 2>&1 &
+exec "$@" 3<&-"""
 
 
 class CompileError(RuntimeError):
@@ -64,8 +83,42 @@ def compile_library(compiler: str, march: str, into: Path) -> None:
     linked = ["-shared", str(object_file), f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10"]
     for arguments, made in ((compiled, object_file), (linked, into)):
         command = [compiler, *arguments, "-o", str(made)]
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = run_in(into.parent, command)
         if done.returncode:
             raise CompileError(f"{compiler} failed ({done.returncode}):\n{done.stderr.strip()}")
     unit.unlink()
     object_file.unlink()
+
+
+def run_in(
+    folder: Path, command: list[str], timeout: float | None = None, **options: Any
+) -> subprocess.CompletedProcess[str]:
+    """Run a command and what it starts in turn; both end where this process ends first.
+
+    However that happens, by SIGKILL too: a compiler is processes of its own, which would go on.
+
+    Args:
+        folder: what the command works in; it is removed then, with all that is in it.
+        command: the program and its arguments.
+        timeout: seconds.
+        options: of :class:`subprocess.Popen`.
+
+    Returns:
+        The exit status and what was printed.
+
+    Raises:
+        subprocess.TimeoutExpired: it took longer.
+    """
+    reads, writes = os.pipe()
+    script = ["/bin/sh", "-c", _GROUP, str(folder), *command]
+    pipes: dict[str, Any] = {"stdin": reads, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    try:
+        with subprocess.Popen(script, **pipes, text=True, process_group=0, **options) as process:
+            try:
+                out, err = process.communicate(timeout=timeout)
+                os.write(writes, b"\n")
+            finally:
+                os.close(writes)
+    finally:
+        os.close(reads)
+    return subprocess.CompletedProcess(command, process.returncode, out, err)

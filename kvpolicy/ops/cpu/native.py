@@ -39,6 +39,7 @@ __all__ = [
     "library",
     "linear",
     "march",
+    "measure_of",
     "measured",
     "most_rows",
     "operators",
@@ -75,7 +76,8 @@ class Library:
     Attributes:
         path: where it lies.
         most_rows: up to which the kernel for skinny products is the faster one.
-        times_as_fast: each kernel as torch without it, where that was measured.
+        times_as_fast: each kernel as torch without it, by :func:`measure_of`; where one has not
+            been measured, nothing.
     """
 
     path: Path
@@ -267,22 +269,32 @@ def operators() -> Any:
     return None if in_use() is None else torch.ops.kvpolicy_cpu
 
 
-def uses(name: str) -> bool:
+def measure_of(name: str, dtype: torch.dtype) -> str:
+    """What the measure of a kernel on tensors of a dtype is called: in float32, as the kernel."""
+    half = dtype in (torch.bfloat16, torch.float16)
+    return f"{name} {str(dtype).removeprefix('torch.')}" if half else name
+
+
+def uses(name: str, dtype: torch.dtype) -> bool:
     """Whether a kernel was the faster one when the library was built, or nobody knows."""
     found = in_use()
-    return found is None or found.times_as_fast.get(name, 1.0) >= SLOWEST
+    return found is None or found.times_as_fast.get(measure_of(name, dtype), 1.0) >= SLOWEST
 
 
-def decoder() -> Decoder | None:
-    """The kernel that writes a token and attends to it in one pass; None where it is not built."""
+def decoder(dtype: torch.dtype) -> Decoder | None:
+    """The kernel that writes a token and attends to it in one pass; None where torch does it.
+
+    Args:
+        dtype: of the keys and values.
+    """
     found = operators()
-    return None if found is None or not uses("decode") else found.decode.default
+    return None if found is None or not uses("decode", dtype) else found.decode.default
 
 
-def stepper() -> Callable[..., Tensor] | None:
-    """The same for compiled code, whose position is a tensor; None where it is not built."""
+def stepper(dtype: torch.dtype) -> Callable[..., Tensor] | None:
+    """The same for compiled code, whose position is a tensor."""
     found = operators()
-    return None if found is None or not uses("decode") else found.decode_step.default
+    return None if found is None or not uses("decode", dtype) else found.decode_step.default
 
 
 def most_rows() -> int:
@@ -305,7 +317,7 @@ def serving(name: str, tensor: Tensor) -> Kernel | None:
     if not tensor.is_cpu or type(tensor) is not Tensor or tensor.requires_grad:
         return None
     found = operators()
-    if found is None or torch.compiler.is_compiling() or not uses(name):
+    if found is None or torch.compiler.is_compiling() or not uses(name, tensor.dtype):
         return None
     kernel: Kernel = getattr(found, name).default
     return kernel

@@ -21,7 +21,7 @@ from kvpolicy.lab.run.provenance import differences
 from kvpolicy.lab.run.run_folder import FinishedCell, RunFolder
 from kvpolicy.lab.run.subject import MetricInfo
 from kvpolicy.lab.show.report.charts import charts, library
-from kvpolicy.lab.show.report.viewer import viewer_data
+from kvpolicy.lab.show.report.viewer import LONGEST, viewer_data
 from kvpolicy.tracing.trace import load_trace
 
 __all__ = ["report_on_run", "report_on_trace"]
@@ -99,9 +99,10 @@ def report_on_trace(path: Path, out: Path) -> None:
     tokens = sum(found.budgets) / max(1, len(found.budgets))
     data = viewer_data(found, found.policy, f"{tokens:g} tokens")
     if data is None:
-        raise ParameterError(
-            f"{path} is a trace of {found.layout}, which has no grid that the viewer could show"
-        )
+        why = "has no grid that the viewer could show"
+        if found.grid is not None:
+            why = f"is longer than the viewer can show: {LONGEST - 1:,} tokens"
+        raise ParameterError(f"{path} is a trace of {found.layout}, which {why}")
     _write(out, title=f"{found.policy}: what is cached", traces=[data])
 
 

@@ -37,7 +37,7 @@
     if (!decoded.has(item)) {
       decoded.set(item, {
         gone: new Uint16Array(bytes(item.gone).buffer),
-        places: new Int16Array(bytes(item.places).buffer),
+        places: new Uint16Array(bytes(item.places).buffer),
         scores: new Float32Array(bytes(item.scores).buffer),
       });
     }

@@ -11,10 +11,10 @@ from torch import Tensor
 from kvpolicy.budget.span import lines_in
 from kvpolicy.tracing.trace import STAYS, LayerTrace, Trace
 
-__all__ = ["viewer_data"]
+__all__ = ["LONGEST", "viewer_data"]
 
-#: What JavaScript reads as "still cached".
-_STAYS = 2**16 - 1
+#: What JavaScript reads as "still cached", and so the tokens that are too many for it.
+LONGEST = 2**16 - 1
 
 
 def viewer_data(found: Trace, label: str, budget: str) -> dict[str, Any] | None:
@@ -25,7 +25,7 @@ def viewer_data(found: Trace, label: str, budget: str) -> dict[str, Any] | None:
         label: the policy with its parameters.
         budget: as a user would spell it.
     """
-    if found.grid is None or found.seen >= _STAYS or not found.layers:
+    if found.grid is None or found.seen >= LONGEST or not found.layers:
         return None
     line = found.grid["cols"] + found.grid["line_break"]
     return {
@@ -86,8 +86,9 @@ def _item(layer: LayerTrace, item: int, line: int) -> dict[str, Any]:
         places.append(layer.places[item, :, first : first + size].flatten())
         scores.append(layer.scores[item, :, first : first + size].flatten())
     nothing = torch.zeros(0)
+    # As int16 the same bits: the viewer reads them without a sign, and nothing lies at 65,535, -1.
     return {
-        "gone": _bytes(torch.where(gone == STAYS, _STAYS, gone).to(torch.uint16)),
+        "gone": _bytes(torch.where(gone == STAYS, LONGEST, gone).to(torch.uint16)),
         "decided": moments,
         "sizes": sizes,
         "places": _bytes(torch.cat([nothing.to(torch.int32), *places]).to(torch.int16)),
