@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -246,6 +247,20 @@ def test_tune_says_what_is_stale_and_measures_what_is_damaged(tmp_path, monkeypa
         assert search("keep") == [False] * 3
         assert search("anew") == [True] * 3
         assert search() == [False] * 3
+
+
+def test_images_that_are_none_are_refused(tmp_path, monkeypatch):
+    import toy_subject
+
+    measure = toy_subject.Toy.measure
+    for number, wrong in enumerate((np.zeros((2, 4, 4)), np.zeros((2, 4), np.uint8), [[0]])):
+
+        def with_images(self, *given, wrong=wrong):
+            return replace(measure(self, *given), images=wrong)
+
+        monkeypatch.setattr(toy_subject.Toy, "measure", with_images)
+        with pytest.raises(AssertionError, match=r"images must be uint8 \[n, rows, cols\], not"):
+            sweep(tmp_path / str(number))
 
 
 def test_arrays_that_hold_no_numbers_are_refused_by_name(tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -21,7 +22,7 @@ from typer.testing import CliRunner
 import kvpolicy
 from kvpolicy.cli import app
 from kvpolicy.ops.cpu import build as building
-from kvpolicy.ops.cpu import native
+from kvpolicy.ops.cpu import native, trial
 from kvpolicy.ops.cpu.build import build
 from kvpolicy.testing import check_policy
 
@@ -325,13 +326,14 @@ posix = pytest.mark.skipif(os.name != "posix", reason="who may write a file is t
 
 
 @posix
+@pytest.mark.parametrize("mode", [0o720, 0o702], ids=["group", "everybody"])
 @pytest.mark.parametrize("place", ["file", "folder", "parent", "figures"])
-def test_code_that_others_may_write_is_not_loaded(own_folder, folder, place):
+def test_code_that_others_may_write_is_not_loaded(own_folder, folder, place, mode):
     path = put(folder / native.library().name, own_folder)
     assert native.untrusted(path) is None
     assert native.whole(path)
     lax = {"file": path, "folder": own_folder, "parent": own_folder.parent}
-    lax.get(place, path.with_suffix(".json")).chmod(0o777)
+    lax.get(place, path.with_suffix(".json")).chmod(mode)
     words = f"others may write {lax[place]}" if place in lax else "they are not what was built"
     with pytest.warns(RuntimeWarning, match=f"are not used: {words}"):
         assert native.operators() is None
@@ -399,8 +401,9 @@ def test_without_a_home_a_cache_works_and_building_says_what_to_name(own_folder,
     def unknown(self):
         raise RuntimeError("Could not determine home directory.")
 
-    monkeypatch.delenv("KVPOLICY_KERNELS")
     monkeypatch.setattr(Path, "expanduser", unknown)
+    assert native.untrusted(own_folder) is None
+    monkeypatch.delenv("KVPOLICY_KERNELS")
     assert decides()
     with pytest.raises(kvpolicy.KVPolicyError, match=r"name one in \$KVPOLICY_KERNELS"):
         build()
@@ -419,6 +422,57 @@ def test_what_can_not_be_loaded_is_not_put_in_place(own_folder, tmp_path):
     with pytest.raises(kvpolicy.KVPolicyError, match=r"of no use here, and is not kept: .*Error"):
         build(fake_compiler(tmp_path, script))
     assert not list(own_folder.iterdir())
+
+
+@needs_compiler
+def test_openmp_is_torchs_own(folder):
+    """A second one would have threads of its own, and is called otherwise by each compiler."""
+    library = (folder / native.library().name).read_bytes()
+    assert b"libtorch_cpu" in library
+    assert not re.search(rb"lib(gomp|omp|iomp5)", library)
+
+
+class OneWrong:
+    """The kernels, one of which adds a little to what it gives."""
+
+    def __init__(self, operators, name):
+        self.operators, self.name = operators, name
+
+    def __getattr__(self, name):
+        right = getattr(self.operators, name)
+        if name != self.name:
+            return right
+
+        def wrong(*arguments):
+            given = right.default(*arguments)
+            if name == "key_lengths":  # writes where it is told to
+                arguments[1].add_(1)
+            elif isinstance(given, tuple):
+                return given[0] + 1, *given[1:]
+            else:
+                return ~given if given.dtype == torch.bool else given + 1
+            return given
+
+        return SimpleNamespace(default=wrong)
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", [*trial.cases(torch.float32), "decode", "linear"])
+def test_every_kernel_has_to_compute_what_torch_does(operators, monkeypatch, name):
+    """What a trial says of a library with one wrong kernel: on that account it is not kept."""
+    monkeypatch.setattr(torch.ops, "load_library", lambda path: None)
+    monkeypatch.setattr(torch.ops, "kvpolicy_cpu", OneWrong(operators, name))
+    monkeypatch.setattr(native, "operators", native.operators)
+    with pytest.raises(AssertionError):
+        trial.main("a library", measure=False)
+
+
+@needs_compiler
+def test_a_trial_lets_the_right_ones_pass(operators, monkeypatch, capsys):
+    monkeypatch.setattr(torch.ops, "load_library", lambda path: None)
+    monkeypatch.setattr(native, "operators", native.operators)
+    trial.main("a library", measure=False)
+    assert json.loads(capsys.readouterr().out) == {"times_as_fast": {}, "most_rows": 0}
 
 
 def copying(good):

@@ -110,6 +110,13 @@ def test_paths_that_are_named_exist():
     assert not found
 
 
+def test_tests_that_the_page_on_trust_names_are_there():
+    named = set(re.findall(r"\b(test_\w+)\b(?!\.py)", (ROOT / "docs/trust.md").read_text()))
+    assert len(named) > 40
+    texts = "".join(path.read_text(encoding="utf-8") for path in ROOT.glob("tests/**/test_*.py"))
+    assert not {name for name in named if f"def {name}(" not in texts}
+
+
 def test_a_path_that_has_gone_is_seen():
     text = "see `kvpolicy/nowhere.py`, tests/golden/fidelity.json and ``making_room.py``; run make"
     gone = {"kvpolicy/nowhere.py", "tests/golden/fidelity.json", "making_room.py"}

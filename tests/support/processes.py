@@ -41,11 +41,14 @@ def run_script(script: Path, *arguments: str, folder: Path, timeout: float = 300
     return _run((None, str(script), arguments), folder, timeout)
 
 
-def run_command(*arguments: str, folder: Path, timeout: float = 600) -> Done:
-    """Run ``kvpolicy arguments`` in a terminal of 80 columns."""
+def run_command(
+    *arguments: str, folder: Path, timeout: float = 600, encoding: str = "utf-8"
+) -> Done:
+    """Run ``kvpolicy arguments`` in a terminal of 80 columns that has an encoding's letters."""
     code = f"""
 import os, sys
 os.environ["COLUMNS"] = "80"
+sys.stdout.reconfigure(encoding={encoding!r})
 sys.argv = {["kvpolicy", *arguments]!r}
 from kvpolicy.__main__ import main
 main()

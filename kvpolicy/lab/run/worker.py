@@ -213,11 +213,12 @@ def _figures(
         if not np.isfinite(value):
             raise ShapeError(f"metric {metric.name!r} is {value}")
         found[metric.name] = value
-    images = measured.images
-    if images is not None and (images.dtype != np.uint8 or images.ndim != 3):
-        raise ShapeError(
-            f"images must be uint8 [n, rows, cols], not {images.dtype} {list(images.shape)}"
-        )
+    if measured.images is not None:
+        images = np.asarray(measured.images)
+        if images.dtype != np.uint8 or images.ndim != 3:
+            raise ShapeError(
+                f"images must be uint8 [n, rows, cols], not {images.dtype} {list(images.shape)}"
+            )
     return found
 
 
