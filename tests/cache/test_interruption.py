@@ -118,18 +118,22 @@ def check(run: Run, step: int, interrupted: Callable[[int | None], object], ever
                     run.call(cache, step)
             cache.reset()
             run.all(cache)
-        for layer in range(LAYERS):
-            assert torch.equal(cache.positions(layer), expected.positions(layer)), place
-            mine, theirs = cache.layers[layer].store, expected.layers[layer].store
-            assert torch.equal(mine.keys, theirs.keys)
-            assert torch.equal(mine.values, theirs.values)
-            for a, b in zip(
-                cache.layers[layer].observers, expected.layers[layer].observers, strict=True
-            ):
-                assert torch.equal(a.mass, b.mass), place
+        assert_same(cache, expected, place)
         assert cache.stats() == expected.stats()
     assert skip >= 0
     return refusals
+
+
+def assert_same(cache: PolicyCache, expected: PolicyCache, place: int) -> None:
+    for layer in range(LAYERS):
+        assert torch.equal(cache.positions(layer), expected.positions(layer)), place
+        mine, theirs = cache.layers[layer].store, expected.layers[layer].store
+        assert torch.equal(mine.keys, theirs.keys)
+        assert torch.equal(mine.values, theirs.values)
+        for a, b in zip(
+            cache.layers[layer].observers, expected.layers[layer].observers, strict=True
+        ):
+            assert torch.equal(a.mass, b.mass), place
 
 
 #: The first tokens; a step that decides, one that does not; several tokens; a prompt too long.
@@ -149,6 +153,51 @@ def test_at_every_operation(name, call):
     layout, sizes, step = CALLS[call]
     run = Run(name, layout, sizes)
     check(run, step, lambda at: Interrupt(at, behind=bool(at and at % 2)), every=1)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_in_a_stage(name):
+    """Three tokens are staged and two kept: both were, or none was, or the cache says so."""
+    run = Run(name, RASTER, [9] + [1] * 10)
+    begun = 5
+
+    def guess(cache: PolicyCache) -> None:
+        with cache.stage(4):
+            for step in range(begun, begun + 3):
+                run.call(cache, step)
+            cache.commit(2)
+
+    def before() -> PolicyCache:
+        cache = run.cache()
+        for step in range(begun):
+            run.call(cache, step)
+        return cache
+
+    expected = run.cache()
+    run.all(expected)
+    cache = before()
+    with Interrupt() as counter:
+        guess(cache)
+    run.all(cache, begun + 2)
+    assert_same(cache, expected, -1)
+    ended = {}
+    for place in range(len(name) % 5, counter.count, 5):
+        cache = before()
+        with pytest.raises(Interrupted), Interrupt(place, behind=bool(place % 2)):
+            guess(cache)
+        kept = cache.seen - sum(run.sizes[:begun])
+        assert kept in (0, 2)
+        try:
+            run.all(cache, begun + kept)
+            ended[kept] = place
+        except CacheStateError:
+            ended["refused"] = place
+            with pytest.raises(CacheStateError, match=r"reset\(\)"):
+                run.call(cache, begun)
+            cache.reset()
+            run.all(cache)
+        assert_same(cache, expected, place)
+    assert 0 in ended
 
 
 @pytest.mark.slow

@@ -68,7 +68,7 @@ def test_a_mean_over_heads_ties_equal_tokens(heads, held):
     assert (found == found[:, :, :1]).all()
 
 
-@pytest.fixture(params=["torch", "kernel"])
+@pytest.fixture(params=["torch", pytest.param("kernel", marks=pytest.mark.slow)])
 def backend(request, monkeypatch):
     """Each backend that serves on a CPU."""
     operators = request.getfixturevalue("operators") if request.param == "kernel" else None
