@@ -87,6 +87,9 @@ class Library:
 
 #: Rows that a library's kernel for skinny products serves where nobody has measured it.
 _MOST_ROWS = {"x86-64-v4": 16, "x86-64-v3": 8}
+#: What of a library that a wheel brings is left to torch: nobody has measured it where it runs, and
+#: where these were, they took as long as torch or up to three times that.
+_UNMEASURED = dict.fromkeys(("key_lengths", "key_lengths float16"), 0.0)
 #: What a process has loaded, it keeps: torch knows an operator once.
 _loaded: Path | None = None
 
@@ -251,7 +254,7 @@ def _find_built() -> Library | None:
 
 def _find_shipped() -> Library | None:
     path = shipped()
-    return None if path is None else Library(path, _MOST_ROWS[path.stem])
+    return None if path is None else Library(path, _MOST_ROWS[path.stem], _UNMEASURED)
 
 
 def _load(path: Path) -> bool:
