@@ -95,7 +95,8 @@ def main() -> None:
         app()
     except KVPolicyError as error:
         say_error(str(error))
-        raise SystemExit(74 if isinstance(error, OSError) else 2) from None
+        of_files = isinstance(error, OSError) or isinstance(error.__cause__, OSError)
+        raise SystemExit(74 if of_files else 2) from None
     except OSError as error:
         about = error.filename
         if about is None:  # what is written by its name says it: only the output has none

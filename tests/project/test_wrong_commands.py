@@ -59,7 +59,7 @@ COMMANDS = [
             ("bench", "--out", NOWHERE),
         )
     ],
-    (("build-kernel",), WRONG, "/dev/null/runs", "Not a directory", "$KVPOLICY_KERNELS"),
+    (("build-kernel",), FILES, "/dev/null/runs", "Not a directory", "$KVPOLICY_KERNELS"),
     # files and folders that are not what they should be
     (("report", "nowhere"), WRONG, "nowhere", "no plan.json"),
     (("report", "date.yaml"), WRONG, "date.yaml"),
