@@ -549,7 +549,7 @@ def test_folders_are_private_whatever_the_umask(own_folder, folder, tmp_path, un
     monkeypatch.setenv("KVPOLICY_KERNELS", str(own_folder / "a" / "b"))
     before = os.umask(0)
     try:
-        path = build(fake_compiler(tmp_path, copying(good)))
+        path = build(fake_compiler(tmp_path, copying(good) + 'chmod 777 "$2"\n'))
     finally:
         os.umask(before)
     for made in (path, path.with_suffix(".json"), path.parent, path.parent.parent):
