@@ -661,8 +661,8 @@ def test_the_processor_says_which(wheel, monkeypatch, capability, name, rows):
     assert (path and path.stem) == name
     found = native.in_use()
     assert (found and found.most_rows) == rows
-    assert native.uses("decode", torch.float32)
-    assert native.uses("key_lengths", torch.float16) == (found is None)
+    assert uses("decode", torch.float32)
+    assert uses("key_lengths", torch.float16) == (found is None)
     if name == "x86-64-v4":  # a wheel that was built where there is none of these
         said = json.loads((wheel / "built.json").read_text())
         del said["sha256"]["x86-64-v4"]

@@ -67,7 +67,7 @@ def cases(dtype: torch.dtype) -> dict[str, Callable[[], Tensor]]:
         "pool": lambda: pool(mass, positions, newest=90, kernel=5, how="mean"),
         "is_local": lambda: is_local(mass, positions, **local),
         "key_lengths": find,
-        "priorities": lambda: priorities(positions, 3),
+        "priorities": lambda: priorities(positions, 3).to(torch.int64),  # as which they are exact
         "cosines": lambda: cosines(keys, positions, out, similar=0.9).masked_fill(out, 0.0),
         "redundancy": lambda: redundancy(keys, positions, out, similar=0.9),
         "change_alone": lambda: change.alone(values, lines),
