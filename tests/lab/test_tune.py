@@ -13,7 +13,6 @@ pytest.importorskip("typer", reason="tune needs the extra 'lab'")
 pytest.importorskip("optuna", reason="tune needs the extra 'tune'")
 
 from kvpolicy.errors import BudgetError, ParameterError
-from kvpolicy.lab.run.run_folder import open_run
 from kvpolicy.lab.run.subject import Subject, load_subject
 from kvpolicy.lab.search.search_space import Choice, Range, search_space
 from kvpolicy.lab.search.tune import tune
@@ -86,9 +85,13 @@ def test_the_best_window_is_found_under_the_policy_as_it_is(tmp_path):
     assert tried[0].parameters == {"window": 32}
     assert abs(found.parameters["window"] - 90) < 15
     assert found.gain[2] < 0
-    cells = [cell.cell for cell in open_run(tmp_path / "run").finished()]
-    assert {cell.decoder for cell in cells if cell.policy == "full"} == {"sequential"}
-    assert {tuple(cell.parameters) for cell in cells} == {()}
+    files = (tmp_path / "run" / "cells").glob("*/cell.json")
+    cells = [json.loads(file.read_text())["cell"] for file in files]
+    assert len(cells) > 10
+    assert {cell["decoder"] for cell in cells if cell["policy"] == "full"} == {"sequential"}
+    assert {tuple(cell["parameters"]) for cell in cells} == {()}
+    spelled = [cell["decoder"] for cell in cells if cell["policy"] == "linear"]
+    assert all(decoder.endswith(":draft=left:coupled=true") for decoder in spelled)
     _, again = search(tmp_path / "run", **drawing)
     assert not any(try_.fresh for try_ in again)
 
