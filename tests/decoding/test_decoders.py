@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from io import StringIO
 
 import pytest
 import torch
@@ -314,6 +315,21 @@ def test_a_window_longer_than_the_layout_is_refused():
 def test_a_cache_that_can_not_stage_is_refused():
     with pytest.raises(ParameterError, match=r"dict has no stage.*decode with 'sequential'"):
         SpeculativeJacobi().decode(never, {}, PROMPT, 4)
+
+
+def test_a_policy_that_can_not_be_staged_is_refused_by_name():
+    class Diarist(type(kvpolicy.create("h2o"))):
+        def observers(self, shape):
+            found = super().observers(shape)
+            for observer in found:
+                observer.diary = StringIO()
+            return found
+
+    cache = MODEL.cache(Diarist(), 6, LAYOUT)
+    with pytest.raises(kvpolicy.CacheStateError, match="diary is a StringIO: tokens can be staged"):
+        SpeculativeJacobi(window=4).decode(MODEL.step(cache), cache, PROMPT, 4)
+    cache = MODEL.cache(Diarist(), 6, LAYOUT)
+    assert Sequential().decode(MODEL.step(cache), cache, PROMPT, 4).passes == 4
 
 
 @pytest.mark.parametrize(
