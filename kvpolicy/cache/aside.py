@@ -36,7 +36,7 @@ class Aside:
 
     def clear(self) -> None:
         """Nothing is kept any more, nor copied ahead."""
-        # Where the tokens were written, the place of the first, and how many places behind it hold
+        # Where the tokens were written, the place of the first, and the place up to which is copied
         # what slots hold or held.
         self._slots: list[Tensor] = []
         self._base = self._copied = 0
@@ -75,14 +75,13 @@ class Aside:
         self._slots.append(slots)
         if not reclaims:  # what was never handed out is empty, and is emptied again
             return
-        end = at + count
-        if end > self._copied:
-            begin, victims = self._base + at, store.victims
+        begin, victims = self._base + at, store.victims
+        if begin + count > self._copied:
             if victims is not None and store.reclaimed >= count:  # no fresh ones among them
                 left = min(victims.shape[2] - store.reclaimed, self.room - begin - count)
                 slots = victims.narrow(2, store.reclaimed - count, count + left)
             self._copy(store, slots, begin)
-            self._copied = at + slots.shape[2]
+            self._copied = begin + slots.shape[2]
 
     def _copy(self, store: SlotStore, slots: Tensor, begin: int) -> None:
         count = slots.shape[2]
@@ -94,13 +93,12 @@ class Aside:
 
     def decided(self, kept: int) -> None:
         """Other victims have been named: what was copied ahead of ``kept`` tokens is not theirs."""
-        self._copied = min(self._copied, kept)
+        self._copied = min(self._copied, self._base + kept)
 
     def stay(self, count: int) -> None:
         """The first ``count`` tokens stay, and they are all that were kept."""
         self._slots = []
         self._base += count
-        self._copied = max(self._copied - count, 0)
 
     def put_back(self, store: SlotStore, begin: int, end: int, kept: int) -> None:
         """Put back what slots held before the tokens from ``begin`` on.

@@ -536,3 +536,24 @@ def test_a_mask_that_was_written_anew_is_looked_at_anew():
             staged = cache.attend(0, *tokens, visible=mask)
             torch.testing.assert_close(staged, alone)
             assert cache.staged == 3
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+@pytest.mark.parametrize("lookahead", [3, 4, 16])
+def test_tokens_stay_before_others_are_taken_back(lookahead, at_once):
+    """What slots hold is copied ahead, for tokens behind those that stay, too."""
+    tensors, junk = draw(tokens=60), draw(1, tokens=60)
+    layout = RasterLayout(rows=6, cols=10, prefix=1)
+    cache, alone = make("linear", layout, 25), make("linear", layout, 25)
+    for each in (cache, alone):
+        feed(each, tensors, 0, 31)
+    with cache.stage(lookahead):
+        for kept, lost in ((1, 0), (2, 0), (1, 2), (1, 0), (1, 0), (0, 3), (2, 0), (2, 1)):
+            at = cache.seen
+            size = kept + lost if at_once else 1
+            for first in range(at, at + kept + lost, size):
+                feed(cache, mixed(tensors, junk, at + kept), first, size)
+            cache.commit(kept)
+            for position in range(at, at + kept):
+                feed(alone, tensors, position, 1)
+            assert same(cache, alone), (kept, lost)

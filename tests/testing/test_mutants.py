@@ -1010,6 +1010,19 @@ def puts_back_what_the_last_of_two_tokens_replaced(patch):
 
 
 @caught_by("rollback")
+def takes_what_was_copied_ahead_for_another_decisions_victims(patch):
+    class Restless(Random):
+        def headroom(self, view):
+            return 3  # names three before each token, of which one goes
+
+        def min_budget(self, layout):
+            return 3
+
+    patch.setattr(Aside, "decided", lambda self, kept: None)
+    return Restless()
+
+
+@caught_by("rollback")
 def leaves_a_rejected_token_in_a_fresh_slot(patch):
     patch.setattr(SlotStore, "empty_fresh", lambda self, end: None)
     return Random()
