@@ -86,10 +86,11 @@ class Aside:
     def _copy(self, store: SlotStore, slots: Tensor, begin: int) -> None:
         count = slots.shape[2]
         torch.gather(store.positions, 2, slots, out=self.positions.narrow(2, begin, count))
-        each = slots.unsqueeze(-1)
-        for held, aside in ((store.keys, self.keys), (store.values, self.values)):
-            where = each.expand(-1, -1, -1, held.shape[3])
-            torch.gather(held, 2, where, out=aside.narrow(2, begin, count))
+        where = slots.unsqueeze(-1).expand(*slots.shape, store.keys.shape[3])
+        torch.gather(store.keys, 2, where, out=self.keys.narrow(2, begin, count))
+        if store.values.shape[3] != where.shape[3]:
+            where = slots.unsqueeze(-1).expand(*slots.shape, store.values.shape[3])
+        torch.gather(store.values, 2, where, out=self.values.narrow(2, begin, count))
 
     def decided(self, kept: int) -> None:
         """Other victims have been named: what was copied ahead of ``kept`` tokens is not theirs."""

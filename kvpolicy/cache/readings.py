@@ -110,8 +110,7 @@ def copied(value: Any, into: Any) -> Any:
         if not alike:
             with torch.inference_mode(False):  # it may be overwritten outside of this call's mode
                 into = torch.empty_like(value, requires_grad=False)
-        with torch.no_grad():
-            into.copy_(value)
+        into.copy_(value.detach() if value.requires_grad else value)
         return into
     if isinstance(value, torch.Generator):
         return value.clone_state()

@@ -80,7 +80,9 @@ class Stage:
     def unless_causal(self, visible: Tensor, seen: int, count: int, *, anew: bool) -> Tensor | None:
         """A mask of staged tokens; None if it hides nothing but their future: None is faster.
 
-        Layers are given the same mask one after the other, so that it is looked at once.
+        Layers are given the same mask one after the other, so that it is looked at once. On a GPU
+        that waits for the device. A token alone is not worth it; among several, every layer would
+        have to look which of them see each other, so that to look once is to wait less.
 
         Args:
             visible: the mask, which nobody has looked at.
@@ -90,6 +92,8 @@ class Stage:
         """
         if not isinstance(visible, Tensor) or visible.dtype != torch.bool or visible.ndim != 4:
             return visible  # which is about to be refused
+        if count == 1 and visible.device.type != "cpu":
+            return visible
         if anew or self._mask is None or self._mask[0] is not visible or self._mask[1] != seen:
             causal = visible.shape[2:] == (count, seen + count) and bool(
                 (visible == torch.ones_like(visible[:1, :1]).tril(seen)).all()

@@ -76,3 +76,39 @@ def test_a_layers_tensors_lie_where_the_layer_lies(name, layout, reclaim, monkey
             assert {tensor.device for tensor in tensors} == {device}
             assert cache.positions(layer.plan.layer).device == device
     assert cache.stats().seen == 25
+
+
+@pytest.mark.parametrize(
+    ("name", "layout", "reclaim"), [("linear", "image", "lazy"), ("h2o", "text", "eager")]
+)
+def test_a_stage_reads_no_number_back(name, layout, reclaim):
+    """Staged tokens, those that stay and those that go: nothing waits for the device.
+
+    But for several tokens under a mask, which says which of them see each other.
+    """
+    policy = tiny_models.policy(name)
+    there = LAYOUTS[layout]
+    cache = kvpolicy.PolicyCache(policy, 13, layout=there, num_layers=2, reclaim=reclaim)
+    with fake_devices():
+
+        def call(count: int, masked: bool = False) -> None:
+            seen = cache.seen
+            shape = (1, 1, count, seen + count)
+            visible = torch.ones(shape, dtype=torch.bool, device="cuda:0") if masked else None
+            for layer in range(2):
+                query, key = (torch.randn(2, n, count, 8, device="cuda:0") for n in (4, 2))
+                output = cache.attend(layer, query, key, key, visible=visible)
+                assert output.device == torch.device("cuda", 0)
+
+        call(6)
+        for together in (False, True):
+            with cache.stage(4, together=together):
+                for count, kept in ((4, 4), (4, 1), (1, 1), (3, 0)):
+                    call(count)
+                    cache.commit(kept)
+                call(1, masked=True)
+                cache.commit(1)
+                with pytest.raises(Exception, match="local_scalar|data-dependent|is_nonzero"):
+                    call(2, masked=True)
+                cache.commit(0)
+    assert cache.seen == 6 + 2 * 7

@@ -121,3 +121,21 @@ def test_a_mask_that_hides_tokens_is_kept():
     torch.testing.assert_close(
         torch.cat(given, dim=2), torch.cat(expected, dim=2), rtol=1e-4, atol=1e-5
     )
+
+
+def test_keys_of_one_length_go_in_the_same_order_however_they_come():
+    """``knorm``, whose every score is one of a few: ties fall by position, together or alone."""
+    query, key, value = tokens(32)
+    key = torch.nn.functional.one_hot(key.argmax(-1), DIM) * (1.0 + (torch.arange(32) % 2))[:, None]
+    alone, staged = make("knorm", TEXT), make("knorm", TEXT)
+    fed(alone, (query, key, value), 0, 28)
+    fed(staged, (query, key, value), 0, 4)
+    with staged.stage(lookahead=12, together=True):
+        for kept in (12, 3, 9):
+            now = [t[:, :, staged.seen : staged.seen + 12] for t in (query, key, value)]
+            count = min(12, now[0].shape[2])
+            for layer in range(2):
+                staged.attend(layer, *(t[:, :, :count] for t in now))
+            staged.commit(kept)
+    for layer in range(2):
+        assert torch.equal(staged.positions(layer), alone.positions(layer))

@@ -39,7 +39,11 @@ class _Indexing(TorchFunctionMode):
         return _INSTEAD.get(func, func)(*args, **(kwargs or {}))
 
 
-_INSTEAD = {Tensor.__invert__: torch.ops.aten.bitwise_not}
+_INSTEAD = {
+    Tensor.__invert__: torch.ops.aten.bitwise_not,
+    Tensor.copy_: torch.ops.aten.copy_,
+    Tensor.index_put_: torch.ops.aten.index_put_,
+}
 
 
 def _looked_up(tensor: Tensor, index: Any) -> Tensor:
