@@ -108,7 +108,7 @@ def test_a_stage_reads_no_number_back(name, layout, reclaim):
                     cache.commit(kept)
                 call(1, masked=True)
                 cache.commit(1)
-                with pytest.raises(Exception, match="local_scalar|data-dependent|is_nonzero"):
+                with pytest.raises(Exception, match=r"local_scalar|data-dependent|is_nonzero"):
                     call(2, masked=True)
                 cache.commit(0)
     assert cache.seen == 6 + 2 * 7

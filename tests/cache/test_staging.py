@@ -323,6 +323,12 @@ def test_what_is_refused():
     with pytest.raises(CacheStateError, match=r"Keeper\.friend is a object"), other.stage(2):
         pass
     feed(other, tensors, 3, 1)
+    only = PolicyCache(Keeps(), 9, layout=RASTER, num_layers=1)
+    with only.stage(2, sure=5):
+        for first, count in ((0, 6), (5, 1), (5, 1)):  # none is taken for sure in silence
+            with pytest.raises(CacheStateError, match=r"Keeper\.friend is a object"):
+                only.attend(0, *(t[0, :, :, first : first + count] for t in tensors))
+    assert only.seen == 5
 
 
 def test_copies_and_saves_inside_of_a_stage_are_of_what_is_sure():
@@ -412,6 +418,7 @@ def test_special_layers(name, kind):
         options = {"lent": [0]}
     else:
         options = {"first_head": 2}
+    options["reclaim"] = "eager" if len(name + kind) % 2 else "lazy"
     made, floor = policy(name), policy(name).min_budget(RASTER)
     budget = 60 if name == "full" else max(floor, 12)
     staged, alone = (
