@@ -119,7 +119,7 @@ $(VENV)/.ready-demo: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/.ready-dev: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing kvpolicy and everything for development into $(VENV) (a minute or more) ..."
-	@$(BIN)/python -m pip install -qq --editable ".[all,ray,dev,docs]"
+	@$(BIN)/python -m pip install -qq --editable ".[all,ray,dev,docs,lm-eval]"
 	@touch $@ $(VENV)/.ready-demo
 
 $(BIN)/python:

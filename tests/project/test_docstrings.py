@@ -31,7 +31,7 @@ from kvpolicy_adapters.images.llamagen import LlamaGen, LlamaGenConfig
 ROOT = Path(__file__).parents[2]
 #: Workers of the bench belong to environments with other packages; the package's own entry runs it.
 LEFT_OUT = re.compile(r"\.(bench\.peers|bench\.workers)\.|__main__$|ray_executor$")
-#: Whether lm-evaluation-harness is here; its extra brings much, and CI goes without.
+#: Whether lm-evaluation-harness is here: it is in CI, and is not without its extra.
 HARNESS = importlib.util.find_spec("lm_eval") is not None
 #: A literal block: what stands deeper than the line that ends in "::".
 BLOCK = re.compile(r"^( *)(?:.*\S)?::\n\n((?:\1 +.*\n|\n)+)", re.MULTILINE)
