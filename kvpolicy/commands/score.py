@@ -54,7 +54,7 @@ def score(
     from kvpolicy.lab.score.score import score as lab
 
     if out is None:
-        if not folders[0].is_dir():
+        if folders[0].suffix == ".npz":
             raise ParameterError(f"{folders[0]} is no folder; say where to write with --out")
         out = folders[0] / "scores.json"
     networks = load_networks(inception, clip, device)
