@@ -49,20 +49,22 @@ CONFIG = VQGANConfig(
 )
 
 
-def augment(picture: Pixels, draws: np.random.Generator) -> Pixels:
-    """A picture flipped, moved and scaled on its white ground, and of another hue at times."""
+def augment(
+    picture: Pixels, draws: np.random.Generator, *, flip: float = 0.5, hue: float = 0.5
+) -> Pixels:
+    """A picture moved and scaled on its white ground, flipped and of another hue at times."""
     image = Image.fromarray(picture)
-    if draws.random() < 0.5:
+    if draws.random() < flip:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     size = int(draws.integers(SIZE * 3 // 4, SIZE * 9 // 8))
     left, top = (int(draws.integers(min(0, SIZE - size), max(0, SIZE - size) + 1)) for _ in "xy")
     ground = Image.new("RGB", (SIZE, SIZE), "white")
     ground.paste(image.resize((size, size), Image.Resampling.BILINEAR), (left, top))
-    if draws.random() < 0.5:
-        hue, saturation, value = ground.convert("HSV").split()
+    if draws.random() < hue:
+        angle, saturation, value = ground.convert("HSV").split()
         turn = int(draws.integers(256))
-        hue = hue.point([(level + turn) % 256 for level in range(256)])
-        ground = Image.merge("HSV", (hue, saturation, value)).convert("RGB")
+        angle = angle.point([(level + turn) % 256 for level in range(256)])
+        ground = Image.merge("HSV", (angle, saturation, value)).convert("RGB")
     return np.asarray(ground)
 
 
