@@ -1,0 +1,230 @@
+"""The subject clipart-ar: drawings in colour, in VQ codes, from words."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Collection
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+import kvpolicy
+from kvpolicy.errors import ParameterError, near_matches
+from kvpolicy.lab.run.subject import Advance, Measurement, Metric, Scored, Setting
+from kvpolicy_adapters import zoo
+from kvpolicy_adapters.attach import attach
+from kvpolicy_adapters.decode import decode
+from kvpolicy_adapters.images.guidance import Guidance
+
+__all__ = ["ClipartAR"]
+
+_SCORE_BATCH = 40
+_REAL = {"test": 400, "calibration": 200}  # drawings that ship
+
+
+class ClipartAR:
+    """The zoo's model of clip art and the drawings that it was not trained on.
+
+    A seed scores its own drawings (seed 0 the first ``scored`` ones, seed 1 the next, and so on,
+    from the first again after the last that ships), and draws pictures of their prompts.
+
+    Args:
+        scored: real drawings that are scored, 2 to 400 (200 of ``calibration``).
+        images: pictures that are drawn, 0 or more; with 0, figures of drawing can't be asked for.
+        split: drawings that are scored: ``test``, or ``calibration``, which are others.
+        line_breaks: whether a line-break token follows each row.
+        cfg: guidance of drawing; 1 is none.
+        batch: pictures that are drawn at once, 1 to 100.
+
+    Raises:
+        ParameterError: an argument is out of range.
+    """
+
+    name = "clipart-ar"
+    draws = True
+
+    def __init__(
+        self,
+        scored: int = 100,
+        images: int = 20,
+        split: str = "test",
+        line_breaks: bool = False,
+        cfg: float = 3.0,
+        batch: int = 20,
+    ) -> None:
+        if split not in _REAL:
+            raise ParameterError(f"clipart-ar: split={split!r}; {near_matches(str(split), _REAL)}")
+        for name, value, low, high in (
+            ("scored", scored, 2, _REAL[split]),
+            ("images", images, 1, 10**6),
+            ("batch", batch, 1, 100),
+        ):
+            if type(value) is not int or not low <= value <= high:
+                raise ParameterError(
+                    f"clipart-ar: {name}={value!r} must be a whole number from {low} to {high}"
+                )
+        if type(line_breaks) is not bool:
+            raise ParameterError(f"clipart-ar: line_breaks={line_breaks!r} must be true or false")
+        if not isinstance(cfg, int | float) or not 1 <= cfg < math.inf:
+            raise ParameterError(f"clipart-ar: cfg={cfg!r} must be a number, at least 1")
+        self.scored, self.images, self.split = scored, images, split
+        self.line_breaks, self.cfg, self.batch = line_breaks, float(cfg), batch
+        self.zoo = zoo.load("clipart-ar")
+        self.layout = self.zoo.layout(line_breaks=line_breaks)
+        self.num_layers = self.zoo.model.config.num_hidden_layers
+        self.metrics = (
+            Metric(
+                name="bits_per_code",
+                label="bits per code",
+                better="lower",
+                array="bits",
+                items="real",
+                about="of held-out drawings, teacher-forced under the cache",
+            ),
+            Metric(
+                name="passes",
+                label="passes a picture",
+                array="passes",
+                about="of the model over the batch that a picture was drawn in",
+            ),
+            Metric(
+                name="images_per_second",
+                label="pictures per second",
+                better="higher",
+                timing=True,
+                about="drawn",
+            ),
+        )
+
+    def measure(self, setting: Setting, seed: int, wanted: Collection[str]) -> Measurement:
+        """Score this seed's drawings and draw pictures of their prompts."""
+        arrays: dict[str, NDArray[Any]] = {}
+        figures, images = {}, None
+        drawing = {"passes", "images_per_second"} & set(wanted)
+        first = self._first(seed, self.scored)
+        if "bits_per_code" in wanted or not drawing:
+            score = self.score(setting, self.scored, _ignore, first=first)
+            arrays |= {"bits": score.bits, "real": np.arange(first, first + self.scored)}
+            stats, batch = score.stats, (self.scored - 1) % _SCORE_BATCH + 1
+        if drawing:
+            images, passes, seconds, stats, batch = self._pictures(setting, first, seed)
+            arrays["passes"] = passes
+            figures["images_per_second"] = len(images) / seconds
+        return Measurement(arrays, stats, batch, figures, images)
+
+    def trace(self, setting: Setting, seed: int) -> bytes:
+        """The decisions on this seed's first two drawings, the same for every policy."""
+        tokens = self._real(self._first(seed, self.scored), 2)
+        with (
+            self._attached(setting) as cache,
+            kvpolicy.trace(cache) as recording,
+            torch.inference_mode(),
+        ):
+            self.zoo.model(tokens, **cache.as_argument)
+        pictures = self.zoo.images(tokens[:, self.layout.prefix :], line_breaks=self.line_breaks)
+        return recording.finish(torch.as_tensor(np.array(pictures))).dump()
+
+    def calibration(self) -> ClipartAR:
+        """The same model on drawings that no test scores."""
+        scored = min(self.scored, _REAL["calibration"])
+        return ClipartAR(scored, self.images, "calibration", self.line_breaks, self.cfg, self.batch)
+
+    def estimate(self, setting: Setting) -> float:
+        """Seconds that ``measure`` will take, from a few drawings scored and a few lines drawn."""
+        begun = time.perf_counter()
+        few = min(4, self.scored)
+        self.score(setting, few, _ignore)
+        scoring = (time.perf_counter() - begun) * self.scored / few
+        batch, tokens = min(self.images, self.batch), 2 * self.layout.line_length
+        begun = time.perf_counter()
+        self._draw(setting, 0, batch, tokens, 0, _ignore)
+        whole = self.layout.rows * self.layout.line_length
+        return scoring + (time.perf_counter() - begun) * whole / tokens * self.images / batch
+
+    def score(self, setting: Setting, images: int, advance: Advance, *, first: int = 0) -> Scored:
+        """Teacher-force drawings of the split from ``first`` on; ``advance`` counts drawings.
+
+        Line breaks are cached and not scored: where they come is no news.
+        """
+        bits = []
+        prefix = self.layout.prefix
+        for tokens in self._real(first, images).split(_SCORE_BATCH):
+            with self._attached(setting) as cache, torch.inference_mode():
+                logits = self.zoo.model(tokens[:, :-1], **cache.as_argument).logits
+            coming = tokens[:, prefix:]
+            nats = functional.cross_entropy(
+                logits[:, prefix - 1 :].float().transpose(1, 2), coming, reduction="none"
+            ).double()
+            codes = coming != self.zoo.tokens.line_break
+            bits.append((nats * codes).sum(1) / codes.sum(1) / math.log(2))
+            advance(len(tokens))
+        return Scored(torch.cat(bits).numpy(), cache.stats())
+
+    def _first(self, seed: int, count: int) -> int:
+        """The first drawing of a seed."""
+        return seed % (_REAL[self.split] // count) * count
+
+    def _real(self, first: int, images: int) -> Tensor:
+        """Tokens of drawings of the split, the prompt first."""
+        tokens_of = {"test": self.zoo.test_tokens, "calibration": self.zoo.calibration_tokens}
+        return tokens_of[self.split](first + images, line_breaks=self.line_breaks)[first:]
+
+    def _pictures(
+        self, setting: Setting, first: int, seed: int
+    ) -> tuple[NDArray[np.uint8], NDArray[np.int64], float, kvpolicy.CacheStats, int]:
+        """Draw the prompts of drawings from ``first`` on, seeded batch by batch."""
+        drawn, passes = [], []
+        begun = time.perf_counter()
+        count = self.layout.rows * self.layout.line_length
+        for number, start in enumerate(range(0, self.images, self.batch)):
+            size = min(self.batch, self.images - start)
+            tokens, took, stats = self._draw(
+                setting, first + start, size, count, 1000 * seed + number, _ignore
+            )
+            drawn.append(tokens)
+            passes += [took] * size
+        seconds = time.perf_counter() - begun
+        pictures = self.zoo.images(torch.cat(drawn), line_breaks=self.line_breaks)
+        return pictures, np.array(passes), seconds, stats, size
+
+    def _draw(
+        self, setting: Setting, first: int, size: int, count: int, seed: int, advance: Advance
+    ) -> tuple[Tensor, int, kvpolicy.CacheStats]:
+        """Draw ``count`` tokens of ``size`` pictures; returns them, and the passes they took."""
+        rows = [(first + row) % _REAL[self.split] for row in range(size)]
+        prefix = self.layout.prefix
+        prompt = torch.cat([self._real(row, 1)[:, :prefix] for row in rows])
+        with ExitStack() as stack:
+            cache = stack.enter_context(self._attached(setting))
+            guidance: Any = 1.0
+            if self.cfg > 1:
+                second = stack.enter_context(self._attached(setting))
+                nothing = self.zoo.unconditional(line_breaks=self.line_breaks)
+                guidance = Guidance(self.cfg, self.zoo.model, second, nothing)
+            drawn = decode(
+                self.zoo.model,
+                prompt,
+                cache,
+                count,
+                decoder=setting.decoder,
+                guidance=guidance,
+                rules=(self.zoo.grammar(line_breaks=self.line_breaks),),
+                seed=seed,
+                advance=advance,
+            )
+            return drawn.tokens[:, prefix:], drawn.passes, cache.stats()
+
+    def _attached(self, setting: Setting) -> Any:
+        return attach(
+            self.zoo.model, policy=setting.policy, budget=setting.budget, layout=self.layout
+        )
+
+
+def _ignore(count: int) -> None:
+    """Progress that nobody watches."""
