@@ -18,7 +18,7 @@ from kvpolicy.errors import CacheStateError, ParameterError
 from kvpolicy.policy.policy import ScoredPolicy
 from kvpolicy.policy.view import CacheView
 from kvpolicy.slots import SlotStore
-from kvpolicy.tracing.trace import STAYS, LayerTrace, Trace
+from kvpolicy.tracing.trace import STAYS, LayerTrace, Trace, check_pictures
 
 __all__ = ["Recording", "trace"]
 
@@ -53,15 +53,18 @@ class Recording:
         for index in self._recorders:
             self._cache.layers[index].decider.recorder = None
 
-    def finish(self, images: Tensor | None = None) -> Trace:
+    def finish(self, images: Tensor | None = None, prompts: Sequence[str] | None = None) -> Trace:
         """The trace so far.
 
         Args:
-            images: what was drawn, uint8 ``[B, rows, cols]``, to keep beside it.
+            images: what was drawn, to keep beside it: uint8 ``[B, height, width]``, or
+                ``[B, height, width, 3]`` in colour.
+            prompts: what each of them was asked to show.
 
         Raises:
             CacheStateError: no token has come yet, or tokens are staged.
-            ParameterError: the images are not those of the samples.
+            ParameterError: images or prompts are not those of the samples, or images have another
+                shape.
         """
         if self._cache.staged:
             raise CacheStateError(
@@ -72,16 +75,11 @@ class Recording:
             for index, recorder in self._recorders.items()
         }
         rows = next(iter(layers.values())).gone.shape[0] if layers else 0
-        if images is not None and (images.ndim != 3 or images.shape[0] != rows):
-            raise ParameterError(
-                f"images is {list(images.shape)}; expected [{rows}, rows, columns], one for each "
-                f"traced sequence"
-            )
         layout = self._cache.layout
         sizes = {n: getattr(layout, n, None) for n in ("rows", "cols", "line_break", "prefix")}
         grid = {name: size for name, size in sizes.items() if isinstance(size, int)}
         policy = self._cache.policy
-        return Trace(
+        found = Trace(
             policy=policy.label,
             parameters=policy.model_dump(mode="json"),
             layout=repr(layout),
@@ -90,8 +88,17 @@ class Recording:
             budgets=tuple(layer.budget for layer in self._cache.layers),
             layers=layers,
             images=images,
+            prompts=None if prompts is None else tuple(prompts),
             passes=next(iter(self._recorders.values())).committed_so_far() if layers else None,
         )
+        try:
+            check_pictures(found)
+        except ValueError as error:
+            raise ParameterError(
+                f"{error}; expected uint8 [{rows}, height, width], or [{rows}, height, width, 3] in "
+                f"colour, a whole number of pixels a token, and as many prompts"
+            ) from None
+        return found
 
     def save(self, path: Path | str) -> None:
         """Write the trace so far; see :meth:`Trace.save`."""

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from kvpolicy.errors import ParameterError
 
-__all__ = ["STAYS", "LayerTrace", "Trace", "load_trace"]
+__all__ = ["STAYS", "LayerTrace", "Trace", "check_pictures", "load_trace"]
 
 _FORMAT = "kvpolicy-trace-1"
 #: What ``gone`` says of a token that is still cached.
@@ -77,9 +77,11 @@ class Trace:
         seen: tokens of the sequence.
         budgets: of each layer.
         layers: of each layer under the policy, by its index.
-        images: the pictures that were drawn, uint8 ``[B, rows, cols]``, where they were given.
+        images: the pictures that were drawn, where they were given: uint8 ``[B, height, width]``,
+            or ``[B, height, width, 3]`` in colour; as many pixels a token down as across.
         passes: of each commit of staged tokens: the tokens seen before them, how many were staged,
             and how many accepted, int32 ``[N, 3]``; None where none were staged.
+        prompts: what each picture was asked to show, where it was given.
     """
 
     policy: str
@@ -91,6 +93,7 @@ class Trace:
     layers: dict[int, LayerTrace]
     images: Tensor | None = None
     passes: Tensor | None = None
+    prompts: tuple[str, ...] | None = None
 
     def dump(self) -> bytes:
         """The file: safetensors, with everything but the tensors as JSON in its header."""
@@ -105,6 +108,7 @@ class Trace:
             "seen": self.seen,
             "budgets": list(self.budgets),
             "layers": sorted(self.layers),
+            "prompts": self.prompts,
         }
         # Positions of most sequences fit into 16 bits, and a trace is mostly positions.
         narrow = self.seen < torch.iinfo(torch.int16).max
@@ -158,6 +162,7 @@ class _About(BaseModel):
     seen: Annotated[int, Field(ge=0, lt=STAYS)]
     budgets: list[NonNegativeInt]
     layers: list[NonNegativeInt]
+    prompts: list[str] | None = None
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -183,13 +188,14 @@ def load_trace(path: Path | str) -> Trace:
             about = _About.model_validate_json((file.metadata() or {})["kvpolicy"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         found = Trace(
-            **about.model_dump(exclude={"format", "layers", "budgets"}),
+            **about.model_dump(exclude={"format", "layers", "budgets", "prompts"}),
             budgets=tuple(about.budgets),
+            prompts=None if about.prompts is None else tuple(about.prompts),
             layers={index: _layer(tensors, index, about.seen) for index in about.layers},
             images=tensors.get("images"),
             passes=tensors.get("passes"),
         )
-        _check_images(found)
+        check_pictures(found)
         _check_passes(found)
     except (OSError, SafetensorError) as error:
         raise ParameterError(f"{path} can't be read as a trace: {error}") from None
@@ -268,16 +274,24 @@ def _check_passes(found: Trace) -> None:
         raise ValueError("passes overlap")
 
 
-def _check_images(found: Trace) -> None:
-    """Refuse pictures that are not those of the sequences, and layers of different sequences."""
+def check_pictures(found: Trace) -> None:
+    """Refuse pictures and prompts that are not the sequences', and layers of different sequences.
+
+    Raises:
+        ValueError: says what does not fit.
+    """
     batches = {layer.gone.shape[0] for layer in found.layers.values()}
     if len(batches) > 1:
         raise ValueError(f"layers of {sorted(batches)} sequences")
+    if found.prompts is not None and batches and {len(found.prompts)} != batches:
+        raise ValueError(f"{len(found.prompts)} prompts of {batches} sequences")
     if found.images is None:
         return
     size = tuple(found.images.shape)
     grid = found.grid
-    if found.images.dtype != torch.uint8 or found.images.ndim != 3 or grid is None:
+    if found.images.dtype != torch.uint8 or len(size) not in (3, 4) or grid is None:
         raise ValueError(f"images: {found.images.dtype} {list(size)} beside the grid {grid}")
-    if size[1:] != (grid["rows"], grid["cols"]) or (batches and {size[0]} != batches):
+    scale = size[1] // grid["rows"]
+    fits = size[1:3] == (scale * grid["rows"], scale * grid["cols"]) and size[3:] in ((), (3,))
+    if not fits or scale < 1 or (batches and {size[0]} != batches):
         raise ValueError(f"images: {list(size)} beside the grid {grid} and {batches} sequences")

@@ -85,6 +85,15 @@ def test_the_retention_sheet_has_a_map_a_policy_layer_and_moment_and_no_overlap(
     assert collisions(figure) == []
 
 
+def test_a_retention_sheet_of_a_picture_in_colour_with_pixels_of_its_own():
+    kept = np.ones((1, 1, 2, 2))
+    picture = np.random.default_rng(0).integers(0, 256, (8, 8, 3)).astype(np.uint8)
+    figure = retention_sheet(picture, [("p", "", kept)], (3,), "")
+    maps = [axes.images[0].get_array() for axes in figure.axes if axes.images]
+    assert maps[0].mask.tolist() == [[False, False], [False, True]]
+    assert np.array_equal(maps[-1], picture)  # not its negative, which is for grey ones
+
+
 def test_the_retention_sheet_tells_kept_evicted_and_not_yet_drawn_apart():
     kept = np.zeros((1, 1, 2, 2))
     kept[0, 0, 0, 0] = 0.5

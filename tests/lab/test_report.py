@@ -65,6 +65,19 @@ def traced(name, budget):
     return recording.finish(images)
 
 
+def in_colour(path):
+    """The viewer of a trace of pictures of three pixels a token, and of hostile prompts."""
+    cache = kvpolicy.PolicyCache("h2o", 15, layout=LAYOUT, num_layers=1)
+    torch.manual_seed(3)
+    with kvpolicy.trace(cache) as recording:
+        for _ in range(LAYOUT.length):
+            cache.attend(0, *torch.randn(3, 2, 2, 1, 8))
+    pictures = torch.randint(0, 256, (2, 3 * ROWS, 3 * COLS, 3), dtype=torch.uint8)
+    recording.finish(pictures, ["a flag", HOSTILE]).save(path / "trace.safetensors")
+    report_on_trace(path / "trace.safetensors", path / "report.html")
+    return pictures, path / "report.html"
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A run of four policies on a subject with a hostile name."""
@@ -299,6 +312,26 @@ class TestInABrowser:
         assert states(page).count("future") == ROWS * COLS - 8
         page.keyboard.press("ArrowUp")
         assert states(page).count("future") == ROWS * COLS - 13
+
+    def test_pictures_in_colour_come_token_by_token_beside_their_prompts(self, browser, tmp_path):
+        pictures, path = in_colour(tmp_path)
+        page = browser.new_page()
+        page.goto(path.as_uri())
+        choose(page, "#item", f"2: {HOSTILE}")
+        move_to(page, COLS + 2)
+        values, size = page.evaluate(
+            """() => { const c = document.querySelector("#left .picture");
+            return [[...c.getContext("2d").getImageData(0, 0, c.width, c.height).data],
+                    [c.height, c.width, 4]]; }"""
+        )
+        page.close()
+        shown = np.array(values).reshape(size)
+        come = np.zeros((ROWS, COLS), bool)
+        come.flat[: COLS + 2] = True
+        come = come.repeat(3, axis=0).repeat(3, axis=1)
+        assert shown.shape[:2] == come.shape == tuple(pictures.shape[1:3])
+        assert ((shown[..., 3] == 255) == come).all()
+        assert (shown[come][:, :3] == pictures[1].numpy()[come]).all()
 
     def test_keys_without_a_mouse(self, page):
         move_to(page, 10)

@@ -293,6 +293,10 @@ GRID = {"rows": 6, "cols": 4, "line_break": 0, "prefix": 2}
         (tensor("images", lambda old: old[:1]), r"images: \[1, 6, 4\] beside"),
         (tensor("images", lambda old: old.float()), "images: torch.float32"),
         (tensor("images", lambda old: old[0]), r"images: torch.uint8 \[6, 4\]"),
+        (tensor("images", lambda old: old.repeat(1, 2, 1)), r"images: \[2, 12, 4\] beside"),
+        (tensor("images", lambda old: old[..., None]), r"images: \[2, 6, 4, 1\] beside"),
+        (about(prompts=["a"]), "1 prompts of"),
+        (about(prompts="ab"), "prompts: Input should be a valid array"),
     ],
 )
 def test_a_file_that_is_no_trace(file, change, said):
@@ -342,12 +346,33 @@ def test_another_safetensors_file(tmp_path):
         kvpolicy.load_trace(tmp_path / "a.safetensors")
 
 
+def test_pictures_in_colour_and_their_prompts_survive_the_file(tmp_path):
+    cache = kvpolicy.PolicyCache("h2o", 8, layout=RASTER, num_layers=1)
+    with kvpolicy.trace(cache) as recording:
+        list(feed(cache, [3]))
+    images = torch.randint(0, 255, (2, 24, 16, 3), dtype=torch.uint8)
+    recording.finish(images, ["a flag", "une pêche"]).save(tmp_path / "a.safetensors")
+    found = kvpolicy.load_trace(tmp_path / "a.safetensors")
+    assert torch.equal(found.images, images)
+    assert found.prompts == ("a flag", "une pêche")
+
+
 def test_images_must_be_those_of_the_samples():
     cache = kvpolicy.PolicyCache("h2o", 8, layout=RASTER, num_layers=1)
     with kvpolicy.trace(cache) as recording:
         list(feed(cache, [3]))
-    with pytest.raises(ParameterError, match=r"expected \[2, rows, columns\]"):
-        recording.finish(torch.zeros(3, 6, 4, dtype=torch.uint8))
+    for wrong in (
+        torch.zeros(3, 6, 4, dtype=torch.uint8),  # another number of them
+        torch.zeros(2, 6, 5, dtype=torch.uint8),  # another grid
+        torch.zeros(2, 12, 4, dtype=torch.uint8),  # two pixels a token down, one across
+        torch.zeros(2, 3, 2, dtype=torch.uint8),  # less than a pixel a token
+        torch.zeros(2, 6, 4, 4, dtype=torch.uint8),  # four colours
+        torch.zeros(2, 6, 4),
+    ):
+        with pytest.raises(ParameterError, match=r"expected uint8 \[2, height, width\]"):
+            recording.finish(wrong)
+    with pytest.raises(ParameterError, match="1 prompts of .* as many prompts"):
+        recording.finish(prompts=["a flag"])
     assert (recording.finish().layers[0].gone == STAYS).all()
 
 

@@ -9,7 +9,7 @@
     cells/<cell-id>/          written whole or not at all
         cell.json             the cell, its figures, what its cache cost
         scores.safetensors    one row an image (or another item)
-        images.safetensors    uint8 ``images [n, rows, cols]``, where the subject gives some
+        images.safetensors    uint8 ``images [n, rows, cols(, 3)]``, where the subject gives some
         trace.safetensors     every decision, where it was asked for
     failures/<cell-id>.json   the traceback of a cell that raised; gone once it succeeds
 """
@@ -95,7 +95,7 @@ class FinishedCell:
         return load_file(self.folder / "scores.safetensors")
 
     def images(self) -> NDArray[np.uint8] | None:
-        """What was drawn, uint8 ``[n, rows, cols]``; None for a subject that draws nothing."""
+        """What was drawn, uint8 ``[n, rows, cols(, 3)]``; None for a subject that draws nothing."""
         path = self.folder / "images.safetensors"
         return load_file(path)["images"] if path.exists() else None
 

@@ -142,7 +142,8 @@ class Measurement:
         stats: what the cache of one batch cost.
         batch: sequences in that batch.
         figures: figures that come from no array, by the name of their metric.
-        images: what was drawn, uint8 ``[n, rows, cols]``; None where nothing was.
+        images: what was drawn, uint8 ``[n, rows, cols]``, or ``[n, rows, cols, 3]`` in colour; None
+            where nothing was.
         trace: every decision as the bytes of a safetensors file, where it was asked for.
     """
 

@@ -215,9 +215,14 @@ def _figures(
         found[metric.name] = value
     if measured.images is not None:
         images = np.asarray(measured.images)
-        if images.dtype != np.uint8 or images.ndim != 3:
+        if (
+            images.dtype != np.uint8
+            or images.ndim not in (3, 4)
+            or images.shape[3:] not in ((), (3,))
+        ):
             raise ShapeError(
-                f"images must be uint8 [n, rows, cols], not {images.dtype} {list(images.shape)}"
+                f"images must be uint8 [n, rows, cols], or [n, rows, cols, 3] in colour, not "
+                f"{images.dtype} {list(images.shape)}"
             )
     return found
 

@@ -80,17 +80,18 @@ def retention_sheet(
     """Which tokens of an image are still cached: policies down, moments and layers across.
 
     Args:
-        image: the real image whose tokens were fed, uint8 ``[height, width]``.
+        image: the real image whose tokens were fed, uint8 ``[height, width]``, whose 0 is shown
+            white, or ``[height, width, 3]`` in colour; with as many pixels a token as it likes.
         rows: name, remark, and the share of heads that hold each token, ``[moments, layers,
-            height, width]``, of each policy.
+            rows, cols]``, of each policy.
         moments: numbers of image tokens after which was looked.
         title: what the reader looks at.
 
     Returns:
         The figure; ``figure.savefig(path, dpi=200)`` writes it.
     """
-    layers = rows[0][2].shape[1]
-    total = image.size
+    layers, grid = rows[0][2].shape[1], rows[0][2].shape[2:]
+    total = grid[0] * grid[1]
     cell, gap, left, top, bottom_margin = 0.62, 0.16, 1.55, 0.92, 0.5
     # A heading needs its width, however few layers stand under it.
     group = max(layers * cell, 1.6)
@@ -110,7 +111,7 @@ def retention_sheet(
         for m, moment in enumerate(moments):
             x = left + m * (group + gap)
             # Tokens to come are white, tokens gone grey, so that the two can't be confused.
-            come = (np.arange(total) < moment).reshape(image.shape)
+            come = (np.arange(total) < moment).reshape(grid)
             figure.text(
                 (x + layers * cell / 2) / size[0],
                 (size[1] - top + 0.3) / size[1],
@@ -165,7 +166,7 @@ def retention_sheet(
             handlelength=1.2,
         )
         corner = figure.add_axes(place(0.35, size[1] - top + 0.06, 0.5, 0.5))
-        corner.imshow(255 - image, cmap="gray", vmin=0, vmax=255)
+        corner.imshow(255 - image if image.ndim == 2 else image, cmap="gray", vmin=0, vmax=255)
         _bare(corner)
         figure.text(
             0.9 / size[0], (size[1] - top + 0.26) / size[1], "the image", size=6.5, color="0.4"

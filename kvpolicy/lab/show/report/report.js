@@ -147,16 +147,20 @@
       const { rows, cols, images } = this.trace;
       this.picture.parentElement.hidden = !images;
       if (!images) return;
-      this.picture.width = cols;
-      this.picture.height = rows;
-      const grey = bytes(images[Math.min(state.item, images.length - 1)]);
+      const { scale, channels } = this.trace;
+      const [width, height] = [cols * scale, rows * scale];
+      this.picture.width = width;
+      this.picture.height = height;
+      const values = bytes(images[Math.min(state.item, images.length - 1)]);
       const context = this.picture.getContext("2d");
-      const picture = context.createImageData(cols, rows);
-      for (let row = 0; row < rows; row += 1) {
-        for (let col = 0; col < cols; col += 1) {
-          const shown = row * this.line + col < state.moment;
-          const value = grey[row * cols + col];
-          picture.data.set(shown ? [value, value, value, 255] : [0, 0, 0, 0], 4 * (row * cols + col));
+      const picture = context.createImageData(width, height);
+      for (let y = 0; y < height; y += 1) {
+        for (let x = 0; x < width; x += 1) {
+          const place = Math.floor(y / scale) * this.line + Math.floor(x / scale);
+          const pixel = y * width + x;
+          if (place >= state.moment) continue; // a new picture is transparent
+          for (let n = 0; n < 3; n += 1) picture.data[4 * pixel + n] = values[pixel * channels + n % channels];
+          picture.data[4 * pixel + 3] = 255;
         }
       }
       context.putImageData(picture, 0, 0);
@@ -217,7 +221,9 @@
     const heads = Math.max(...panels.map((p) => p.layer.heads));
     options(byId("head"), Array.from({ length: heads }, (_, n) => String(n)), Math.min(state.head, heads - 1));
     const items = Math.max(...panels.map((p) => p.layer.items.length));
-    options(byId("item"), Array.from({ length: items }, (_, n) => String(n + 1)), Math.min(state.item, items - 1));
+    const prompts = panels[0].trace.prompts || [];
+    const named = (n) => (prompts[n] === undefined ? String(n + 1) : `${n + 1}: ${prompts[n]}`);
+    options(byId("item"), Array.from({ length: items }, (_, n) => named(n)), Math.min(state.item, items - 1));
     byId("item-label").hidden = items < 2;
     slider.max = Math.max(...panels.map((p) => p.tokens));
     state.moment = Math.min(state.moment, Number(slider.max));

@@ -36,6 +36,10 @@ def viewer_data(found: Trace, label: str, budget: str) -> dict[str, Any] | None:
         "roles": _roles(found, line),
         "passes": [] if found.passes is None else found.passes.tolist(),
         "images": None if found.images is None else [_bytes(image) for image in found.images],
+        # Pixels of a token, down and across, and numbers of a pixel.
+        "scale": 1 if found.images is None else found.images.shape[1] // found.grid["rows"],
+        "channels": 3 if found.images is not None and found.images.ndim == 4 else 1,
+        "prompts": found.prompts,
         "layers": [
             {
                 "layer": index,
