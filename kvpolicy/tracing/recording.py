@@ -95,8 +95,8 @@ class Recording:
             check_pictures(found)
         except ValueError as error:
             raise ParameterError(
-                f"{error}; expected uint8 [{rows}, height, width], or [{rows}, height, width, 3] in "
-                f"colour, a whole number of pixels a token, and as many prompts"
+                f"{error}; expected uint8 [{rows}, height, width], or [{rows}, height, width, 3] "
+                f"in colour, a whole number of pixels a token, and as many prompts"
             ) from None
         return found
 

@@ -371,7 +371,7 @@ def test_images_must_be_those_of_the_samples():
     ):
         with pytest.raises(ParameterError, match=r"expected uint8 \[2, height, width\]"):
             recording.finish(wrong)
-    with pytest.raises(ParameterError, match="1 prompts of .* as many prompts"):
+    with pytest.raises(ParameterError, match=r"1 prompts of .* as many prompts"):
         recording.finish(prompts=["a flag"])
     assert (recording.finish().layers[0].gone == STAYS).all()
 
