@@ -17,33 +17,34 @@ from torch.nn import functional
 import kvpolicy
 from kvpolicy.errors import ParameterError, near_matches
 from kvpolicy.lab.run.subject import Advance, Measurement, Metric, Scored, Setting
-from kvpolicy_adapters import zoo
 from kvpolicy_adapters.attach import attach
 from kvpolicy_adapters.decode import decode
 from kvpolicy_adapters.images.guidance import Guidance
+from kvpolicy_adapters.zoo.clipart import open_clipart
 
 __all__ = ["ClipartAR"]
 
 _SCORE_BATCH = 40
-_REAL = {"test": 400, "calibration": 200}  # drawings that ship
+_SPLITS = ("test", "calibration")
 
 
 class ClipartAR:
-    """The zoo's model of clip art and the drawings that it was not trained on.
+    """The model of clip art and the drawings that it was not trained on.
 
     A seed scores its own drawings (seed 0 the first ``scored`` ones, seed 1 the next, and so on,
     from the first again after the last that ships), and draws pictures of their prompts.
 
     Args:
-        scored: real drawings that are scored, 2 to 400 (200 of ``calibration``).
-        images: pictures that are drawn, 0 or more; with 0, figures of drawing can't be asked for.
+        folder: what ``examples/training/pack_clipart_ar.py`` has written.
+        scored: drawings that are scored, 2 to 400 (200 of ``calibration``).
+        images: pictures that are drawn, at least 1.
         split: drawings that are scored: ``test``, or ``calibration``, which are others.
         line_breaks: whether a line-break token follows each row.
         cfg: guidance of drawing; 1 is none.
         batch: pictures that are drawn at once, 1 to 100.
 
     Raises:
-        ParameterError: an argument is out of range.
+        ParameterError: an argument is out of range, or the folder holds no clipart-ar.
     """
 
     name = "clipart-ar"
@@ -51,6 +52,7 @@ class ClipartAR:
 
     def __init__(
         self,
+        folder: str | None = None,
         scored: int = 100,
         images: int = 20,
         split: str = "test",
@@ -58,10 +60,14 @@ class ClipartAR:
         cfg: float = 3.0,
         batch: int = 20,
     ) -> None:
-        if split not in _REAL:
-            raise ParameterError(f"clipart-ar: split={split!r}; {near_matches(str(split), _REAL)}")
+        if split not in _SPLITS:
+            raise ParameterError(
+                f"clipart-ar: split={split!r}; {near_matches(str(split), _SPLITS)}"
+            )
+        self.zoo = open_clipart(folder)
+        self._real_count = len(self.zoo.said(split))
         for name, value, low, high in (
-            ("scored", scored, 2, _REAL[split]),
+            ("scored", scored, 2, self._real_count),
             ("images", images, 1, 10**6),
             ("batch", batch, 1, 100),
         ):
@@ -75,7 +81,7 @@ class ClipartAR:
             raise ParameterError(f"clipart-ar: cfg={cfg!r} must be a number, at least 1")
         self.scored, self.images, self.split = scored, images, split
         self.line_breaks, self.cfg, self.batch = line_breaks, float(cfg), batch
-        self.zoo = zoo.load("clipart-ar")
+        self.folder = folder
         self.layout = self.zoo.layout(line_breaks=line_breaks)
         self.num_layers = self.zoo.model.config.num_hidden_layers
         self.metrics = (
@@ -107,7 +113,7 @@ class ClipartAR:
         arrays: dict[str, NDArray[Any]] = {}
         figures, images = {}, None
         drawing = {"passes", "images_per_second"} & set(wanted)
-        first = self._first(seed, self.scored)
+        first = self._first(seed)
         if "bits_per_code" in wanted or not drawing:
             score = self.score(setting, self.scored, _ignore, first=first)
             arrays |= {"bits": score.bits, "real": np.arange(first, first + self.scored)}
@@ -120,7 +126,7 @@ class ClipartAR:
 
     def trace(self, setting: Setting, seed: int) -> bytes:
         """The decisions on this seed's first two drawings, the same for every policy."""
-        tokens = self._real(self._first(seed, self.scored), 2)
+        tokens = self._real(self._first(seed), 2)
         with (
             self._attached(setting) as cache,
             kvpolicy.trace(cache) as recording,
@@ -128,12 +134,22 @@ class ClipartAR:
         ):
             self.zoo.model(tokens, **cache.as_argument)
         pictures = self.zoo.images(tokens[:, self.layout.prefix :], line_breaks=self.line_breaks)
-        return recording.finish(torch.as_tensor(np.array(pictures))).dump()
+        first = self._first(seed)
+        said = self.zoo.said(self.split)[first : first + 2]
+        return recording.finish(torch.as_tensor(np.array(pictures)), said).dump()
 
     def calibration(self) -> ClipartAR:
         """The same model on drawings that no test scores."""
-        scored = min(self.scored, _REAL["calibration"])
-        return ClipartAR(scored, self.images, "calibration", self.line_breaks, self.cfg, self.batch)
+        scored = min(self.scored, len(self.zoo.said("calibration")))
+        return ClipartAR(
+            self.folder,
+            scored,
+            self.images,
+            "calibration",
+            self.line_breaks,
+            self.cfg,
+            self.batch,
+        )
 
     def estimate(self, setting: Setting) -> float:
         """Seconds that ``measure`` will take, from a few drawings scored and a few lines drawn."""
@@ -166,9 +182,9 @@ class ClipartAR:
             advance(len(tokens))
         return Scored(torch.cat(bits).numpy(), cache.stats())
 
-    def _first(self, seed: int, count: int) -> int:
+    def _first(self, seed: int) -> int:
         """The first drawing of a seed."""
-        return seed % (_REAL[self.split] // count) * count
+        return seed % (self._real_count // self.scored) * self.scored
 
     def _real(self, first: int, images: int) -> Tensor:
         """Tokens of drawings of the split, the prompt first."""
@@ -197,7 +213,7 @@ class ClipartAR:
         self, setting: Setting, first: int, size: int, count: int, seed: int, advance: Advance
     ) -> tuple[Tensor, int, kvpolicy.CacheStats]:
         """Draw ``count`` tokens of ``size`` pictures; returns them, and the passes they took."""
-        rows = [(first + row) % _REAL[self.split] for row in range(size)]
+        rows = [(first + row) % self._real_count for row in range(size)]
         prefix = self.layout.prefix
         prompt = torch.cat([self._real(row, 1)[:, :prefix] for row in rows])
         with ExitStack() as stack:

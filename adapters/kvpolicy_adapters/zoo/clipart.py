@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources.abc import Traversable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,14 @@ from kvpolicy_adapters.images.vqgan_checkpoint import read_vqgan
 from kvpolicy_adapters.zoo.clipart_tokens import SIDE, ClipartTokens
 from kvpolicy_adapters.zoo.sealed import CorruptFileError, read_sealed
 
-__all__ = ["CLIPART_FILES", "ClipartCard", "ClipartGrammar", "ClipartModel", "read_clipart"]
+__all__ = [
+    "CLIPART_FILES",
+    "ClipartCard",
+    "ClipartGrammar",
+    "ClipartModel",
+    "open_clipart",
+    "read_clipart",
+]
 
 #: What the card vouches for.
 CLIPART_FILES = (
@@ -109,7 +117,7 @@ class ClipartModel:
         """The first ``n`` drawings that were held out: int64 ``[n, 585]`` (``[n, 609]``).
 
         Raises:
-            ParameterError: n is not between 1 and 400 (the number that ships).
+            ParameterError: n is not between 1 and the number that there are (400).
         """
         return self._drawings("test", n, line_breaks)
 
@@ -117,13 +125,13 @@ class ClipartModel:
         """The first ``n`` drawings to calibrate on, none trained on, and none a test drawing.
 
         Raises:
-            ParameterError: n is not between 1 and 200 (the number that ships).
+            ParameterError: n is not between 1 and the number that there are (200).
         """
         return self._drawings("calibration", n, line_breaks)
 
-    def said(self, split: str, n: int) -> list[str]:
-        """The words of the first ``n`` drawings of ``test`` or ``calibration``, as prompts."""
-        return [" ".join(words) for words in self._words[split][:n]]
+    def said(self, split: str) -> list[str]:
+        """The words of all drawings of ``test`` or ``calibration``, as prompts."""
+        return [" ".join(words) for words in self._words[split]]
 
     def grammar(self, *, line_breaks: bool = False) -> ClipartGrammar:
         """What may come where, as a logits processor of ``generate`` or a rule of ``decode``."""
@@ -142,7 +150,7 @@ class ClipartModel:
     def _drawings(self, split: str, n: int, line_breaks: bool) -> Tensor:
         codes, words = self._codes[split], self._words[split]
         if not 1 <= n <= len(codes):
-            raise ParameterError(f"n={n}: between 1 and {len(codes)} {split} drawings ship")
+            raise ParameterError(f"n={n}: between 1 and {len(codes)} {split} drawings are there")
         picture = self.tokens.picture(codes[:n].long(), line_breaks=line_breaks)
         prompts = [self.tokens.prefix(some, line_breaks=line_breaks) for some in words[:n]]
         return torch.cat([torch.tensor(prompts), picture], dim=1)
@@ -168,6 +176,21 @@ class ClipartGrammar(LogitsProcessor):
         else:
             masked[:, : self._tokens.codes] = scores[:, : self._tokens.codes]
         return masked
+
+
+def open_clipart(folder: str | None) -> ClipartModel:
+    """Read the model from a folder that ``examples/training/pack_clipart_ar.py`` has written.
+
+    Raises:
+        ParameterError: none is given, or it holds no clipart-ar.
+        CorruptFileError: one of its files is missing or damaged.
+    """
+    wanted = "the folder that examples/training/pack_clipart_ar.py writes"
+    if folder is None:
+        raise ParameterError(f"clipart-ar's weights do not ship yet; give {wanted}")
+    if not Path(folder, "card.json").is_file():
+        raise ParameterError(f"{folder} holds no clipart-ar: no card.json; give {wanted}")
+    return read_clipart(Path(folder))
 
 
 def read_clipart(folder: Traversable) -> ClipartModel:

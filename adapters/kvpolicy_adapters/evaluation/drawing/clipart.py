@@ -1,4 +1,4 @@
-"""clipart-ar, which ships: 96 x 96 pictures in colour, from words."""
+"""clipart-ar: 96 x 96 pictures in colour, from words."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from kvpolicy.errors import ParameterError
 from kvpolicy.lab.draw.image_model import Drawn, ModelSource, Sampler
 from kvpolicy.lab.draw.items import Item
 from kvpolicy.lab.run.subject import Setting
-from kvpolicy_adapters import zoo
 from kvpolicy_adapters.attach import attach
 from kvpolicy_adapters.evaluation.drawing.common import draw_tokens, needs_prompt, options_of
 from kvpolicy_adapters.images.guidance import Guidance
+from kvpolicy_adapters.zoo.clipart import open_clipart
 
 __all__ = ["ClipartImages"]
 
@@ -24,11 +24,13 @@ class ClipartImages:
     """Draws with clipart-ar: prompts of one to eight words that it knows.
 
     Args:
-        source: where it computes; it has no files. Option: ``line_breaks``, 1 to draw a line-break
-            token behind each row, 0 (the default) for none.
+        source: ``path``, the folder that ``examples/training/pack_clipart_ar.py`` has written.
+            Option: ``line_breaks``, 1 to draw a line-break token behind each row, 0 (the default)
+            for none.
 
     Raises:
-        ParameterError: a file, a dtype or an unknown option is given.
+        ParameterError: the folder holds no clipart-ar; or a decoder's file, a dtype or an unknown
+            option is given.
     """
 
     name = "clipart-ar"
@@ -37,13 +39,12 @@ class ClipartImages:
         given = options_of(source, {"line_breaks": None})["line_breaks"]
         if given not in (None, 0, 1):
             raise ParameterError(f"option line_breaks={given!r} must be 0 or 1")
-        for field in ("path", "vq"):
-            if (value := getattr(source, field)) is not None:
-                raise ParameterError(f"clipart-ar ships with its weights; {field}={value!r} is not")
+        if source.vq is not None:
+            raise ParameterError(f"clipart-ar has a decoder of its own; vq={source.vq!r} is not")
         if source.dtype not in (None, "float32"):
             raise ParameterError(f"clipart-ar computes in float32, not dtype={source.dtype!r}")
         self._line_breaks = bool(given)
-        self._zoo = zoo.load("clipart-ar")
+        self._zoo = open_clipart(source.path)
         model: Any = self._zoo.model
         self._model = model.to(source.device)
         self._zoo.vqgan.to(source.device)

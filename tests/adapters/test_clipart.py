@@ -1,0 +1,269 @@
+"""clipart-ar: words in, pictures in colour out, on both of its grids; with random weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason="needs the extra 'transformers'")
+
+from safetensors.torch import save
+from torch.nn import functional
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import kvpolicy
+from kvpolicy.errors import ParameterError, ShapeError
+from kvpolicy.lab.draw.image_model import ModelSource, Sampler
+from kvpolicy.lab.draw.items import Item
+from kvpolicy.lab.run.subject import Setting, load_subject
+from kvpolicy_adapters.evaluation.drawing.clipart import ClipartImages
+from kvpolicy_adapters.images.vqgan import VQGAN, VQGANConfig
+from kvpolicy_adapters.images.vqgan_checkpoint import save_vqgan
+from kvpolicy_adapters.zoo.clipart import CLIPART_FILES, ClipartCard, open_clipart
+from kvpolicy_adapters.zoo.clipart_tokens import ClipartTokens
+from kvpolicy_adapters.zoo.sealed import CorruptFileError
+
+WORDS = ("signs", "flags", "fruit", "people", "apple", "france", "tree", "red", "2", "smilies")
+CODES = 24
+SUBJECT = "kvpolicy_adapters.evaluation.clipart:ClipartAR"
+BOTH = pytest.mark.parametrize("breaks", [False, True], ids=["plain", "line breaks"])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """What pack_clipart_ar.py writes, of a model of random weights."""
+    path = tmp_path_factory.mktemp("clipart")
+    torch.manual_seed(0)
+    tokens = ClipartTokens(WORDS, CODES)
+    config = LlamaConfig(
+        vocab_size=tokens.size,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        initializer_range=0.3,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+    )
+    LlamaForCausalLM(config).save_pretrained(path)
+    shape = VQGANConfig(32, (1, 1, 1), 1, 32, CODES, 2, (), groups=8)
+    save_vqgan(VQGAN(shape), path / "vqgan.safetensors")
+    splits = {"test": 5, "calibration": 3}
+    said = [["flags", "france"], [], ["fruit"], ["people", "2"], ["tree", "red"]]
+    about = {"vocabulary": WORDS, **{name: said[:count] for name, count in splits.items()}}
+    (path / "drawings.json").write_text(json.dumps(about))
+    drawn = {
+        name: torch.randint(0, CODES, (count, 24, 24), dtype=torch.int16)
+        for name, count in splits.items()
+    }
+    (path / "drawings.safetensors").write_bytes(save(drawn))
+    facts = dict.fromkeys(ClipartCard.model_fields, 1) | {"bits_of_counting": {}}
+    facts |= {n: "" for n, f in ClipartCard.model_fields.items() if f.annotation is str}
+    facts["files"] = {
+        name: hashlib.sha256((path / name).read_bytes()).hexdigest() for name in CLIPART_FILES
+    }
+    (path / "card.json").write_text(ClipartCard(**facts).model_dump_json())
+    return path
+
+
+@pytest.fixture(scope="module")
+def box(folder):
+    return open_clipart(str(folder))
+
+
+def setting(policy="full", budget=None, decoder="sequential"):
+    return Setting(kvpolicy.create(policy), budget, kvpolicy.Decoder.parse(decoder))
+
+
+# --- words ----------------------------------------------------------------------------------------
+
+
+def test_a_prompt_is_a_set_of_words():
+    tokens = ClipartTokens(WORDS, CODES)
+    assert (
+        tokens.words("France, flags") == tokens.words("flags FRANCE flags") == ("flags", "france")
+    )
+    one = tokens.prefix(("flags", "france"), line_breaks=False)
+    assert one == tokens.prefix(("france", "flags"), line_breaks=False)
+    assert one[:6] == [tokens.blank] * 6
+    assert len(one) == len(tokens.prefix((), line_breaks=True)) == 9
+    ids = {*range(CODES), tokens.line_break, tokens.start(False), tokens.start(True), tokens.blank}
+    ids |= {tokens.prefix((word,), line_breaks=False)[-2] for word in WORDS}
+    assert ids == set(range(tokens.size))  # nothing means two things, and nothing means none
+
+
+@pytest.mark.parametrize(
+    ("prompt", "said"),
+    [
+        ("", "has no words"),
+        (" ?! ", "has no words"),
+        ("a flags", "does not know 'a'"),
+        ("aple", "does not know 'aple'; did you mean 'apple'"),
+        (" ".join(WORDS[:9]), "has 9 words; clipart-ar takes 8 at most"),
+    ],
+)
+def test_prompts_that_it_can_not_read_are_refused(folder, prompt, said):
+    model = ClipartImages(ModelSource("clipart-ar", str(folder)))
+    with pytest.raises(ParameterError, match=rf"prompt 7: .*{said}"):
+        model.check(Item("x.png", 7, 0, prompt), Sampler())
+    model.check(Item("x.png", 7, 0, "apple"), Sampler())
+    with pytest.raises(ParameterError, match="draws prompts, not classes"):
+        model.check(Item("x.png", 3, 0), Sampler())
+
+
+# --- grids ----------------------------------------------------------------------------------------
+
+
+@BOTH
+def test_both_grids_hold_the_same_codes(box, breaks):
+    layout = box.layout(line_breaks=breaks)
+    tokens = box.test_tokens(5, line_breaks=breaks)
+    assert tokens.shape == (5, layout.length)
+    codes = box.tokens.codes_of(tokens[:, layout.prefix :], line_breaks=breaks)
+    assert torch.equal(codes, box._codes["test"].long())
+    ends = [p for p in range(layout.prefix, layout.length) if layout.column(p) == 24]
+    assert len(ends) == 24 * breaks
+    assert (tokens[:, ends] == box.tokens.line_break).all()
+    assert (tokens[0, :9] == box.prompts(["flags france"], line_breaks=breaks)[0]).all()
+    assert (tokens[1, :9] == box.unconditional(line_breaks=breaks)[0]).all()
+    with pytest.raises(ShapeError, match=r"a picture is tokens \[n, "):
+        box.images(tokens, line_breaks=breaks)
+    assert box.images(tokens[:2, 9:], line_breaks=breaks).shape == (2, 96, 96, 3)
+
+
+@BOTH
+def test_the_grammar_lets_come_what_comes_in_real_drawings(box, breaks):
+    layout, rule = box.layout(line_breaks=breaks), box.grammar(line_breaks=breaks)
+    tokens = box.test_tokens(1, line_breaks=breaks)
+    scores = torch.randn(1, box.tokens.size)
+    for position in range(layout.prefix, layout.length):
+        left = rule(tokens[:, :position], scores)[0]
+        assert left[tokens[0, position]] > -math.inf
+        assert int((left > -math.inf).sum()) == (1 if layout.column(position) == 24 else CODES)
+    first = rule(tokens[:, :9], scores)[0]
+    assert torch.equal(first[:CODES], scores[0, :CODES])
+
+
+# --- the subject ----------------------------------------------------------------------------------
+
+
+@BOTH
+def test_bits_are_those_of_the_codes_alone(box, folder, breaks):
+    subject = load_subject(
+        "clipart-ar", {"folder": str(folder), "scored": 5, "line_breaks": breaks}
+    )
+    tokens = box.test_tokens(5, line_breaks=breaks)
+    with torch.no_grad():
+        logits = box.model(tokens[:, :-1]).logits[:, 8:]
+    nats = functional.cross_entropy(logits.mT, tokens[:, 9:], reduction="none")
+    codes = box.tokens.codes_of(tokens[:, 9:], line_breaks=breaks)
+    expected = nats[tokens[:, 9:] != box.tokens.line_break].view(5, -1).mean(1) / math.log(2)
+    assert codes[0].numel() == 576
+    found = subject.measure(setting(), 0, ["bits_per_code"])
+    np.testing.assert_allclose(found.arrays["bits"], expected.double(), atol=1e-4)
+    less = subject.measure(setting("streaming_llm", "1/6"), 0, ["bits_per_code"])
+    assert np.abs(less.arrays["bits"] - found.arrays["bits"]).min() > 1e-4
+    assert (
+        less.stats.peak_tokens == ((9 + subject.layout.rows * subject.layout.line_length // 6),) * 2
+    )
+
+
+def test_seeds_see_drawings_of_their_own_and_calibration_sees_others(folder):
+    subject = load_subject(SUBJECT, {"folder": str(folder), "scored": 2})
+    real = [subject.measure(setting(), seed, ["bits_per_code"]).arrays["real"] for seed in range(3)]
+    assert [list(some) for some in real] == [[0, 1], [2, 3], [0, 1]]
+    other = subject.calibration()
+    assert other.split == "calibration"
+    assert not torch.equal(other._real(0, 2), subject._real(0, 2))
+
+
+def test_a_trace_keeps_pictures_in_colour_and_prompts(folder, tmp_path):
+    subject = load_subject(SUBJECT, {"folder": str(folder), "scored": 2})
+    (tmp_path / "a.safetensors").write_bytes(subject.trace(setting("linear", "1/4"), 0))
+    found = kvpolicy.load_trace(tmp_path / "a.safetensors")
+    assert found.prompts == ("flags france", "")
+    assert tuple(found.images.shape) == (2, 96, 96, 3)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({}, "weights do not ship yet; give the folder that"),
+        ({"folder": "nowhere"}, "nowhere holds no clipart-ar: no card.json"),
+        ({"split": "tset"}, "split='tset'; did you mean 'test'"),
+        ({"scored": 6}, "scored=6 must be a whole number from 2 to 5"),
+        ({"images": 0}, "images=0 must be a whole number from 1"),
+        ({"batch": 101}, "batch=101 must be a whole number from 1 to 100"),
+        ({"line_breaks": 1}, "line_breaks=1 must be true or false"),
+        ({"cfg": 0.5}, "cfg=0.5 must be a number, at least 1"),
+    ],
+)
+def test_bad_options_are_refused(folder, options, said):
+    options = options if not options or "folder" in options else {"folder": str(folder), **options}
+    with pytest.raises(ParameterError, match=said):
+        load_subject(SUBJECT, options)
+
+
+def test_a_damaged_file_is_refused(folder, tmp_path):
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "drawings.json").write_text("{}")
+    with pytest.raises(CorruptFileError, match=r"drawings\.json is damaged"):
+        open_clipart(str(tmp_path))
+    (tmp_path / "card.json").write_text("{}")
+    with pytest.raises(CorruptFileError, match=r"card\.json can't be read"):
+        open_clipart(str(tmp_path))
+
+
+# --- drawing --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ({"path": None}, "do not ship yet"),
+        ({"vq": "vq.pt"}, "has a decoder of its own"),
+        ({"dtype": "float16"}, "computes in float32"),
+        ({"options": (("line_breaks", 2),)}, "line_breaks=2 must be 0 or 1"),
+        ({"options": (("grid", 2),)}, "no option 'grid'"),
+    ],
+)
+def test_a_source_that_it_can_not_serve(folder, source, said):
+    with pytest.raises(ParameterError, match=said):
+        ClipartImages(ModelSource("clipart-ar", **{"path": str(folder), **source}))
+
+
+@pytest.mark.slow
+@BOTH
+def test_a_picture_is_its_prompts_and_not_its_batchs(folder, breaks):
+    source = ModelSource("clipart-ar", str(folder), options=(("line_breaks", int(breaks)),))
+    model = ClipartImages(source)
+    wanted = [Item(f"{row}.png", row, 0, said) for row, said in enumerate(("apple", "flags 2"))]
+    both = model.draw(wanted, setting("linear", "1/6"), Sampler(cfg=3), seed=1)
+    assert both.images.shape == (2, 96, 96, 3)
+    assert both.images.dtype == np.uint8
+    assert len(both.stats) == 2  # guidance has a cache of its own
+    assert min(min(stats.evictions) for stats in both.stats) > 0
+    alone = model.draw(wanted[1:], setting("linear", "1/6"), Sampler(cfg=3), seed=1)
+    assert np.abs(alone.images[0].astype(int) - both.images[1]).max() <= 1
+    other = model.draw(wanted[1:], setting("linear", "1/6"), Sampler(cfg=1), seed=1)
+    assert len(other.stats) == 1
+    assert not np.array_equal(other.images[0], both.images[1])
+
+
+@pytest.mark.slow
+def test_the_subject_draws_with_any_decoder(folder):
+    options = {"folder": str(folder), "scored": 2, "images": 3, "batch": 2, "line_breaks": True}
+    subject = load_subject(SUBJECT, options)
+    found = subject.measure(setting("linear", "1/4", "sjd:window=16"), 0, ["passes"])
+    assert found.images.shape == (3, 96, 96, 3)
+    assert found.arrays["passes"].shape == (3,)
+    assert (found.arrays["passes"] <= 600).all()
