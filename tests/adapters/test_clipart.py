@@ -157,9 +157,7 @@ def test_the_grammar_lets_come_what_comes_in_real_drawings(box, breaks):
 
 @BOTH
 def test_bits_are_those_of_the_codes_alone(box, folder, breaks):
-    subject = load_subject(
-        "clipart-ar", {"folder": str(folder), "scored": 5, "line_breaks": breaks}
-    )
+    subject = load_subject(SUBJECT, {"folder": str(folder), "scored": 5, "line_breaks": breaks})
     tokens = box.test_tokens(5, line_breaks=breaks)
     with torch.no_grad():
         logits = box.model(tokens[:, :-1]).logits[:, 8:]

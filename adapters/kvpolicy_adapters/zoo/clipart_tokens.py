@@ -54,7 +54,7 @@ class ClipartTokens:
 
     def layout(self, line_breaks: bool) -> RasterLayout:
         """24 x 24 codes behind the prefix."""
-        return RasterLayout(SIDE, SIDE, prefix=MAX_WORDS + 1, line_break=int(line_breaks))
+        return RasterLayout(rows=SIDE, cols=SIDE, prefix=MAX_WORDS + 1, line_break=int(line_breaks))
 
     def words(self, prompt: str) -> tuple[str, ...]:
         """The words of a prompt, in the order of the vocabulary, each once.
