@@ -205,7 +205,8 @@ def test_a_trace_keeps_pictures_in_colour_and_prompts(folder, tmp_path):
     ],
 )
 def test_bad_options_are_refused(folder, options, said):
-    options = options if not options or "folder" in options else {"folder": str(folder), **options}
+    if options and "folder" not in options:
+        options = {"folder": str(folder), "scored": 2, **options}
     with pytest.raises(ParameterError, match=said):
         load_subject(SUBJECT, options)
 

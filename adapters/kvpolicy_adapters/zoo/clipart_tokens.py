@@ -12,6 +12,7 @@ is says whether line breaks come.
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Iterable, Sequence
 
@@ -19,7 +20,6 @@ import torch
 from torch import Tensor
 
 from kvpolicy import ParameterError, RasterLayout, ShapeError
-from kvpolicy.errors import near_matches
 
 __all__ = ["MAX_WORDS", "SIDE", "ClipartTokens"]
 
@@ -71,9 +71,12 @@ class ClipartTokens:
             )
         for word in said:
             if word not in self._words:
+                # Not near_matches(), which lists all that are known: these are hundreds.
+                near = difflib.get_close_matches(word, self.vocabulary)
+                meant = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
                 raise ParameterError(
-                    f"prompt {prompt!r}: clipart-ar does not know {word!r}; "
-                    f"{near_matches(word, self.vocabulary)}"
+                    f"prompt {prompt!r}: clipart-ar does not know {word!r}; {meant}its "
+                    f"{len(self.vocabulary)} words are in drawings.json beside its weights"
                 )
         if len(said) > MAX_WORDS:
             raise ParameterError(
