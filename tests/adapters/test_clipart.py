@@ -241,10 +241,8 @@ def test_a_source_that_it_can_not_serve(folder, source, said):
 
 
 @pytest.mark.slow
-@BOTH
-def test_a_picture_is_its_prompts_and_not_its_batchs(folder, breaks):
-    source = ModelSource("clipart-ar", str(folder), options=(("line_breaks", int(breaks)),))
-    model = ClipartImages(source)
+def test_a_picture_is_its_prompts_and_not_its_batchs(folder):
+    model = ClipartImages(ModelSource("clipart-ar", str(folder)))
     wanted = [Item(f"{row}.png", row, 0, said) for row, said in enumerate(("apple", "flags 2"))]
     both = model.draw(wanted, setting("linear", "1/6"), Sampler(cfg=3), seed=1)
     assert both.images.shape == (2, 96, 96, 3)

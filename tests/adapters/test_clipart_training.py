@@ -153,4 +153,4 @@ def test_what_counting_predicts_is_what_counting_by_hand_does(scripts):
     rows = torch.randint(0, 50, (8, 1, 24), generator=draws).expand(-1, 24, -1)
     found = scripts[1].ngram_bits(rows[:6], rows[6:7], rows[7:], 50)
     assert found["above"] < 1 < found["left"]
-    assert found["left and above"] < 1
+    assert found["left and above"] < found["left"] / 2
