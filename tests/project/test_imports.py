@@ -117,7 +117,7 @@ def test_adapters_stand_on_the_library_not_on_its_tools():
     for module, path in modules(ROOT / "adapters" / "kvpolicy_adapters"):
         names = imported(path.read_text(encoding="utf-8"), module, path.name == "__init__.py")
         tools = {"kvpolicy.cli", "kvpolicy.commands", "kvpolicy.testing", "kvpolicy.lab"}
-        speak = ("subjects", "checkpoints", "drawn_figures", "real_images")
+        speak = ("subjects", "checkpoints", "clipart", "drawn_figures", "real_images")
         evaluation = {f"kvpolicy_adapters.evaluation.{name}" for name in speak}
         if module in {*evaluation, "kvpolicy_adapters.bench.shapes"}:
             tools.remove("kvpolicy.lab")  # a subject, or a shape, speaks the lab's protocol
