@@ -253,13 +253,14 @@ def test_images_that_are_none_are_refused(tmp_path, monkeypatch):
     import toy_subject
 
     measure = toy_subject.Toy.measure
-    for number, wrong in enumerate((np.zeros((2, 4, 4)), np.zeros((2, 4), np.uint8), [[0]])):
+    four = np.zeros((2, 4, 4, 4), np.uint8)  # colours
+    for number, wrong in enumerate((np.zeros((2, 4, 4)), np.zeros((2, 4), np.uint8), [[0]], four)):
 
         def with_images(self, *given, wrong=wrong):
             return replace(measure(self, *given), images=wrong)
 
         monkeypatch.setattr(toy_subject.Toy, "measure", with_images)
-        with pytest.raises(AssertionError, match=r"images must be uint8 \[n, rows, cols\], not"):
+        with pytest.raises(AssertionError, match=r"images must be uint8 \[n, rows, cols\], or"):
             sweep(tmp_path / str(number))
 
 
