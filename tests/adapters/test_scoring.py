@@ -190,6 +190,16 @@ def test_clips_cosines_are_the_models(clip):
     assert cosines[0] != cosines[1]
 
 
+def test_an_image_of_three_rows_has_its_colours(clip):
+    """Where channels come first or last can't be told of 3 x 3 pixels by looking."""
+    network = open_clip(clip, "cpu")
+    red = torch.tensor([255, 0, 0], dtype=torch.uint8)
+    small, large = (
+        network.match(red.expand(1, side, side, 3).contiguous(), ["bag"])[0] for side in (3, 28)
+    )
+    torch.testing.assert_close(small, large, atol=1e-6, rtol=0)
+
+
 def test_what_is_no_clip_is_refused_and_nothing_is_fetched(tmp_path, clip, monkeypatch):
     import huggingface_hub.file_download as download
 
