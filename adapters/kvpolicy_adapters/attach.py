@@ -35,7 +35,8 @@ from kvpolicy import (
     TokenLayout,
 )
 from kvpolicy_adapters.images.families import layout_of
-from kvpolicy_adapters.images.llamagen import official
+from kvpolicy_adapters.images.llamagen import official as llamagen
+from kvpolicy_adapters.images.lpd import official as lpd
 from kvpolicy_adapters.images.token_reader import telling
 from kvpolicy_adapters.transformers.attention import policy_attention
 from kvpolicy_adapters.transformers.cache import TransformersCache, marked_layer
@@ -81,7 +82,8 @@ def attach(
     Args:
         model: a causal language model of transformers that uses its attention interface; or the
             ``Transformer`` of LlamaGen's own repository, whose ``generate`` then needs no cache
-            passed (see :func:`kvpolicy_adapters.images.llamagen.attach_official`). It may be
+            passed (see :func:`kvpolicy_adapters.images.llamagen.attach_official`); or the ``LPD``
+            of its authors' (:func:`kvpolicy_adapters.images.lpd.attach_official`). It may be
             wrapped: by ``torch.compile``, ``DataParallel`` and its kin, PEFT, or a pipeline.
         policy: a policy, or its name in the registry.
         budget: evictable tokens a head of a layer may hold; None for as many as the layout has.
@@ -93,16 +95,23 @@ def attach(
     Raises:
         ParameterError: the model is no model of transformers.
         ModelError: no policy can serve this model; the message says why, and what would.
-        LayoutError: the model's configuration does not describe its family's grid.
+        LayoutError: the model's configuration does not describe its family's grid, or an order
+            must be given.
         BudgetError: the budget is too small for this policy on this layout.
         UnknownNameError: no policy has this name.
     """
-    if official.recognises(model):
-        with official.attach_official(
-            model, policy=policy, budget=budget, layout=layout, reclaim=reclaim, schedule=schedule
-        ) as cache:
-            yield cache
-        return
+    for official in (llamagen, lpd):
+        if official.recognises(model):
+            with official.attach_official(
+                model,
+                policy=policy,
+                budget=budget,
+                layout=layout,
+                reclaim=reclaim,
+                schedule=schedule,
+            ) as cache:
+                yield cache
+            return
     model = unwrapped(model)
     say_if_newer(stacklevel=3)  # this generator, contextlib, and whoever attaches
     kept = kept_by(model)

@@ -23,6 +23,8 @@ from kvpolicy_adapters.images import janus
 from kvpolicy_adapters.images.chameleon import ImageGuidance
 from kvpolicy_adapters.images.guidance import Guidance
 from kvpolicy_adapters.images.llamagen import LlamaGen, official
+from kvpolicy_adapters.images.lpd import LPD
+from kvpolicy_adapters.images.lpd import official as lpd
 from kvpolicy_adapters.transformers.cache import TransformersCache
 from kvpolicy_adapters.transformers.steps import guided_step, model_step
 from kvpolicy_adapters.transformers.wrappers import unwrapped
@@ -48,7 +50,8 @@ def decode(
 ) -> Decoded:
     """Draw tokens from an attached model.
 
-    :class:`~kvpolicy_adapters.images.llamagen.LlamaGen` takes a decoder in its own ``generate``.
+    :class:`~kvpolicy_adapters.images.llamagen.LlamaGen` and
+    :class:`~kvpolicy_adapters.images.lpd.LPD` take a decoder in their own ``generate``.
 
     Example::
 
@@ -92,8 +95,18 @@ def decode(
             )
     joint: Any = cache
     conditions = official.recognises(model)
+    if lpd.recognises(model):
+        raise ParameterError(
+            f"{type(model).__name__} is asked for tokens by their place, group by group: draw with "
+            f"its own sample_tokens in the attach block"
+        )
     if not conditions:
         model = unwrapped(model)
+        if isinstance(model, LPD):
+            raise ParameterError(
+                "LPD is asked for tokens by their place, group by group: "
+                "model.generate(classes, cache=cache)"
+            )
         if isinstance(model, LlamaGen):
             raise ParameterError(
                 "LlamaGen draws from a condition: "

@@ -41,7 +41,10 @@ def ablate(
     ] = None,
     subject: Annotated[
         str | None,
-        typer.Option(help="fashion-ar, or package.module:name of your own.", rich_help_panel=_PLAN),
+        typer.Option(
+            help="fashion-ar, fashion-lpd, or package.module:name of your own.",
+            rich_help_panel=_PLAN,
+        ),
     ] = None,
     policies: Annotated[
         str | None,

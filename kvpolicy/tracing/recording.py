@@ -15,6 +15,7 @@ from kvpolicy.cache.cache import PolicyCache
 from kvpolicy.cache.layer import Layer
 from kvpolicy.cache.plan import LayerPlan
 from kvpolicy.errors import CacheStateError, ParameterError
+from kvpolicy.layout import OrderedLayout
 from kvpolicy.policy.policy import ScoredPolicy
 from kvpolicy.policy.view import CacheView
 from kvpolicy.slots import SlotStore
@@ -76,7 +77,9 @@ class Recording:
         }
         rows = next(iter(layers.values())).gone.shape[0] if layers else 0
         layout = self._cache.layout
-        sizes = {n: getattr(layout, n, None) for n in ("rows", "cols", "line_break", "prefix")}
+        ordered = layout if isinstance(layout, OrderedLayout) else None
+        image = layout if ordered is None else ordered.grid
+        sizes = {n: getattr(image, n, None) for n in ("rows", "cols", "line_break", "prefix")}
         grid = {name: size for name, size in sizes.items() if isinstance(size, int)}
         policy = self._cache.policy
         found = Trace(
@@ -90,6 +93,8 @@ class Recording:
             images=images,
             prompts=None if prompts is None else tuple(prompts),
             passes=next(iter(self._recorders.values())).committed_so_far() if layers else None,
+            order=None if ordered is None else _numbers(ordered.order),
+            groups=None if ordered is None else _numbers(ordered.groups),
         )
         try:
             check_pictures(found)
@@ -301,5 +306,5 @@ class _Recorder:
         gone.copy_(wider[..., :-1])
 
 
-def _numbers(numbers: list[int]) -> Tensor:
+def _numbers(numbers: Sequence[int]) -> Tensor:
     return torch.tensor(numbers, dtype=torch.int32)

@@ -32,6 +32,8 @@ _FORMAT = "kvpolicy-trace-1"
 #: What ``gone`` says of a token that is still cached.
 STAYS = torch.iinfo(torch.int32).max
 _LARGEST_GRID = 1 << 24
+#: Tensors that a trace may have beside those of its layers.
+_BESIDE = ("images", "passes", "order", "groups")
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,9 @@ class Trace:
         passes: of each commit of staged tokens: the tokens seen before them, how many were staged,
             and how many accepted, int32 ``[N, 3]``; None where none were staged.
         prompts: what each picture was asked to show, where it was given.
+        order: of an :class:`kvpolicy.OrderedLayout`: the raster index of each token of the image as
+            it comes, int32 ``[rows * line length]``; None where tokens come line by line.
+        groups: of the same: how many tokens come at once, int32 ``[groups]``.
     """
 
     policy: str
@@ -94,6 +99,8 @@ class Trace:
     images: Tensor | None = None
     passes: Tensor | None = None
     prompts: tuple[str, ...] | None = None
+    order: Tensor | None = None
+    groups: Tensor | None = None
 
     def dump(self) -> bytes:
         """The file: safetensors, with everything but the tensors as JSON in its header."""
@@ -118,8 +125,8 @@ class Trace:
                 if name in ("victims", "places") and narrow:
                     of_layer = of_layer.to(torch.int16)
                 tensors[f"{index}.{name}"] = of_layer.contiguous()
-        for name, tensor in (("images", self.images), ("passes", self.passes)):
-            if tensor is not None:
+        for name in _BESIDE:
+            if (tensor := getattr(self, name)) is not None:
                 tensors[name] = tensor.contiguous()
         return save(tensors, metadata={"kvpolicy": json.dumps(about)})
 
@@ -187,14 +194,15 @@ def load_trace(path: Path | str) -> Trace:
         with safe_open(str(path), framework="pt") as file:
             about = _About.model_validate_json((file.metadata() or {})["kvpolicy"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        beside: dict[str, Any] = {name: tensors.get(name) for name in _BESIDE}
         found = Trace(
             **about.model_dump(exclude={"format", "layers", "budgets", "prompts"}),
             budgets=tuple(about.budgets),
             prompts=None if about.prompts is None else tuple(about.prompts),
             layers={index: _layer(tensors, index, about.seen) for index in about.layers},
-            images=tensors.get("images"),
-            passes=tensors.get("passes"),
+            **beside,
         )
+        _check_order(found)
         check_pictures(found)
         _check_passes(found)
     except (OSError, SafetensorError) as error:
@@ -272,6 +280,22 @@ def _check_passes(found: Trace) -> None:
         raise ValueError(f"passes has {passes[wrong][0].tolist()} in it")
     if bool((seen[1:] < (seen + accepted)[:-1]).any()):
         raise ValueError("passes overlap")
+
+
+def _check_order(found: Trace) -> None:
+    """Refuse an order that is none of the grid's, and groups that don't add up to it."""
+    order, groups, grid = found.order, found.groups, found.grid
+    if order is None and groups is None:
+        return
+    if order is None or groups is None or grid is None:
+        raise ValueError("order, groups and a grid: one without the others")
+    size = grid["rows"] * (grid["cols"] + grid["line_break"])
+    if order.dtype != torch.int32 or groups.dtype != torch.int32:
+        raise ValueError(f"order is {order.dtype} and groups {groups.dtype}, not torch.int32")
+    if order.shape != (size,) or not torch.equal(order.sort()[0], torch.arange(size).int()):
+        raise ValueError(f"order does not name each of the {size} places of the grid once")
+    if groups.ndim != 1 or bool((groups < 1).any()) or int(groups.sum()) != size:
+        raise ValueError(f"groups are no sizes that add up to {size}")
 
 
 def check_pictures(found: Trace) -> None:

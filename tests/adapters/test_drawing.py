@@ -17,14 +17,16 @@ import kvpolicy
 from kvpolicy.errors import AttentionError, ParameterError
 from kvpolicy.lab.draw.image_model import ModelSource, Sampler
 from kvpolicy.lab.draw.items import Item
-from kvpolicy.lab.run.subject import Setting
+from kvpolicy.lab.run.subject import Setting, layout_under
 from kvpolicy_adapters.evaluation.drawing.chameleon import ChameleonImages
 from kvpolicy_adapters.evaluation.drawing.checkpoint import open_checkpoint
 from kvpolicy_adapters.evaluation.drawing.emu3 import Emu3Images
-from kvpolicy_adapters.evaluation.drawing.fashion import FashionImages
+from kvpolicy_adapters.evaluation.drawing.fashion import FashionImages, FashionLPDImages
 from kvpolicy_adapters.evaluation.drawing.janus import JanusImages
 from kvpolicy_adapters.evaluation.drawing.llamagen import LlamaGenImages
+from kvpolicy_adapters.evaluation.drawing.lpd import LPDImages
 from kvpolicy_adapters.images.llamagen import LlamaGen, LlamaGenConfig
+from kvpolicy_adapters.images.lpd import LPD, LPDConfig
 from kvpolicy_adapters.images.sampling import RowSampler
 from kvpolicy_adapters.images.vqgan_checkpoint import read_vqgan
 
@@ -226,6 +228,90 @@ def test_fashion_ar():
         model.check(wanted[0], Sampler(cfg=2.0))
     with pytest.raises(ParameterError, match="vq="):
         FashionImages(ModelSource("fashion-ar", vq="vqgan.ckpt"))
+
+
+def test_fashion_lpd():
+    """In groups, with guidance; and row by row, each image with numbers of its own."""
+    model = FashionLPDImages(ModelSource("fashion-lpd"))
+    wanted = [Item("a.png", 1, 0), Item("b.png", 0, 0, "bag")]
+    fast = setting("near", "1/4", "lpd:passes=12")
+    drawn = [model.draw(wanted, fast, Sampler(cfg=cfg), seed=0) for cfg in (None, 1.0, 3.0)]
+    assert drawn[0].images.shape == (2, 28, 28)
+    assert set(drawn[0].stats[0].peak_tokens) == {197}
+    assert (drawn[0].images == drawn[1].images).all()
+    assert (drawn[0].images != drawn[2].images).any()
+    assert set(drawn[2].stats[0].peak_tokens) == {197}
+    model.check(wanted[0], Sampler(cfg=3.0))
+    with pytest.raises(ParameterError, match="fashion-lpd knows no 'bga'; did you mean 'bag'"):
+        model.check(Item("a.png", 0, 0, "bga"), Sampler())
+    with pytest.raises(ParameterError, match=r"decoder 'sjd' asks for what comes behind"):
+        layout_under(model, kvpolicy.Decoder.parse("sjd"))
+    with pytest.raises(ParameterError, match="fashion-lpd ships with its weights; vq="):
+        FashionLPDImages(ModelSource("fashion-lpd", vq="vqgan.ckpt"))
+
+
+# --- LPD ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def lpd_files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("lpd")
+    torch.manual_seed(0)
+    config = LPDConfig(
+        grid_size=16,
+        vocab_size=64,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_classes=10,
+    )
+    state = LPD(config).state_dict()
+    state["head.weight"] = torch.randn_like(state["head.weight"])
+    state["class_emb.weight"] *= 50  # so that it matters whether there is a class
+    torch.save({"model": state, "epoch": 3}, folder / "lpd_tiny_256.pth")
+    torch.save(checkpoint_of(RUNS[0]), folder / "vq.pt")
+    return folder
+
+
+def lpd_source(folder, *options, **changes):
+    fields = {"options": (("heads", 4), *options), "vq": str(folder / "vq.pt")} | changes
+    return ModelSource("lpd", str(folder / "lpd_tiny_256.pth"), **fields)
+
+
+def test_lpd(lpd_files):
+    model = LPDImages(lpd_source(lpd_files))
+    wanted = [Item(f"{row}.png", row, 0) for row in (1, 2, 9)]
+    fast = setting("near", "1/4", "lpd:passes=20")
+    drawn = model.draw(wanted, fast, Sampler(cfg=4.0), seed=3)
+    assert drawn.images.shape == (3, 32, 32, 3)
+    assert set(drawn.stats[0].peak_tokens) == {65}
+    assert (drawn.images == model.draw(wanted, fast, Sampler(cfg=4.0), seed=3).images).all()
+    without = model.draw(wanted, fast, Sampler(), seed=3).images
+    flat = LPDImages(lpd_source(lpd_files, ("schedule", "constant")))
+    constant = flat.draw(wanted, fast, Sampler(cfg=4.0), seed=3).images
+    assert len({images.tobytes() for images in (drawn.images, without, constant)}) == 3
+    assert layout_under(model, fast.decoder) == fast.decoder.ordered(model.layout)
+    with pytest.raises(ParameterError, match=r"LPD draws in groups.*lpd:passes=20"):
+        layout_under(model, kvpolicy.Sequential())
+    with pytest.raises(ParameterError, match="10 is not one of lpd's 0 to 9"):
+        model.check(Item("a.png", 10, 0), Sampler())
+
+
+def test_files_of_lpd_that_do_not_go_together(lpd_files, tmp_path):
+    for words, source in (
+        ("say which checkpoint", ModelSource("lpd", vq="vq.pt")),
+        ("--vq is missing", lpd_source(lpd_files, vq=None)),
+        ("neither linear nor constant", lpd_source(lpd_files, ("schedule", "cosine"))),
+        ("no option 'grid'", lpd_source(lpd_files, ("grid", 16))),
+    ):
+        with pytest.raises(ParameterError, match=words):
+            LPDImages(source)
+    weights = torch.load(lpd_files / "lpd_tiny_256.pth", weights_only=True)["model"]
+    weights |= {name: weights[name][:40] for name in ("head.weight", "token_emb.weight")}
+    torch.save(weights, tmp_path / "lpd_tiny_256.pth")
+    source = lpd_source(tmp_path, vq=str(lpd_files / "vq.pt"))
+    with pytest.raises(ParameterError, match=r"has 64 codes, but .* draws 40"):
+        LPDImages(source)
 
 
 # --- The sampler -------------------------------------------------------------------------------

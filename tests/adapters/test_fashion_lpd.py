@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from dataclasses import replace
 from importlib.resources import files
 
 import pytest
@@ -12,8 +13,13 @@ from torch.nn import functional
 
 import kvpolicy
 from kvpolicy import Parallel
+from kvpolicy.lab.run.plan import Plan
+from kvpolicy.lab.run.runner import prepare
+from kvpolicy.lab.run.subject import Setting
 from kvpolicy.lab.search.oracle import GroupOracle
 from kvpolicy_adapters import attach, zoo
+from kvpolicy_adapters.images.guidance import guided_groups
+from kvpolicy_adapters.images.sampling import RowSampler
 from kvpolicy_adapters.zoo.fashion_lpd import LPD_FILES, read_fashion_lpd
 
 FOLDER = files("kvpolicy_adapters.zoo").joinpath("fashion_lpd")
@@ -94,6 +100,33 @@ def test_it_draws_under_a_policy_within_its_budget(box):
     assert torch.equal(*drawn)
 
 
+def test_guidance_is_the_formula(box):
+    """Half of the batch has no class, both have the same pixels; the scale rises by arrival."""
+    layout, real = Parallel(passes=6).ordered(box.grid), box.fashion.test_tokens(2)
+    arrived = real[:, layout.place(torch.arange(785))]
+    ask, first = layout.groups[2], 1 + sum(layout.groups[:2])
+
+    def logits(tokens, schedule=None):
+        """The class, then all that came, and queries behind it."""
+        with torch.no_grad(), box.attached("full", None, layout) as cache:
+            step = box.step(cache)
+            if schedule is not None:
+                step = guided_groups(step, cache, 26, 3.0, schedule)
+            with cache.stage(first + ask):
+                step(tokens[:, :1], 1)
+                cache.commit(1)
+                return step(tokens[:, 1:first], ask)
+
+    nothing = torch.cat([torch.full((2, 1), 26), arrived[:, 1:]], dim=1)
+    known, unknown = logits(arrived), logits(nothing)
+    for schedule in ("linear", "constant"):
+        found = logits(arrived, schedule)
+        index = torch.arange(first - 1, first - 1 + ask)
+        scale = 1 + 2.0 * index / 784 if schedule == "linear" else torch.full((ask,), 3.0)
+        expected = unknown + scale[:, None] * (known - unknown)
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+
+
 def test_near_keeps_more_than_chance_does_and_ahead_more_than_near(box):
     layout = Parallel(passes=16).ordered(box.grid)
     full, ahead, near, random = (
@@ -127,6 +160,76 @@ def test_an_oracle_knows_what_groups_will_look_at(box):
         pytest.raises(kvpolicy.ParameterError, match="has recorded 2 images and is asked about 1"),
     ):
         box.bits(tokens[:1], cache)
+
+
+LPD_SUBJECT = "kvpolicy_adapters.evaluation.subjects:FashionLPD"
+
+
+def plan(**fields):
+    options = {"scored": 2, "images": 10, "batch": 5}
+    given = {"subject": LPD_SUBJECT, "options": options, "decoders": ["lpd:passes=8"]}
+    return Plan(**(given | {"policies": ["near"], "budgets": ["1/4"]} | fields))
+
+
+def test_it_is_a_subject_of_ablations(tmp_path):
+    prepared = prepare(plan(metrics=["bits_per_pixel", "frechet", "passes", "peak_tokens"]))
+    cells = [cell for cell in prepared.cells if cell.decoder != "sequential"]
+    assert [cell.label for cell in cells] == ["full@lpd:passes=8", "near@lpd:passes=8"]
+    subject = prepared.subject
+    for cell in cells:
+        setting = Setting(kvpolicy.create(cell.policy), cell.budget, Parallel(passes=8))
+        measured = subject.measure(setting, 0, prepared.plan.metrics)
+        assert measured.arrays["bits"].shape == (2,)
+        assert measured.arrays["passes"].tolist() == [8] * 10
+        assert measured.images.shape == (10, 28, 28)
+        assert max(measured.stats.peak_tokens) <= (197 if cell.policy == "near" else 785)
+        assert subject.estimate(setting) > 0
+    (tmp_path / "t.safetensors").write_bytes(subject.trace(setting, 0))
+    found = kvpolicy.load_trace(tmp_path / "t.safetensors")
+    assert found.order.tolist() == list(subject.layout_under(Parallel(passes=8)).order)
+    assert found.passes.shape == (8, 3)
+
+
+def test_what_can_not_be_ablated_is_refused_or_left_out_by_name():
+    with pytest.raises(kvpolicy.LayoutError, match=r"'linear' needs .* work: .*near"):
+        prepare(plan(policies=["linear"]))
+    both = prepare(plan(policies=["linear", "near"], decoders=["sequential", "lpd:passes=8"]))
+    assert [item.label for item in both.left_out] == ["linear@lpd:passes=8"]
+    assert "needs tokens line by line" in both.left_out[0].reason
+    assert "near@lpd:passes=8" in [cell.label for cell in both.cells]
+    assert "linear" in [cell.label for cell in both.cells]
+    words = "'sjd' asks for what comes behind each token; 'lpd:passes=48' and 'sequential' work"
+    with pytest.raises(kvpolicy.ParameterError, match=words):
+        prepare(plan(decoders=["sjd"]))
+    with pytest.raises(kvpolicy.LayoutError, match="subject 'fashion-ar': decoder 'lpd:passes=48'"):
+        prepare(plan(subject="fashion-ar", options={}, decoders=["lpd:passes=48"]))
+    with pytest.raises(kvpolicy.ParameterError, match=r"fashion-lpd: cfg=0\.5 must be a number"):
+        prepare(plan(options={"cfg": 0.5}))
+
+
+def test_row_by_row(box):
+    """The sequential decoder's order is raster: policies of lines serve, images are their own."""
+    small = replace(box, grid=kvpolicy.RasterLayout(rows=3, cols=28, prefix=1))
+    decoder = kvpolicy.Sequential()
+    layout = small.layout(decoder)
+    assert layout.in_raster_order
+    chances = torch.rand(2, 84, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def draw(rows, policy, budget):
+        with small.attached(policy, budget, layout) as cache:
+            rule = RowSampler(chances[rows])
+            drawn = small.decode(torch.tensor([1, 8])[rows], cache, decoder, rules=(rule,))
+            assert (drawn.passes, max(cache.stats().peak_tokens)) == (84, 57 if budget else 84)
+        return drawn.tokens
+
+    both = draw([0, 1], "streaming_llm", 56)
+    assert torch.equal(both[1:], draw([1], "streaming_llm", 56))
+    assert not torch.equal(both, draw([0, 1], "full", None))
+    with torch.no_grad(), small.attached("full", None, layout) as cache:
+        expected = small.bits(box.fashion.test_tokens(2)[:, :85], cache)
+    with torch.no_grad(), small.attached("linear", None, layout) as cache:
+        found = small.bits(box.fashion.test_tokens(2)[:, :85], cache)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
 
 
 def test_a_cache_without_an_order_is_refused(box):

@@ -496,6 +496,88 @@ def test_the_viewer_shows_what_was_staged_and_rejected(browser, tmp_path):
     opened.close()
 
 
+GROUPED = kvpolicy.OrderedLayout.locality_aware(
+    kvpolicy.RasterLayout(rows=ROWS, cols=COLS, line_break=1, prefix=2), 8
+)
+
+
+def traced_in_groups(name="near", budget=14):
+    """A trace of groups, each asked for by queries that are taken back."""
+    policy = kvpolicy.create(name, **({"anchors": 3} if name == "near" else {}))
+    cache = kvpolicy.PolicyCache(policy, budget, layout=GROUPED, num_layers=1)
+    chance = torch.Generator().manual_seed(3)
+    with kvpolicy.trace(cache) as recording:
+        new = GROUPED.prefix
+        for ask in GROUPED.groups:
+            visible = torch.ones(1, 1, new + ask, cache.seen + new + ask, dtype=torch.bool)
+            visible[..., :new, cache.seen + new :] = False
+            with cache.stage(new + ask):
+                query, key, value = torch.randn(3, 1, 1, new + ask, 8, generator=chance)
+                cache.attend(0, query, key, value, visible=visible)
+                cache.commit(new)
+            new = ask
+    return recording.finish()
+
+
+@needs_chromium
+@pytest.mark.parametrize("name", ["near", "h2o"])
+def test_groups_light_up_as_they_come(browser, tmp_path, name):
+    """Cells are places of the grid, in any order; what queries ask for is never shown as cached."""
+    found = traced_in_groups(name)
+    found.save(tmp_path / "t.safetensors")
+    assert bool((found.layers[0].gone < 2**31 - 1).any())
+    report_on_trace(tmp_path / "t.safetensors", tmp_path / "t.html")
+    opened = browser.new_page()
+    opened.goto((tmp_path / "t.html").as_uri())
+    assert len(states(opened)) == ROWS * (COLS + 1)
+    ends = np.cumsum((0, *GROUPED.groups))
+    for number in range(len(GROUPED.groups)):
+        end = int(ends[number])
+        # Any moment within a group shows all of it.
+        for moment in {end, int(ends[number - 1]) + 1} if number else {0}:
+            move_to(opened, moment)
+            shown = states(opened)
+            held = found.layers[0].held(end + 2)[0, 0, 2:]
+            for came, place in enumerate(GROUPED.order):
+                state = shown[place]
+                if came < end:
+                    cached = state in ("anchor", "recent", "kept", "newest")
+                    assert cached == held[came], (moment, came, state)
+                    assert cached or state in ("gone", "new-gone")
+                    newest = int(ends[number - 1]) <= came
+                    assert (state == "newest") == (newest and cached)
+                else:
+                    assert state == ("asked" if came < ends[number + 1] else "future")
+            told = f"group {number} of 8" if number else "group 0 of 8"
+            assert told in opened.inner_text("#moment-text")
+            asked = f"pass {number + 1} of 8 asked for {GROUPED.groups[number]} more"
+            assert asked in opened.inner_text("#left .count")
+    move_to(opened, int(ends[3]))
+    opened.keyboard.press("ArrowRight")
+    assert opened.inner_text("#moment-text").startswith(f"{ends[4]} tokens, group 4")
+    opened.keyboard.press("ArrowLeft")
+    assert opened.inner_text("#moment-text").startswith(f"{ends[3]} tokens, group 3")
+    place = GROUPED.order[int(ends[2])]
+    opened.click(f'#left .grid i[data-place="{place}"]', force=True)
+    about = opened.inner_text("#left .about")
+    assert f"position {ends[2] + 2}, row {place // 6}, column {place % 6}" in about
+    assert "cached in pass 4" in about
+    assert "asked for in this pass" in opened.inner_text(".legend")
+    assert "rejected" not in opened.inner_text(".legend")
+    opened.close()
+
+
+def test_retention_lies_on_the_grid_whatever_the_order():
+    found = traced_in_groups()
+    moment = sum(GROUPED.groups[:5])
+    (shares,) = retention(found, [moment])[:, 0]
+    held = found.layers[0].held(moment + 2)[0, 0, 2:]
+    expected = np.zeros(ROWS * (COLS + 1))
+    expected[list(GROUPED.order[:moment])] = held.numpy()
+    assert 0 < expected.sum() < moment
+    np.testing.assert_array_equal(shares, expected.reshape(ROWS, COLS + 1)[:, :COLS])
+
+
 def test_nothing_is_linked(report):
     text = re.sub(r"<script>.*?</script>", "", report.read_text(encoding="utf-8"), flags=re.DOTALL)
     for link in re.findall(r"""(?:src|href|url)\s*[=(]\s*["']?([^"')\s>]+)""", text):

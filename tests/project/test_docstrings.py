@@ -27,6 +27,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import kvpolicy_adapters
 from kvpolicy_adapters.images.llamagen import LlamaGen, LlamaGenConfig
+from kvpolicy_adapters.images.lpd import LPD, LPDConfig
 
 ROOT = Path(__file__).parents[2]
 #: Workers of the bench belong to environments with other packages; the package's own entry runs it.
@@ -83,7 +84,8 @@ def names() -> dict[str, Any]:
         "skinny_gemm": kvpolicy_adapters.skinny_gemm,
         # What a compiler makes of a step is tested elsewhere, and takes long.
         "compile_decode": partial(kvpolicy_adapters.compile_decode, backend="eager"),
-        "read_official": lambda path, grid_size: model,
+        "read_official": lambda path, grid_size=None: tiny_lpd() if "lpd" in path else model,
+        "Parallel": kvpolicy.Parallel,
         "model": model,
         "layout": kvpolicy.RasterLayout(rows=24, cols=24, prefix=1),
         "inputs": {"condition": torch.tensor([3])},
@@ -96,6 +98,14 @@ def names() -> dict[str, Any]:
         "decode": kvpolicy_adapters.decode,
         "prompt": torch.tensor([[3]]),
     }
+
+
+def tiny_lpd() -> LPD:
+    """What a block reads where its file is one of LPD's."""
+    config = LPDConfig(
+        **{"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2, "vocab_size": 40}
+    )
+    return LPD(config).eval()
 
 
 def language_model() -> LlamaForCausalLM:

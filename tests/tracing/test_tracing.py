@@ -414,3 +414,35 @@ def test_what_was_staged_and_taken_back_leaves_only_its_number(name, tmp_path):
         broken.save(tmp_path / "t.safetensors")
         with pytest.raises(ParameterError, match="passes"):
             kvpolicy.load_trace(tmp_path / "t.safetensors")
+
+
+def test_an_order_is_kept_and_a_damaged_one_refused(tmp_path):
+    grid = kvpolicy.RasterLayout(rows=3, cols=2, prefix=1)
+    layout = kvpolicy.OrderedLayout(grid=grid, order=(5, 0, 3, 1, 2, 4), groups=(1, 2, 3))
+    cache = kvpolicy.PolicyCache("near", 5, layout=layout, num_layers=1)
+    with kvpolicy.trace(cache) as recording:
+        for _ in range(3):
+            cache.attend(0, *torch.randn(3, 1, 1, 1, 8))
+    found = recording.finish(torch.zeros(1, 3, 2, dtype=torch.uint8))
+    assert found.grid == {"rows": 3, "cols": 2, "line_break": 0, "prefix": 1}
+    path = tmp_path / "t.safetensors"
+    found.save(path)
+    again = kvpolicy.load_trace(path)
+    assert (again.order.tolist(), again.groups.tolist()) == ([5, 0, 3, 1, 2, 4], [1, 2, 3])
+
+    def numbers(*given):
+        return torch.tensor(given, dtype=torch.int32)
+
+    for damaged in (
+        {"order": numbers(5, 0, 3, 1, 2)},
+        {"order": numbers(5, 0, 3, 1, 2, 2)},
+        {"order": found.order.long()},
+        {"order": None},
+        {"groups": numbers(1, 2)},
+        {"groups": numbers(0, 3, 3)},
+        {"groups": None},
+        {"grid": None, "images": None},
+    ):
+        replace(found, **damaged).save(path)
+        with pytest.raises(ParameterError, match=r"order|groups"):
+            kvpolicy.load_trace(path)

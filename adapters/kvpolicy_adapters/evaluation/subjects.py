@@ -1,10 +1,11 @@
-"""Subjects that ship: fashion-ar, real images without a download."""
+"""Subjects that ship: fashion-ar and fashion-lpd, real images without a download."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Collection
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from kvpolicy_adapters import zoo
 from kvpolicy_adapters.attach import attach
 from kvpolicy_adapters.decode import decode
 
-__all__ = ["FashionAR"]
+__all__ = ["FashionAR", "FashionLPD"]
 
 _GREYS, _CLASSES = 16, 10
 _SCORE_BATCH = 64
@@ -71,7 +72,7 @@ class FashionAR:
         batch: int = 250,
     ) -> None:
         if split not in _REAL:
-            raise ParameterError(f"fashion-ar: split={split!r}; {near_matches(str(split), _REAL)}")
+            raise ParameterError(f"{self.name}: split={split!r}; {near_matches(str(split), _REAL)}")
         real = _REAL[split]
         for name, value, low, high in (
             ("scored", scored, 2, real),
@@ -81,7 +82,7 @@ class FashionAR:
         ):
             if type(value) is not int or not low <= value <= high:
                 raise ParameterError(
-                    f"fashion-ar: {name}={value!r} must be a whole number from {low} to {high}"
+                    f"{self.name}: {name}={value!r} must be a whole number from {low} to {high}"
                 )
         self.scored, self.images, self.split = scored, images, split
         self.draw_seed, self.batch = draw_seed, batch
@@ -165,7 +166,7 @@ class FashionAR:
 
     def calibration(self) -> FashionAR:
         """The same model on real images that no test scores."""
-        return FashionAR(min(self.scored, _REAL["calibration"]), self.images, "calibration")
+        return type(self)(min(self.scored, _REAL["calibration"]), self.images, "calibration")
 
     def estimate(self, setting: Setting) -> float:
         """Seconds that ``measure`` will take, from a few images scored and a few lines drawn."""
@@ -184,14 +185,19 @@ class FashionAR:
         """Teacher-force images of the split from ``first`` on; ``advance`` counts images."""
         bits = []
         for tokens in self._real(first, images).split(_SCORE_BATCH):
-            with self._attached(setting) as cache, torch.inference_mode():
-                logits = self.zoo.model(tokens[:, :-1], **cache.as_argument).logits
-            nats = functional.cross_entropy(
-                logits.float().transpose(1, 2), tokens[:, 1:], reduction="none"
-            )
-            bits.append(nats.double().mean(1) / math.log(2))
+            with self._attached(setting) as cache:
+                bits.append(self._bits(tokens, cache))
             advance(len(tokens))
         return Scored(torch.cat(bits).numpy(), cache.stats())
+
+    @torch.inference_mode()
+    def _bits(self, tokens: Tensor, cache: Any) -> Tensor:
+        """Bits per pixel of real images ``[n, 785]``, float64 ``[n]``."""
+        logits = self.zoo.model(tokens[:, :-1], **cache.as_argument).logits
+        nats = functional.cross_entropy(
+            logits.float().transpose(1, 2), tokens[:, 1:], reduction="none"
+        )
+        return nats.double().mean(1) / math.log(2)
 
     def _real(self, first: int, images: int) -> Tensor:
         """Tokens of real images of the split, the class first."""
@@ -271,6 +277,90 @@ class FashionAR:
         return attach(
             self.zoo.model, policy=setting.policy, budget=setting.budget, layout=self.layout
         )
+
+
+class FashionLPD(FashionAR):
+    """The zoo's model for any order: ``lpd`` draws many pixels a pass, ``sequential`` row by row.
+
+    Real images are scored in the order in which the decoder draws, given what is cached then.
+
+    Args:
+        scored: as of :class:`FashionAR`.
+        images: likewise.
+        split: likewise.
+        draw_seed: likewise.
+        batch: images that are drawn at once, 1 to 250.
+        cfg: guidance of what is drawn, which doubles the batch; 1 is none.
+
+    Raises:
+        ParameterError: an argument is out of range.
+    """
+
+    name = "fashion-lpd"
+
+    def __init__(
+        self,
+        scored: int = 64,
+        images: int = 200,
+        split: str = "test",
+        draw_seed: int = 0,
+        batch: int = 250,
+        cfg: float = 1.0,
+    ) -> None:
+        super().__init__(scored, images, split, draw_seed, batch)
+        if isinstance(cfg, bool) or not isinstance(cfg, int | float) or not 1 <= cfg < math.inf:
+            raise ParameterError(f"{self.name}: cfg={cfg!r} must be a number, at least 1 (none)")
+        self.cfg = cfg
+        self.box = zoo.load("fashion-lpd")
+        self.num_layers = self.box.model.llama.config.num_hidden_layers
+
+    def layout_under(self, decoder: kvpolicy.Decoder) -> kvpolicy.OrderedLayout:
+        """What comes when; see :meth:`kvpolicy_adapters.zoo.FashionLPD.layout`."""
+        return self.box.layout(decoder)
+
+    def trace(self, setting: Setting, seed: int) -> bytes:
+        """The decisions on this seed's first two real images, the same for every policy."""
+        blocks = _REAL[self.split] // self.scored
+        tokens = self._real(seed % blocks * self.scored, 2)
+        with self._attached(setting) as cache, kvpolicy.trace(cache) as recording:
+            self.box.bits(tokens, cache)
+        pictures = torch.as_tensor(np.array(self.zoo.images(tokens[:, 1:])))
+        return recording.finish(pictures).dump()
+
+    def estimate(self, setting: Setting) -> float:
+        """Seconds that ``measure`` will take, from the first passes over a few images."""
+        tokens = self._real(0, min(16, self.scored))
+        passes = len(self.layout_under(setting.decoder).groups)
+        tried = max(1, passes // 8)
+        begun = time.perf_counter()
+        with self._attached(setting) as cache:
+            for _ in islice(self.box.nats(tokens, cache), tried):
+                pass
+        each = (time.perf_counter() - begun) / tried / len(tokens)
+        drawn = self.images * (1 if self.cfg == 1 else 2)
+        return each * passes * (self.scored + drawn)
+
+    def _bits(self, tokens: Tensor, cache: Any) -> Tensor:
+        """Bits per pixel of real images ``[n, 785]``, float64 ``[n]``."""
+        return self.box.bits(tokens, cache)
+
+    def _draw(
+        self,
+        prompt: Tensor,
+        cache: Any,
+        tokens: int,
+        advance: Advance,
+        decoder: kvpolicy.Decoder,
+        seed: int,
+    ) -> tuple[Tensor, int]:
+        """Draw whole images behind a prompt ``[n, 1]``: int64 ``[n, 785]``, and passes."""
+        drawn = self.box.decode(
+            prompt[:, 0] - _GREYS, cache, decoder, seed=seed, cfg_scale=self.cfg, advance=advance
+        )
+        return torch.cat([prompt, drawn.tokens], dim=1), drawn.passes
+
+    def _attached(self, setting: Setting) -> Any:
+        return self.box.attached(setting.policy, setting.budget, self.layout_under(setting.decoder))
 
 
 def _ignore(count: int) -> None:

@@ -16,6 +16,7 @@ from kvpolicy_adapters.images.chameleon import Chameleon
 from kvpolicy_adapters.images.emu3 import Emu3
 from kvpolicy_adapters.images.janus import Janus
 from kvpolicy_adapters.images.llamagen.family import LlamaGenFamily
+from kvpolicy_adapters.images.lpd.family import LPDFamily
 
 __all__ = ["FAMILIES", "Family", "layout_of"]
 
@@ -30,7 +31,8 @@ class Family(Protocol):
         """Where the tokens of one generation sit; a new object each time, if it has a state.
 
         Raises:
-            LayoutError: the model's configuration describes no grid.
+            LayoutError: the model's configuration describes no grid, or does not say what comes
+                when.
         """
 
 
@@ -39,8 +41,9 @@ FAMILIES.add("chameleon", Chameleon())
 FAMILIES.add("emu3", Emu3())
 FAMILIES.add("janus", Janus())
 FAMILIES.add("llamagen", LlamaGenFamily())
+FAMILIES.add("lpd", LPDFamily())
 
-_SHIPPED = ("chameleon", "emu3", "janus", "llamagen")
+_SHIPPED = ("chameleon", "emu3", "janus", "llamagen", "lpd")
 
 
 def layout_of(model: PreTrainedModel) -> TokenLayout | LateLayout:

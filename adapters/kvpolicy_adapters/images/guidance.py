@@ -11,22 +11,66 @@ it to a budget. Here it is a cache like the other, made by a second ``attach`` o
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedModel
 
-from kvpolicy import ShapeError
+from kvpolicy import GroupStep, OrderedLayout, ParameterError, ShapeError
 from kvpolicy_adapters.transformers.cache import TransformersCache
 from kvpolicy_adapters.transformers.cache_argument import as_argument
 
-__all__ = ["Guidance", "SecondHalf", "guided"]
+__all__ = ["CFGSchedule", "Guidance", "SecondHalf", "guided", "guided_groups"]
+
+#: How guidance goes along an image: rising from none, or the same for all tokens.
+CFGSchedule: TypeAlias = Literal["linear", "constant"]
 
 
-def guided(scores: Tensor, unconditional: Tensor, scale: float) -> Tensor:
+def guided(scores: Tensor, unconditional: Tensor, scale: float | Tensor) -> Tensor:
     """``u + scale * (s - u)``, all ``[B, vocabulary]`` (Ho and Salimans, arXiv:2207.12598)."""
     return unconditional + scale * (scores - unconditional)
+
+
+def guided_groups(
+    step: GroupStep,
+    cache: Any,
+    no_class: int,
+    scale: float,
+    schedule: CFGSchedule = "linear",
+) -> GroupStep:
+    """A step of groups with guidance, which doubles the batch: one half has the class, one none.
+
+    Args:
+        step: of the model; its first tokens are classes ``[B, 1]``.
+        cache: the one that it writes to, with an ``OrderedLayout``.
+        no_class: the number that stands for no class.
+        scale: 1 is no guidance.
+        schedule: ``linear``: the k-th of N image tokens as they come, from 0, is guided by
+            ``1 + (scale - 1) * k / N``, as the authors of LPD do (arXiv:2507.01957); ``constant``:
+            all by ``scale``.
+
+    Raises:
+        ParameterError: there is no such schedule, or the scale is less than 1.
+    """
+    if schedule not in get_args(CFGSchedule):
+        raise ParameterError(f"cfg_schedule={schedule!r} is none of {get_args(CFGSchedule)}")
+    if not 1 <= scale < float("inf"):
+        raise ParameterError(f"cfg_scale={scale!r} must be at least 1, which is no guidance")
+    layout: OrderedLayout = cache.layout
+
+    def both(tokens: Tensor, ask: int) -> Tensor:
+        seen = cache.get_seq_length()
+        other = tokens if seen else torch.full_like(tokens, no_class)
+        logits, unconditional = step(torch.cat([tokens, other]), ask).float().chunk(2)
+        if schedule == "constant":
+            return guided(logits, unconditional, scale)
+        first = seen + tokens.shape[1] - layout.prefix
+        index = torch.arange(first, first + ask, device=logits.device)
+        rising = 1 + (scale - 1) * index / len(layout.order)
+        return guided(logits, unconditional, rising[:, None])
+
+    return both
 
 
 class SecondHalf:

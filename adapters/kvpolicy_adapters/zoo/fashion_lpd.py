@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from importlib.resources.abc import Traversable
 from typing import Any
 
@@ -15,8 +16,21 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from kvpolicy import GroupStep, OrderedLayout, Parallel, ParameterError, RasterLayout
+from kvpolicy import (
+    Decoded,
+    Decoder,
+    GroupStep,
+    OrderedLayout,
+    Parallel,
+    ParameterError,
+    RasterLayout,
+    Rule,
+    Sampling,
+    Sequential,
+    Step,
+)
 from kvpolicy_adapters.attach import attach
+from kvpolicy_adapters.images.guidance import CFGSchedule, guided_groups
 from kvpolicy_adapters.zoo.fashion import FashionModel
 from kvpolicy_adapters.zoo.fashion_lpd_model import FashionLPDModel
 from kvpolicy_adapters.zoo.sealed import CorruptFileError, read_sealed
@@ -24,6 +38,8 @@ from kvpolicy_adapters.zoo.sealed import CorruptFileError, read_sealed
 __all__ = ["LPD_FILES", "FashionLPD", "LPDCard", "read_fashion_lpd"]
 
 _GREYS = 16
+#: The token of "any class", which stood for the class in a tenth of the training.
+_NO_CLASS = 26
 #: What the card vouches for.
 LPD_FILES = ("config.json", "model.safetensors")
 
@@ -83,6 +99,22 @@ class FashionLPD:
     card: LPDCard
     fashion: FashionModel = field(repr=False)
 
+    def layout(self, decoder: Decoder) -> OrderedLayout:
+        """What comes when under a decoder: groups under ``lpd``; row by row under ``sequential``.
+
+        Raises:
+            ParameterError: another decoder, which does not ask for pixels by their place.
+        """
+        if isinstance(decoder, Parallel):
+            return decoder.ordered(self.grid)
+        if isinstance(decoder, Sequential):
+            return OrderedLayout(grid=self.grid, order=range(self.grid.rows * self.grid.cols))
+        raise ParameterError(
+            f"fashion-lpd is asked for pixels by their place, and decoder {decoder.label!r} asks "
+            f"for what comes behind each token; 'lpd:passes=48' and 'sequential' work, and "
+            f"{decoder.label!r} on fashion-ar"
+        )
+
     def attached(self, policy: Any, budget: Any, layout: OrderedLayout) -> Any:
         """:func:`kvpolicy_adapters.attach` for its network: a ``with`` block that gives a cache."""
         return attach(self.model.llama, policy=policy, budget=budget, layout=layout)
@@ -108,10 +140,13 @@ class FashionLPD:
         arrivals = torch.arange(seen, seen + new + ask, device=tokens.device)
         places = layout.place(arrivals)
         known, asked = places[:new], places[new:]
-        content = (
-            self.model.embed_class(tokens)
-            if seen == 0
-            else self.model.embed_pixels(tokens, known - 1)
+        first = layout.prefix if seen == 0 else 0
+        content = torch.cat(
+            [
+                self.model.embed_class(tokens[:, :first]),
+                self.model.embed_pixels(tokens[:, first:], known[first:] - 1),
+            ],
+            dim=1,
         )
         queries = self.model.embed_queries(asked - 1).expand(len(tokens), -1, -1)
         visible = torch.ones(
@@ -130,10 +165,58 @@ class FashionLPD:
 
     @torch.no_grad()
     def draw(
-        self, classes: Tensor, cache: Any, decoder: Parallel, *, seed: int | None = None
+        self,
+        classes: Tensor,
+        cache: Any,
+        decoder: Decoder,
+        *,
+        seed: int | None = None,
+        cfg_scale: float = 1.0,
     ) -> Tensor:
-        """Draw images of classes ``[n]`` from 0 to 9: pixel tokens in raster order ``[n, 784]``."""
-        step = self.step(cache)
+        """Draw images of classes ``[n]`` from 0 to 9: pixel tokens in raster order ``[n, 784]``.
+
+        Args:
+            classes: int64.
+            cache: of an ``attached`` block, with :meth:`layout` of the decoder.
+            decoder: ``lpd``, or ``sequential``.
+            seed: makes the draw repeatable; None to go on from torch's own generator.
+            cfg_scale: guidance, which doubles the batch; 1 is none.
+        """
+        return self.decode(classes, cache, decoder, seed=seed, cfg_scale=cfg_scale).tokens
+
+    @torch.no_grad()
+    def decode(
+        self,
+        classes: Tensor,
+        cache: Any,
+        decoder: Decoder,
+        *,
+        seed: int | None = None,
+        cfg_scale: float = 1.0,
+        cfg_schedule: CFGSchedule = "linear",
+        sampling: Sampling | None = None,
+        rules: Sequence[Rule] = (),
+        advance: Callable[[int], None] | None = None,
+    ) -> Decoded:
+        """Draw as :meth:`draw` does, and say in how many passes.
+
+        Args:
+            classes: as of :meth:`draw`.
+            cache: likewise.
+            decoder: likewise.
+            seed: likewise.
+            cfg_scale: likewise.
+            cfg_schedule: see :func:`kvpolicy_adapters.images.guidance.guided_groups`.
+            sampling: temperature, top-k and top-p; plain sampling by default.
+            rules: under ``sequential`` only.
+            advance: is told how many pixels of each image have come since the last call.
+
+        Returns:
+            Pixel tokens, and the pass in which each came, in raster order ``[n, 784]``.
+        """
+        layout, step = _ordered(cache), self.step(cache)
+        if cfg_scale != 1:
+            step = guided_groups(step, cache, _NO_CLASS, cfg_scale, cfg_schedule)
 
         def greys(tokens: Tensor, ask: int) -> Tensor:
             logits = step(tokens, ask).clone()
@@ -141,11 +224,19 @@ class FashionLPD:
             return logits
 
         chance = None if seed is None else torch.Generator().manual_seed(seed)
-        layout = _ordered(cache)
+        asking: Any = _one_by_one(greys, cache) if isinstance(decoder, Sequential) else greys
         drawn = decoder.decode(
-            greys, cache, classes[:, None] + _GREYS, len(layout.order), generator=chance
+            asking,
+            cache,
+            classes[:, None] + _GREYS,
+            len(layout.order),
+            sampling=sampling,
+            rules=rules,
+            generator=chance,
+            advance=advance,
         )
-        return layout.to_raster(drawn.tokens)[:, 1:]
+        came = layout.arrival(torch.arange(1, layout.length, device=classes.device))
+        return replace(drawn, tokens=drawn.tokens[:, came], settled=drawn.settled[:, came - 1])
 
     @torch.no_grad()
     def bits(self, tokens: Tensor, cache: Any) -> Tensor:
@@ -153,19 +244,22 @@ class FashionLPD:
 
         Groups come as the cache's layout says, each given the cached tokens before it.
         """
+        nats = sum(group.double().sum(1) for group in self.nats(tokens, cache))
+        return torch.as_tensor(nats) / len(_ordered(cache).order) / math.log(2)
+
+    @torch.no_grad()
+    def nats(self, tokens: Tensor, cache: Any) -> Iterator[Tensor]:
+        """The same group by group: ``-log p`` of each of its pixels, float32 ``[n, size]``."""
         step, layout = self.step(cache), _ordered(cache)
         arrived = tokens[:, layout.place(torch.arange(layout.length))]
-        nats = torch.zeros(len(tokens), dtype=torch.float64)
         done, first = 0, layout.prefix
         for size in layout.groups:
             newest, coming = arrived[:, done:first], arrived[:, first : first + size]
             with cache.stage(newest.shape[1] + size):
                 logits = step(newest, size).float()
                 cache.commit(newest.shape[1])
-            wrong = functional.cross_entropy(logits.transpose(1, 2), coming, reduction="none")
-            nats += wrong.double().sum(1)
+            yield functional.cross_entropy(logits.transpose(1, 2), coming, reduction="none")
             done, first = first, first + size
-        return nats / len(layout.order) / math.log(2)
 
     @torch.no_grad()
     def looks(self, tokens: Tensor, layout: OrderedLayout) -> list[Tensor]:
@@ -196,6 +290,18 @@ class FashionLPD:
                         mass[:, :, group - 1, :first] += by_head[:, :, : newest.shape[1]].sum(2)
                 done, first = first, first + asked
         return given
+
+
+def _one_by_one(step: GroupStep, cache: Any) -> Step:
+    """What a sequential decoder calls: each token, and a query for the one that comes next."""
+
+    def one(tokens: Tensor) -> Tensor:
+        with cache.stage(tokens.shape[1] + 1):
+            logits = step(tokens, 1)
+            cache.commit(tokens.shape[1])
+        return logits
+
+    return one
 
 
 def _ordered(cache: Any) -> OrderedLayout:

@@ -27,9 +27,8 @@ from kvpolicy.lab.draw.items import Item
 from kvpolicy.lab.run.executor import Executor
 from kvpolicy.lab.run.provenance import versions
 from kvpolicy.lab.run.runner import alone, writing
-from kvpolicy.lab.run.subject import Setting
+from kvpolicy.lab.run.subject import Setting, layout_under
 from kvpolicy.lab.run.worker import Raised, threads_of_torch
-from kvpolicy.layout import TokenLayout
 from kvpolicy.named import make_policy
 
 __all__ = ["Asked", "DrawTask", "Picture", "Pictures", "Watcher", "draw"]
@@ -301,14 +300,14 @@ def check(model: ImageModel, asked: Asked, items: Sequence[Item]) -> None:
 
     Raises:
         ParameterError: there are no items, or one can't be drawn.
+        LayoutError: the model can't draw with this decoder, or the policy not in its order.
         BudgetError: the budget is too small for the policy on this layout.
     """
     if not items:
         raise ParameterError("nothing to draw: give --classes or --prompts")
-    setting, layout = asked.setting, model.layout
+    setting = asked.setting
+    layout = layout_under(model, setting.decoder)
     PolicyCache(setting.policy, setting.budget, layout=layout, num_layers=model.num_layers)
-    if isinstance(layout, TokenLayout):
-        setting.decoder.check(layout)
     for item in items:
         model.check(item, asked.sampler)
 

@@ -110,6 +110,9 @@ class Drawn:
 class ImageModel(Protocol):
     """A model that draws.
 
+    One whose tokens come in an order that depends on the decoder has ``layout_under(decoder)``,
+    as a :class:`kvpolicy.lab.run.subject.Subject` may have it.
+
     Attributes:
         name: for people.
         num_layers: layers that have a cache.

@@ -14,7 +14,14 @@ from filelock import FileLock, Timeout
 
 from kvpolicy.cache.cache import PolicyCache
 from kvpolicy.decoding import Decoder
-from kvpolicy.errors import BudgetError, ParameterError, RunFolderError, near_matches
+from kvpolicy.errors import (
+    BudgetError,
+    KVPolicyError,
+    LayoutError,
+    ParameterError,
+    RunFolderError,
+    near_matches,
+)
 from kvpolicy.lab.run.environment import find_environment
 from kvpolicy.lab.run.executor import Executor
 from kvpolicy.lab.run.executors import Inline
@@ -29,9 +36,9 @@ from kvpolicy.lab.run.run_folder import (
     RunFolder,
     SubjectInfo,
 )
-from kvpolicy.lab.run.subject import MetricInfo, Setting, Subject
+from kvpolicy.lab.run.subject import MetricInfo, Setting, Subject, layout_under
 from kvpolicy.lab.run.worker import STANDARD, Measured, Task, subject_of
-from kvpolicy.layout import RasterLayout, TokenLayout
+from kvpolicy.layout import LateLayout, RasterLayout, TokenLayout
 from kvpolicy.named import make_policy
 
 __all__ = [
@@ -113,26 +120,30 @@ class Prepared:
 def prepare(plan: Plan) -> Prepared:
     """Load the subject and check every cell, before anything is measured.
 
-    A combination whose budget is too small for its policy is left out, as long as the policy has
-    another one that works.
+    A combination whose budget is too small for its policy, or whose decoder draws in an order that
+    the policy does not work in, is left out, as long as the policy has another one that works.
 
     Raises:
         UnknownNameError: a policy or the subject is unknown; near matches are listed.
         ParameterError: a parameter, an option, a metric or a decoder is wrong.
         BudgetError: no budget of the plan is large enough for one of its policies.
+        LayoutError: the subject can't draw with a decoder, or a policy with none of them.
     """
     every = plan.cells()
     for cell in every:  # names and parameters first: they are checked in no time
         make_policy(cell.policy, cell.parameters)
     subject = subject_of(every[0])
+    layouts: dict[str, TokenLayout | LateLayout] = {}
     for decoder in dict.fromkeys(cell.decoder for cell in every):
         if decoder != SEQUENTIAL and not getattr(subject, "draws", False):
             raise ParameterError(
                 f"subject {plan.subject!r} does not draw with decoders (it has no `draws = True`), "
                 f"so decoder {decoder!r} would change nothing; leave it out"
             )
-        if isinstance(subject.layout, TokenLayout):
-            Decoder.parse(decoder).check(subject.layout)
+        try:
+            layouts[decoder] = layout_under(subject, Decoder.parse(decoder))
+        except LayoutError as error:
+            raise LayoutError(f"subject {plan.subject!r}: {error}") from None
     known = [metric.name for metric in (*subject.metrics, *STANDARD)]
     for name in plan.metrics or ():
         if name not in known:
@@ -140,7 +151,7 @@ def prepare(plan: Plan) -> Prepared:
                 f"subject {plan.subject!r} has no metric {name!r}; {near_matches(name, known)}"
             )
     cells: list[Cell] = []
-    left_out: dict[tuple[str, str | None], BudgetError] = {}
+    left_out: dict[tuple[str, str | None], KVPolicyError] = {}
     for cell in every:
         if cell.entry in left_out:
             continue
@@ -148,10 +159,10 @@ def prepare(plan: Plan) -> Prepared:
             PolicyCache(
                 make_policy(cell.policy, cell.parameters),
                 cell.budget,
-                layout=subject.layout,
+                layout=layouts[cell.decoder],
                 num_layers=subject.num_layers,
             )
-        except BudgetError as error:
+        except (BudgetError, LayoutError) as error:
             left_out[cell.entry] = error
         else:
             cells.append(cell)

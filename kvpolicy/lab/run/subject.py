@@ -37,6 +37,7 @@ __all__ = [
     "Scored",
     "Setting",
     "Subject",
+    "layout_under",
     "load_subject",
 ]
 
@@ -163,7 +164,9 @@ class Subject(Protocol):
     ``estimate(setting) -> float``, the seconds that ``measure`` will take, found out in about one,
     and ``trace(setting, seed) -> bytes``, the file of a :class:`kvpolicy.Trace` of a few items, the
     same ones for every setting: for a run with ``trace``, and the report's viewer. One that draws
-    with ``setting.decoder`` says so: ``draws = True``; another is tried sequentially only.
+    with ``setting.decoder`` says so: ``draws = True``; another is tried sequentially only. One
+    whose tokens come in an order that depends on the decoder has
+    ``layout_under(decoder) -> TokenLayout``, which raises where it can't draw with that one.
 
     Attributes:
         name: for people.
@@ -209,6 +212,20 @@ class ImageSubject(Protocol):
 
 
 SUBJECTS: Registry[Callable[..., Subject]] = Registry("subject", "kvpolicy.subjects")
+
+
+def layout_under(drawing: Any, decoder: Decoder) -> TokenLayout | LateLayout:
+    """Where the tokens of a subject, or of an image model, sit when a decoder draws them.
+
+    Raises:
+        ParameterError: it can't draw with this decoder.
+        LayoutError: likewise.
+    """
+    under = getattr(drawing, "layout_under", None)
+    layout: TokenLayout | LateLayout = drawing.layout if under is None else under(decoder)
+    if isinstance(layout, TokenLayout):
+        decoder.check(layout)
+    return layout
 
 
 def load_subject(name: str, options: Mapping[str, Any] | None = None) -> Subject:

@@ -36,6 +36,7 @@ def retention(
     line = cols + found.grid["line_break"]
     total = min(rows * line, found.seen - prefix)
     shares = np.zeros((len(moments), len(found.layers), rows * line))
+    places = np.arange(rows * line) if found.order is None else found.order.numpy()
     for place, layer in enumerate(found.layers[index] for index in sorted(found.layers)):
         size = layer.gone.shape
         if not 0 <= item < size[0] or not (head is None or 0 <= head < size[1]):
@@ -47,5 +48,5 @@ def retention(
                 raise ParameterError(f"moments: {moment} is not within the image's {total} tokens")
             held = layer.held(moment + prefix)[item, :, prefix:].double()
             held = held.mean(0) if head is None else held[head]
-            shares[number, place, :moment] = held[:moment].numpy()
+            shares[number, place, places[:moment]] = held[:moment].numpy()
     return shares.reshape(len(moments), len(found.layers), rows, line)[..., :cols]

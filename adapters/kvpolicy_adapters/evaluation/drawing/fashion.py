@@ -1,4 +1,4 @@
-"""fashion-ar, the model that ships: 28 x 28 grey pixels of a class."""
+"""fashion-ar and fashion-lpd, the models that ship: 28 x 28 grey pixels of a class."""
 
 from __future__ import annotations
 
@@ -8,16 +8,22 @@ from typing import Any
 import numpy as np
 import torch
 
+from kvpolicy import Decoder, OrderedLayout
 from kvpolicy.errors import ParameterError, near_matches
 from kvpolicy.lab.draw.image_model import Drawn, ModelSource, Sampler
 from kvpolicy.lab.draw.items import Item
 from kvpolicy.lab.run.subject import Setting
 from kvpolicy_adapters import zoo
 from kvpolicy_adapters.attach import attach
-from kvpolicy_adapters.evaluation.drawing.common import draw_tokens, needs_class, options_of
+from kvpolicy_adapters.evaluation.drawing.common import (
+    chance_of,
+    draw_tokens,
+    needs_class,
+    options_of,
+)
 from kvpolicy_adapters.evaluation.subjects import FashionAR
 
-__all__ = ["FashionImages"]
+__all__ = ["FashionImages", "FashionLPDImages"]
 
 _GREYS = 16
 
@@ -39,9 +45,11 @@ class FashionImages:
         options_of(source, {})
         for field in ("path", "vq"):
             if (value := getattr(source, field)) is not None:
-                raise ParameterError(f"fashion-ar ships with its weights; {field}={value!r} is not")
+                raise ParameterError(
+                    f"{self.name} ships with its weights; {field}={value!r} is not"
+                )
         if source.dtype not in (None, "float32"):
-            raise ParameterError(f"fashion-ar computes in float32, not dtype={source.dtype!r}")
+            raise ParameterError(f"{self.name} computes in float32, not dtype={source.dtype!r}")
         self._zoo = zoo.load("fashion-ar")
         model: Any = self._zoo.model
         self._model = model.to(source.device)
@@ -56,7 +64,10 @@ class FashionImages:
             ParameterError: says which.
         """
         if sampler.cfg not in (None, 1):
-            raise ParameterError(f"fashion-ar is drawn from without guidance; cfg={sampler.cfg}")
+            raise ParameterError(
+                f"fashion-ar is drawn from without guidance; cfg={sampler.cfg}; fashion-lpd takes "
+                f"it, with --decoder lpd:passes=48"
+            )
         self._class(item)
 
     def draw(self, items: Sequence[Item], setting: Setting, sampler: Sampler, seed: int) -> Drawn:
@@ -88,5 +99,56 @@ class FashionImages:
             return item.row
         if item.prompt not in self.class_names:
             known = near_matches(item.prompt, self.class_names)
-            raise ParameterError(f"prompt {item.row}: fashion-ar knows no {item.prompt!r}; {known}")
+            raise ParameterError(
+                f"prompt {item.row}: {self.name} knows no {item.prompt!r}; {known}"
+            )
         return self.class_names.index(item.prompt)
+
+
+class FashionLPDImages(FashionImages):
+    """Draws with fashion-lpd, in the order of the decoder: ``lpd``, or ``sequential`` row by row.
+
+    Args:
+        source: as of :class:`FashionImages`.
+
+    Raises:
+        ParameterError: a file, a dtype or an option is given.
+    """
+
+    name = "fashion-lpd"
+
+    def __init__(self, source: ModelSource) -> None:
+        super().__init__(source)
+        self._box = zoo.load("fashion-lpd")
+        self._box.model.to(source.device)
+        self.num_layers = self._box.model.llama.config.num_hidden_layers
+
+    def layout_under(self, decoder: Decoder) -> OrderedLayout:
+        """What comes when; see :meth:`kvpolicy_adapters.zoo.FashionLPD.layout`."""
+        return self._box.layout(decoder)
+
+    def check(self, item: Item, sampler: Sampler) -> None:
+        """Refuse a class or a name that it does not know.
+
+        Raises:
+            ParameterError: says which.
+        """
+        self._class(item)
+
+    def draw(self, items: Sequence[Item], setting: Setting, sampler: Sampler, seed: int) -> Drawn:
+        """Draw a batch, grey uint8 ``[B, 28, 28]``; see :class:`kvpolicy.lab.draw.image_model`."""
+        classes = torch.tensor([self._class(item) for item in items], device=self._device)
+        layout = self._box.layout(setting.decoder)
+        own, sampling, chance = chance_of(items, seed, len(layout.order), setting, sampler)
+        with self._box.attached(setting.policy, setting.budget, layout) as cache:
+            drawn = self._box.decode(
+                classes,
+                cache,
+                setting.decoder,
+                seed=chance,
+                cfg_scale=1.0 if sampler.cfg is None else sampler.cfg,
+                sampling=sampling,
+                rules=() if own is None else (own,),
+            )
+            stats = cache.stats()
+        return Drawn(np.asarray(self._zoo.images(drawn.tokens.cpu())), (stats,))

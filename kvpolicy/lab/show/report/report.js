@@ -30,6 +30,7 @@
   if (!source) return;
   const traces = JSON.parse(source.textContent);
   const STAYS = 65535;
+  const CACHED = ["anchor", "recent", "kept", "newest"];
   const byId = (id) => document.getElementById(id);
   const bytes = (text) => Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
   const decoded = new WeakMap();
@@ -68,38 +69,74 @@
     get head() { return Math.min(state.head, this.layer.heads - 1); }
     get item() { return this.layer.items[Math.min(state.item, this.layer.items.length - 1)]; }
     get line() { return this.trace.cols + this.trace.line_break; }
+    // How many tokens of the image have come: those of a group come together.
+    get moment() { return this.groupAt(state.moment).end; }
+    // The group that ends the first so many tokens; one token, where they come one by one.
+    groupAt(moment) {
+      const { groups } = this.trace;
+      if (!groups || moment < 1) return { number: -1, start: Math.max(moment - 1, 0), end: moment };
+      let start = 0;
+      let number = 0;
+      while (start + groups[number] < moment) { start += groups[number]; number += 1; }
+      return { number, start, end: Math.min(start + groups[number], this.tokens) };
+    }
+    // The moment that lies by so many tokens, or groups, from this one.
+    step(by) {
+      const { groups } = this.trace;
+      if (!groups) return state.moment + by;
+      const { number, start, end } = this.groupAt(state.moment);
+      return by < 0 ? start : Math.min(end + groups[number + 1], this.tokens) || this.tokens;
+    }
     get tokens() { return Math.min(this.trace.rows * this.line, this.trace.seen - this.trace.prefix); }
     build() {
-      const { rows, prefix, line_break, cols } = this.trace;
+      const { rows, prefix, line_break, cols, order } = this.trace;
+      // Of each place of the grid, which token of the image it is as they come.
+      this.arrivals = Array.from({ length: rows * this.line }, (_, place) => place);
+      if (order) order.forEach((place, came) => { this.arrivals[place] = came; });
       this.grid.style.gridTemplateColumns = `repeat(${cols}, 1fr)${line_break ? " .4fr" : ""}`;
       this.cells = Array.from({ length: rows * this.line }, (_, place) => {
         const cell = document.createElement("i");
         cell.dataset.place = place;
-        cell.dataset.position = place + prefix;
+        cell.dataset.position = this.arrivals[place] + prefix;
         if (place % this.line >= cols) cell.className = "break";
         return cell;
       });
       this.grid.replaceChildren(...this.cells);
       this.cursor = -1;
     }
-    // What a token is at the moment when `moment` tokens of the image have come.
+    // What the token of a place is at the moment when `moment` tokens of the image have come.
     stateOf(place) {
-      const seen = this.trace.prefix + state.moment;
-      const position = place + this.trace.prefix;
-      if (place >= state.moment) {
+      const { moment } = this;
+      const came = this.arrivals[place];
+      const seen = this.trace.prefix + moment;
+      const position = came + this.trace.prefix;
+      if (came >= moment) {
         const pass = this.passOf(seen - 1);
-        return pass && position < pass.seen + pass.staged ? "rejected" : "future";
+        if (!pass || position >= pass.seen + pass.staged) return "future";
+        return this.asks(pass) ? "asked" : "rejected";
       }
+      const newest = this.groupAt(moment);
       const gone = decode(this.item).gone[this.head * this.trace.seen + position];
-      if (gone !== STAYS && gone <= seen) return seen - gone < this.line ? "new-gone" : "gone";
+      if (gone !== STAYS && gone <= seen) {
+        const lately = this.trace.groups ? gone > this.trace.prefix + newest.start : seen - gone < this.line;
+        return lately ? "new-gone" : "gone";
+      }
+      if (this.trace.groups && came >= newest.start) return "newest";
       const roles = this.trace.roles;
-      if (place < roles.anchors) return "anchor";
+      if (came < roles.anchors) return "anchor";
       if (roles.by_recency) return "recent";
-      const current = Math.floor(Math.max(state.moment - 1, 0) / this.line);
+      const current = Math.floor(Math.max(moment - 1, 0) / this.line);
       const lines = Math.max(roles.recent_lines, 0);
-      if (roles.recent_lines >= 0 && Math.floor(place / this.line) >= current - lines) return "recent";
-      if (state.moment - place <= roles.recent_tokens) return "recent";
+      if (roles.recent_lines >= 0 && Math.floor(came / this.line) >= current - lines) return "recent";
+      if (moment - came <= roles.recent_tokens) return "recent";
       return "kept";
+    }
+    // Whether what a pass did not keep were queries for the next group, and not tokens that it rejected.
+    asks({ seen, staged, accepted }) {
+      const { groups, prefix } = this.trace;
+      if (!groups) return false;
+      const kept = this.groupAt(seen + accepted - prefix);
+      return kept.end === seen + accepted - prefix && groups[kept.number + 1] === staged - accepted;
     }
     // The commit that kept the token at a position; null where tokens came one by one.
     passOf(position) {
@@ -111,7 +148,7 @@
     scoreOf(place) {
       const item = this.item;
       const { places, scores } = decode(item);
-      const seen = this.trace.prefix + state.moment;
+      const seen = this.trace.prefix + this.moment;
       let newest = -1;
       item.decided.forEach((moment, index) => { if (moment <= seen) newest = index; });
       if (newest < 0) return null;
@@ -120,7 +157,7 @@
       const before = item.sizes.slice(0, newest).reduce((sum, n) => sum + n, 0) * heads;
       const first = before + this.head * size;
       for (let n = first; n < first + size; n += 1) {
-        if (places[n] === place + this.trace.prefix) return { score: scores[n], decided: item.decided[newest] };
+        if (places[n] === this.arrivals[place] + this.trace.prefix) return { score: scores[n], decided: item.decided[newest] };
       }
       return null;
     }
@@ -129,18 +166,21 @@
       this.cells.forEach((cell, place) => {
         const now = this.stateOf(place);
         if (cell.dataset.state !== now) cell.dataset.state = now;
-        if (now === "anchor" || now === "recent" || now === "kept") held += 1;
+        if (CACHED.includes(now)) held += 1;
       });
       const { prefix } = this.trace;
       this.root.querySelector(".count").textContent =
-        `layer ${this.layer.layer}, head ${this.head}: ${held} of ${state.moment} tokens cached`
-        + (prefix ? `, and ${prefix} pinned` : "") + this.told(prefix + state.moment - 1);
+        `layer ${this.layer.layer}, head ${this.head}: ${held} of ${this.moment} tokens cached`
+        + (prefix ? `, and ${prefix} pinned` : "") + this.told(prefix + this.moment - 1);
       this.drawPicture();
       this.tell();
     }
     told(position) {
       const pass = this.passOf(position);
       if (!pass) return "";
+      if (this.asks(pass)) {
+        return `; pass ${pass.number + 1} of ${this.trace.passes.length} asked for ${pass.staged - pass.accepted} more`;
+      }
       return `; pass ${pass.number + 1} of ${this.trace.passes.length} accepted ${pass.accepted} of ${pass.staged} staged`;
     }
     drawPicture() {
@@ -158,7 +198,7 @@
         for (let x = 0; x < width; x += 1) {
           const place = Math.floor(y / scale) * this.line + Math.floor(x / scale);
           const pixel = y * width + x;
-          if (place >= state.moment) continue; // a new picture is transparent
+          if (this.arrivals[place] >= this.moment) continue; // a new picture is transparent
           for (let n = 0; n < 3; n += 1) picture.data[4 * pixel + n] = values[pixel * channels + n % channels];
           picture.data[4 * pixel + 3] = 255;
         }
@@ -176,22 +216,22 @@
       const about = this.root.querySelector(".about");
       if (this.cursor < 0) { about.textContent = ""; return; }
       const place = this.cursor;
+      const came = this.arrivals[place];
+      const position = came + this.trace.prefix;
       const words = {
-        anchor: "anchor or sink", recent: "recent", kept: "kept by its score",
-        "new-gone": "evicted within the last line", gone: "evicted", future: "not drawn yet",
-        rejected: "staged, and rejected",
+        anchor: "anchor or sink", recent: "recent", kept: "kept by its score", newest: "of the newest group",
+        "new-gone": this.trace.groups ? "evicted for the newest group" : "evicted within the last line",
+        gone: "evicted", future: "not drawn yet", rejected: "staged, and rejected", asked: "asked for, and not cached",
       };
-      const parts = [
-        `position ${place + this.trace.prefix}`, `row ${Math.floor(place / this.line)}`, `column ${place % this.line}`,
-      ];
-      if (place < state.moment) parts.push(`age ${state.moment - place}`);
-      const pass = place < state.moment && this.passOf(place + this.trace.prefix);
-      if (pass) parts.push(`accepted in pass ${pass.number + 1}`);
+      const parts = [`position ${position}`, `row ${Math.floor(place / this.line)}`, `column ${place % this.line}`];
+      if (came < this.moment) parts.push(`age ${this.moment - came}`);
+      const pass = came < this.moment && this.passOf(position);
+      if (pass) parts.push(`${this.trace.groups ? "cached" : "accepted"} in pass ${pass.number + 1}`);
       const found = this.scoreOf(place);
       if (found && Number.isFinite(found.score)) {
         parts.push(`score ${found.score.toPrecision(3)} at the decision before token ${found.decided}`);
       }
-      const gone = decode(this.item).gone[this.head * this.trace.seen + place + this.trace.prefix];
+      const gone = decode(this.item).gone[this.head * this.trace.seen + position];
       const now = this.stateOf(place);
       if (now === "gone" || now === "new-gone") parts.push(`gone with token ${gone - 1}`);
       about.textContent = `${words[now]}: ${parts.join(", ")}`;
@@ -210,8 +250,10 @@
   const panels = [];
   const draw = () => {
     slider.value = state.moment;
-    const line = panels[0].line;
-    byId("moment-text").textContent = `${state.moment} tokens, line ${Math.floor(Math.max(state.moment - 1, 0) / line)}`;
+    const { line, moment, trace } = panels[0];
+    byId("moment-text").textContent = `${moment} tokens, ` + (trace.groups
+      ? `group ${panels[0].groupAt(moment).number + 1} of ${trace.groups.length}`
+      : `line ${Math.floor(Math.max(moment - 1, 0) / line)}`);
     panels.forEach((panel) => panel.draw());
   };
   const refreshChoices = () => {
@@ -247,12 +289,11 @@
     byId("play").textContent = "❚❚";
     byId("play").setAttribute("aria-label", "pause");
     state.timer = setInterval(() => {
-      state.moment += 1;
+      go(1);
       if (state.moment >= Number(slider.max)) stop();
-      draw();
-    }, 33);
+    }, panels[0].trace.groups ? 250 : 33);
   };
-  const go = (by) => { state.moment = Math.min(Math.max(state.moment + by, 0), Number(slider.max)); draw(); };
+  const go = (by) => { state.moment = Math.min(Math.max(panels[0].step(by), 0), Number(slider.max)); draw(); };
   slider.addEventListener("input", () => { state.moment = Number(slider.value); draw(); });
   slider.addEventListener("keydown", (event) => {
     const by = { ArrowUp: panels[0].line, ArrowDown: -panels[0].line }[event.key];

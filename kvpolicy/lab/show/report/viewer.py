@@ -28,6 +28,7 @@ def viewer_data(found: Trace, label: str, budget: str) -> dict[str, Any] | None:
     if found.grid is None or found.seen >= LONGEST or not found.layers:
         return None
     line = found.grid["cols"] + found.grid["line_break"]
+    span = line if found.groups is None else 1  # groups have few decisions: all are shown
     return {
         "label": label,
         "budget": budget,
@@ -35,6 +36,8 @@ def viewer_data(found: Trace, label: str, budget: str) -> dict[str, Any] | None:
         "seen": found.seen,
         "roles": _roles(found, line),
         "passes": [] if found.passes is None else found.passes.tolist(),
+        "order": None if found.order is None else found.order.tolist(),
+        "groups": None if found.groups is None else found.groups.tolist(),
         "images": None if found.images is None else [_bytes(image) for image in found.images],
         # Pixels of a token, down and across, and numbers of a pixel.
         "scale": 1 if found.images is None else found.images.shape[1] // found.grid["rows"],
@@ -45,7 +48,7 @@ def viewer_data(found: Trace, label: str, budget: str) -> dict[str, Any] | None:
                 "layer": index,
                 "budget": found.budgets[index],
                 "heads": layer.gone.shape[1],
-                "items": [_item(layer, item, line) for item in range(layer.gone.shape[0])],
+                "items": [_item(layer, item, span) for item in range(layer.gone.shape[0])],
             }
             for index, layer in sorted(found.layers.items())
         ],
@@ -74,15 +77,15 @@ def _roles(found: Trace, line: int) -> dict[str, int]:
     }
 
 
-def _item(layer: LayerTrace, item: int, line: int) -> dict[str, Any]:
-    """One image: when each token went, and the scores of the last decision of each line."""
+def _item(layer: LayerTrace, item: int, span: int) -> dict[str, Any]:
+    """One image: when each token went, and the scores of the last decision in each span of them."""
     gone = layer.gone[item]
     moments, places, scores, sizes = [], [], [], []
     begun = 0
     newest: dict[int, tuple[int, int, int]] = {}
     for seen, size in zip(layer.decided.tolist(), layer.candidates.tolist(), strict=True):
         if size:
-            newest[seen // line] = (seen, begun, size)
+            newest[seen // span] = (seen, begun, size)
         begun += size
     for seen, first, size in newest.values():
         moments.append(seen)
