@@ -282,13 +282,13 @@ def test_lpd(lpd_files):
     model = LPDImages(lpd_source(lpd_files))
     wanted = [Item(f"{row}.png", row, 0) for row in (1, 2, 9)]
     fast = setting("near", "1/4", "lpd:passes=20")
-    drawn = model.draw(wanted, fast, Sampler(cfg=4.0), seed=3)
+    drawn = model.draw(wanted, fast, Sampler(cfg=400.0), seed=3)
     assert drawn.images.shape == (3, 32, 32, 3)
     assert set(drawn.stats[0].peak_tokens) == {65}
-    assert (drawn.images == model.draw(wanted, fast, Sampler(cfg=4.0), seed=3).images).all()
+    assert (drawn.images == model.draw(wanted, fast, Sampler(cfg=400.0), seed=3).images).all()
     without = model.draw(wanted, fast, Sampler(), seed=3).images
     flat = LPDImages(lpd_source(lpd_files, ("schedule", "constant")))
-    constant = flat.draw(wanted, fast, Sampler(cfg=4.0), seed=3).images
+    constant = flat.draw(wanted, fast, Sampler(cfg=400.0), seed=3).images
     assert len({images.tobytes() for images in (drawn.images, without, constant)}) == 3
     assert layout_under(model, fast.decoder) == fast.decoder.ordered(model.layout)
     with pytest.raises(ParameterError, match=r"LPD draws in groups.*lpd:passes=20"):
