@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kvpolicy.errors import CacheStateError, ShapeError
 from kvpolicy.layout import TokenLayout
+from kvpolicy.ops import triton
 from kvpolicy.ops.cpu import native
 
 __all__ = ["SlotBooks", "SlotShape", "SlotStore"]
@@ -72,8 +73,8 @@ class SlotStore:
             tokens behind a sliding window.
         start: position of each sequence's first real token, int32 ``[B]``, where padding was found
             before it; None for 0.
-        kernel: the C++ kernel that writes a token and attends to it in one pass, where it serves
-            these tensors; None where it does not.
+        kernel: writes a token and attends to it in one pass, in C++ or on a GPU, where there is one
+            that serves these tensors; None where there is not.
         peak: most tokens that a head has held at any instant.
     """
 
@@ -102,14 +103,17 @@ class SlotStore:
         self.start: Tensor | None = None
         self.peak = self.shape.slots - fresh
         served = native.serves(self.keys, self.values) and self.keys.is_contiguous()
-        self.kernel = native.decoder(self.keys.dtype) if served else None
+        self.kernel = (
+            native.decoder(self.keys.dtype) if served else triton.writer(self.keys, self.values)
+        )
         self._accepted: tuple[Any, ...] = ()
         self._index_heads()
 
     def _index_heads(self) -> None:
-        """Indices ``[B, 1, 1]`` and ``[1, H, 1]`` that stand beside slots ``[B, H, T]``."""
+        """Every slot ``[S]``; ``[B, 1, 1]`` and ``[1, H, 1]``, which stand beside ``[B, H, T]``."""
         device = self.positions.device
         with torch.inference_mode(False):
+            self.slot_index = torch.arange(self.shape.slots, device=device)
             self.batch_index = torch.arange(self.shape.batch, device=device).view(-1, 1, 1)
             self.head_index = torch.arange(self.shape.heads, device=device).view(1, -1, 1)
 
@@ -191,7 +195,7 @@ class SlotStore:
         """Hand out untouched slots, ``[B, H, count]`` (expanded, not allocated)."""
         start = self.shape.slots - self.fresh
         self.fresh -= count
-        slots = torch.arange(start, start + count, device=self.positions.device)
+        slots = self.slot_index[start : start + count]
         return slots.expand(self.shape.batch, self.shape.heads, count)
 
     # -- tokens --------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from torch import Tensor
 from kvpolicy.cache.layer import Layer
 from kvpolicy.cache.terms import Terms
 from kvpolicy.errors import ParameterError
+from kvpolicy.ops import triton
 from kvpolicy.ops.attend import attend
 from kvpolicy.ops.cpu import native
 from kvpolicy.slots import SlotStore
@@ -43,6 +44,7 @@ class SlotStep:
         slots: where the token goes, int64 ``[B, H, 1]``.
         position: its position, int32 ``[1]``.
         mass: what its query attended to, ``[B, H, 1, S]``, float32; None where nobody asks.
+        finite: on a GPU, int32 ``[1]``, 0 where that was NaN; None where nobody can say.
 
     Args:
         store: the layer's slots.
@@ -68,11 +70,17 @@ class SlotStep:
             self.slots = torch.zeros(batch, heads, 1, dtype=torch.int64, device=device)
             self.position = torch.zeros(1, dtype=torch.int32, device=device)
             self.mass = torch.zeros(batch, heads, 1, slots, device=device) if need_mass else None
-        # The CPU kernel, which knows empty slots, but nothing else that is hidden.
-        plain = window is None and hidden is None
-        served = plain and store.kernel is not None
-        self.one_pass = native.stepper(store.keys.dtype) if served else None
-        for tensor in (self.slots, self.position, self.mass, store.keys, store.values):
+        # A kernel, which knows empty slots, but nothing else that is hidden.
+        plain = window is None and hidden is None and store.kernel is not None
+        self.one_pass: Callable[..., Tensor] | None = None
+        self.finite: Tensor | None = None
+        if plain and store.keys.is_cuda:
+            self.finite = triton.sane_on(device)
+            self.one_pass = triton.stepper(self.finite)
+        elif plain:
+            self.one_pass = native.stepper(store.keys.dtype)
+        kept = (store.keys, store.values, store.positions)
+        for tensor in (self.slots, self.position, self.mass, self.finite, *kept):
             if tensor is not None:
                 # CUDA graphs copy what they are given unless it is known to stay where it is.
                 torch._dynamo.mark_static_address(tensor)
@@ -197,7 +205,7 @@ class CompiledStep:
         for layer, fresh, reclaimed, reclaims in begun:
             store, step = layer.require_store(), self.by_layer[layer.plan.layer]
             if done:
-                layer.account(step.slots if reclaims else None, step.mass)
+                layer.account(step.slots if reclaims else None, step.mass, step.finite)
             elif not self._written(step):
                 store.fresh, store.reclaimed = fresh, reclaimed
                 layer.whole = True

@@ -209,11 +209,12 @@ class Layer:
         return output
 
     def report(
-        self, mass: Tensor, first: int, room: int, finite: bool | None = None
+        self, mass: Tensor, first: int, room: int, finite: bool | Tensor | None = None
     ) -> AttentionReport:
         """Mass for the observers, after refusing NaN; ``finite`` where that is known."""
         if mass.device.type != "cpu":
-            torch._assert_async(mass.sum().isfinite())
+            known = finite if isinstance(finite, Tensor) else mass.sum().isfinite()
+            torch._assert_async(known)
         elif not (math.isfinite(mass.sum().item()) if finite is None else finite):
             raise AttentionError(
                 f"layer {self.plan.layer}: attention from position {first} is NaN; the model's "
@@ -565,7 +566,9 @@ class Layer:
         if self.seen >= self.decider.settled:
             self.decide(1)
 
-    def account(self, reclaimed: Tensor | None, mass: Tensor | None) -> None:
+    def account(
+        self, reclaimed: Tensor | None, mass: Tensor | None, finite: Tensor | None = None
+    ) -> None:
         """Account for a token that a compiled step has written; see :meth:`token`."""
         store, first = self.require_store(), self.seen
         self.seen = first + 1
@@ -573,7 +576,7 @@ class Layer:
             self.deliver(reclaimed, None)
         else:
             mass = mass[..., : store.handed_out]
-            self.deliver(reclaimed, self.report(mass, first, store.room))
+            self.deliver(reclaimed, self.report(mass, first, store.room, finite))
         self.whole = True
 
     def view(self, store: SlotStore, room: int) -> CacheView:

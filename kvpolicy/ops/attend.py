@@ -3,7 +3,7 @@
 Scores and softmax are float32 whatever the tensors' dtype, on every path. :func:`attend` is the
 plain torch reference, which hands over to torch's fused kernel where nobody wants the mass, and to
 Triton (``ops.triton``) on a GPU. :func:`write_and_attend` writes a token into its slot first; the
-C++ kernel (``ops.cpu``) does both in one pass.
+C++ kernel (``ops.cpu``) and Triton's do both in one pass.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from kvpolicy.ops.triton import decode
 
 __all__ = ["attend", "attend_with_weights", "by_slot", "write_and_attend"]
 
-#: ``decode`` of ``cpu/decode_cpu.cpp``: see there.
-Kernel = Callable[..., tuple[Tensor, Tensor, bool]]
+#: ``decode`` of ``cpu/decode_cpu.cpp``, or ``writer`` of ``triton``: see there.
+Kernel = Callable[..., tuple[Tensor, Tensor | None, bool | Tensor]]
 #: Puts key and value of the token at a position into slots: :meth:`kvpolicy.SlotStore.write`.
 Write = Callable[[Tensor, Tensor, Tensor, int], None]
 
@@ -130,11 +130,11 @@ def write_and_attend(
     sinks: Tensor | None = None,
     need_mass: bool = False,
     may_be_empty: bool = True,
-) -> tuple[Tensor, Tensor | None, bool | None]:
+) -> tuple[Tensor, Tensor | None, bool | Tensor | None]:
     """Write a token into its slot, then attend from it to all slots that hold one.
 
     Args:
-        kernel: the C++ kernel, if it serves such a store; None if not.
+        kernel: the C++ or Triton kernel, if one serves such a store; None if not.
         write: how the store takes a token where the kernel does not.
         query: ``[B, G * H, 1, D]``.
         keys: the store ``[B, H, S, D]``.
@@ -155,7 +155,7 @@ def write_and_attend(
 
     Returns:
         Output ``[B, G * H, 1, Dv]``; the mass ``[B, H, 1, held]`` (None unless asked for); and
-        whether the attention was finite, where that is known.
+        whether the attention was finite, where that is known (on a GPU a tensor that is 0 if not).
     """
     if (
         kernel is not None

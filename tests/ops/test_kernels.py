@@ -19,7 +19,13 @@ from kvpolicy import attend
 from kvpolicy.ops import attend as attention
 from kvpolicy.ops import triton as kernels
 
-CASES = Path(__file__).parents[1] / "support" / "kernel_cases.py"
+TRIAL = [sys.executable, "-m", "kvpolicy.ops.triton.trial", "--device", "cpu"]
+COMPILING = Path(__file__).parents[1] / "support" / "kernel_compiling.py"
+#: What a case counts that must not be there at all; the others are errors.
+EXACT = {
+    *("mass of hidden slots", "written otherwise", "written otherwise in place"),
+    *("called NaN", "NaN not seen"),
+}
 needs_triton = pytest.mark.skipif(
     find_spec("triton") is None, reason="Triton is not to be had for this platform"
 )
@@ -29,9 +35,7 @@ needs_triton = pytest.mark.skipif(
 def found():
     """What the cases give; the interpreter is chosen when Triton is imported, so elsewhere."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(
-        [sys.executable, str(CASES)], capture_output=True, text=True, env=environment, check=False
-    )
+    run = subprocess.run(TRIAL, capture_output=True, text=True, env=environment, check=False)
     assert run.returncode == 0, run.stderr
     return [json.loads(line) for line in run.stdout.splitlines()]
 
@@ -39,12 +43,15 @@ def found():
 @pytest.mark.slow
 @needs_triton
 def test_against_float64(found):
-    assert len(found) == 31
+    assert len(found) == 55
+    assert sum(case["case"].startswith("step, ") for case in found) == 23
     for case in found:
         bound = 1e-3 if case["dtype"] == "torch.float32" else 1e-2
-        for figure in ("output", "mass", "without mass", "sum of mass"):
-            assert case.get(figure, 0) < bound, case
-        assert case.get("mass of hidden slots", 0) == 0, case
+        for figure, value in case.items():
+            if figure in EXACT:
+                assert value == 0, case
+            elif figure not in ("case", "dtype"):
+                assert value < bound, case
 
 
 @pytest.mark.slow
@@ -97,8 +104,25 @@ def test_attend_asks_the_kernel_for_what_it_serves(monkeypatch, terms, asked):
 
 @needs_triton
 def test_a_compiler_takes_the_kernel_into_one_graph(found):
-    """kernel_cases.py compiles the operator with fullgraph, and compares what it gives."""
-    assert {"compiled", "compiled without mass"} <= {case["case"] for case in found}
+    """The trial compiles the operators with fullgraph, and compares what they give."""
+    assert {"compiled", "compiled without mass", "compiled step"} <= {c["case"] for c in found}
+
+
+@pytest.mark.slow
+@needs_triton
+@pytest.mark.parametrize("kind", ["attend", "step"])
+def test_a_gpus_compiler_takes_the_kernel(kind):
+    """Triton's interpreter runs Python that its compiler refuses: annotations were such a thing."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, str(COMPILING), kind],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    assert int(run.stdout) > 1000  # bytes of machine code
 
 
 def test_the_operators_shapes_are_those_of_its_results(monkeypatch):

@@ -15,21 +15,24 @@ kernel is as fast as the memory if it reads each byte once and keeps all of the 
 * A group of one multiplies and adds; larger ones use the tensor cores, whose smallest tile has 16
   rows. Products of float32 are computed as such (``ieee``), not as TensorFloat32.
 
+* A token that has just come is written by the program that then reads it, so that a whole step of a
+  layer is one launch. Where attention is NaN the program says so in a tensor that is asserted on the
+  GPU: looking at the mass itself would take five launches more.
+
 Nothing waits for the host, and shapes are those of the arguments: it can be captured in a CUDA
-graph. It has been tested against float64 in Triton's interpreter.
+graph. It has been tested against float64 in Triton's interpreter, and compiled for GPUs.
 """
 
 from __future__ import annotations
 
 import os
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["decode_slots"]
+__all__ = ["decode_slots", "step_slots"]
 
 #: log2(e): the hardware has a power of two, not of e.
 _LOG2E = 1.4426950408889634
@@ -60,47 +63,147 @@ def decode_slots(
         The output ``[B, G * H, 1, Dv]``, and the probabilities averaged over each group,
         ``[B, H, 1, S]``, float32 (None unless asked for).
     """
-    batch, query_heads, _, dim = query.shape
-    heads, slots = keys.shape[1], keys.shape[2]
-    group = query_heads // heads
-    output = query.new_empty(batch, query_heads, 1, values.shape[3])
-    mass = scores = output  # never written where nobody wants the mass
-    if need_mass:
-        mass = torch.empty(batch, heads, 1, slots, dtype=torch.float32, device=query.device)
-        # A group of one needs no room of its own: its scores become its mass.
-        scores = mass if group == 1 else mass.new_empty(batch, heads, group, slots)
+    batch, heads, slots = keys.shape[:3]
+    output, mass, scores = _room(query, keys, values, slots, need_mass, None)
     seen = keys if visible is None else visible.expand(batch, heads, 1, slots)
-    wide_k, wide_v = _power_of_two(dim), _power_of_two(values.shape[3])
-    _decode[(batch * heads,)](
-        query,
-        keys,
-        values,
-        seen,
-        output,
-        mass,
-        scores,
-        scale * _LOG2E,
-        heads,
+    _launch(
+        *(query, keys, values, seen, output, mass, scores),
+        *(query, query, query, 0, query),  # no token is written
+        scale,
         slots,
-        dim,
-        values.shape[3],
-        *query.stride()[:2],
-        query.stride(3),
+        shown=(*seen.stride()[:2], seen.stride(3)),
+        written=(0,) * 8,
+        masked=visible is not None,
+        write=False,
+        need_mass=need_mass,
+    )
+    return output, mass if need_mass else None
+
+
+def step_slots(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    key: Tensor,
+    value: Tensor,
+    position: int | Tensor,
+    held: int,
+    scale: float,
+    sane: Tensor,
+    need_mass: bool,
+    mass_into: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Write one token a head into its slot, and attend from it to all slots that hold one.
+
+    Args:
+        query: ``[B, G * H, 1, D]``.
+        keys: ``[B, H, S, D]``, any strides, written in place.
+        values: ``[B, H, S, Dv]``, likewise.
+        positions: int32 ``[B, H, S]``, -1 = empty, written in place.
+        slots: where the token goes, int64 ``[B, H, 1]``.
+        key: ``[B, H, 1, D]``.
+        value: ``[B, H, 1, Dv]``.
+        position: of the token; or an int32 tensor ``[1]``.
+        held: slots from the first on that are looked at, this token's included.
+        scale: factor of the scores.
+        sane: int32 ``[1]``, becomes 0 where the mass is NaN.
+        need_mass: whether to return the mass.
+        mass_into: where it goes, ``[B, H, 1, held]``, contiguous; None to allocate it.
+
+    Returns:
+        The output ``[B, G * H, 1, Dv]``, and the mass ``[B, H, 1, held]`` (None unless asked for).
+    """
+    output, mass, scores = _room(query, keys, values, held, need_mass, mass_into)
+    _launch(
+        *(query, keys, values, positions, output, mass, scores),
+        *(slots, key, value, position, sane),
+        scale,
+        held,
+        shown=positions.stride(),
+        written=(
+            *(*slots.stride()[:2], *key.stride()[:2], key.stride(3)),
+            *(*value.stride()[:2], value.stride(3)),
+        ),
+        masked=True,
+        write=True,
+        need_mass=need_mass,
+    )
+    return output, mass if need_mass else None
+
+
+def _room(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    held: int,
+    need_mass: bool,
+    mass_into: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Tensors for the output, the mass and the scores."""
+    batch, query_heads = query.shape[:2]
+    heads = keys.shape[1]
+    output = query.new_empty(batch, query_heads, 1, values.shape[3])
+    if not need_mass:
+        return output, output, output  # never written where nobody wants the mass
+    size = (batch, heads, 1, held)
+    mass = mass_into
+    if mass is None:
+        mass = torch.empty(size, dtype=torch.float32, device=query.device)
+    # A group of one needs no room of its own: its scores become its mass.
+    group = query_heads // heads
+    return output, mass, mass if group == 1 else mass.new_empty(batch, heads, group, held)
+
+
+def _launch(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    visible: Tensor,
+    output: Tensor,
+    mass: Tensor,
+    scores: Tensor,
+    slots: Tensor,
+    key: Tensor,
+    value: Tensor,
+    position: int | Tensor,
+    sane: Tensor,
+    scale: float,
+    held: int,
+    *,
+    shown: tuple[int, ...],
+    written: tuple[int, ...],
+    masked: bool,
+    write: bool,
+    need_mass: bool,
+) -> None:
+    """Launch the kernel, a program for each KV head of each sequence."""
+    batch, heads = keys.shape[:2]
+    dim, dim_v = query.shape[3], values.shape[3]
+    group = query.shape[1] // heads
+    wide_k, wide_v = _power_of_two(dim), _power_of_two(dim_v)
+    _decode[(batch * heads,)](
+        *(query, keys, values, visible, output, mass, scores),
+        *(slots, key, value, position, sane),
+        *(scale * _LOG2E, heads, held, dim, dim_v),
+        *(*query.stride()[:2], query.stride(3)),
         *keys.stride(),
         *values.stride(),
-        *seen.stride()[:2],
-        seen.stride(3),
+        *shown,
+        *written,
         GROUP=group,
         ROWS=1 if group == 1 else _power_of_two(group),
         WIDE_K=wide_k,
         WIDE_V=wide_v,
         BLOCK=64 if max(wide_k, wide_v) <= 128 else 32,
-        MASKED=visible is not None,
+        MASKED=masked,
+        WRITE=write,
+        FROM_TENSOR=isinstance(position, Tensor),
         MASS=need_mass,
         WIDEN=_INTERPRETED,
         num_warps=4,
     )
-    return output, mass if need_mass else None
 
 
 def _power_of_two(size: int) -> int:
@@ -108,40 +211,56 @@ def _power_of_two(size: int) -> int:
     return int(max(16, 1 << (size - 1).bit_length()))
 
 
-@triton.jit
+# Numbers that differ from step to step: a kernel for each kind of them would be compiled anew.
+@triton.jit(do_not_specialize=["position", "slots"])
 def _decode(
-    query: Any,
-    keys: Any,
-    values: Any,
-    visible: Any,
-    output: Any,
-    mass: Any,
-    scores: Any,
-    scale: Any,
-    heads: Any,
-    slots: Any,
-    dim_k: Any,
-    dim_v: Any,
-    query_b: Any,
-    query_h: Any,
-    query_d: Any,
-    keys_b: Any,
-    keys_h: Any,
-    keys_s: Any,
-    keys_d: Any,
-    values_b: Any,
-    values_h: Any,
-    values_s: Any,
-    values_d: Any,
-    visible_b: Any,
-    visible_h: Any,
-    visible_s: Any,
+    query,
+    keys,
+    values,
+    visible,
+    output,
+    mass,
+    scores,
+    into,
+    key,
+    value,
+    position,
+    sane,
+    scale,
+    heads,
+    slots,
+    dim_k,
+    dim_v,
+    query_b,
+    query_h,
+    query_d,
+    keys_b,
+    keys_h,
+    keys_s,
+    keys_d,
+    values_b,
+    values_h,
+    values_s,
+    values_d,
+    visible_b,
+    visible_h,
+    visible_s,
+    into_b,
+    into_h,
+    key_b,
+    key_h,
+    key_d,
+    value_b,
+    value_h,
+    value_d,
     GROUP: tl.constexpr,  # query heads of a KV head
     ROWS: tl.constexpr,  # the same, as tiles have it
     WIDE_K: tl.constexpr,  # head dims, as tiles have them
     WIDE_V: tl.constexpr,
     BLOCK: tl.constexpr,  # slots that are read at once
     MASKED: tl.constexpr,
+    WRITE: tl.constexpr,  # a token comes; visible are the positions, int32, then
+    FROM_TENSOR: tl.constexpr,  # its position lies in a tensor
     MASS: tl.constexpr,
     WIDEN: tl.constexpr,
 ) -> None:
@@ -156,6 +275,22 @@ def _decode(
     inside_k = wide_k < dim_k
     inside_v = wide_v < dim_v
     ours = row < GROUP
+    if WRITE:
+        own = tl.load(into + b * into_b + h * into_h)
+        tl.store(
+            keys + b * keys_b + h * keys_h + own * keys_s + wide_k * keys_d,
+            tl.load(key + b * key_b + h * key_h + wide_k * key_d, mask=inside_k),
+            mask=inside_k,
+        )
+        tl.store(
+            values + b * values_b + h * values_h + own * values_s + wide_v * values_d,
+            tl.load(value + b * value_b + h * value_h + wide_v * value_d, mask=inside_v),
+            mask=inside_v,
+        )
+        now = tl.load(position) if FROM_TENSOR else position
+        tl.store(visible + b * visible_b + h * visible_h + own * visible_s, now)
+        # What a thread reads below, another one may have written here.
+        tl.debug_barrier()
     q = tl.load(
         query + b * query_b + (h * GROUP + row[:, None]) * query_h + wide_k[None, :] * query_d,
         mask=ours[:, None] & inside_k[None, :],
@@ -185,6 +320,8 @@ def _decode(
             shown = tl.load(
                 visible + b * visible_b + h * visible_h + slot * visible_s, mask=there, other=0
             )
+            if WRITE:
+                shown = shown >= 0
             # The lowest finite number, not -inf: a query that sees nothing must not turn into NaN.
             score = tl.where((shown != 0)[None, :], score, -3.4028234663852886e38)
         score = tl.where(there[None, :], score, float("-inf"))
@@ -223,6 +360,9 @@ def _decode(
         mask=ours[:, None] & inside_v[None, :],
     )
     if MASS:
+        if WRITE:
+            broken = tl.sum(((total != total) & ours).to(tl.int32), axis=0)
+            tl.store(sane, 0, mask=broken > 0)
         # What a thread reads back below, another one may have written above.
         tl.debug_barrier()
         for first in range(0, slots, BLOCK):
@@ -240,5 +380,7 @@ def _decode(
                 shown = tl.load(
                     visible + b * visible_b + h * visible_h + slot * visible_s, mask=there, other=0
                 )
+                if WRITE:
+                    shown = shown >= 0
                 share = tl.where(shown != 0, share, 0.0)
             tl.store(mass + (b * heads + h) * slots + slot, share, mask=there)

@@ -1,0 +1,217 @@
+"""``python -m kvpolicy.ops.triton.trial``: are the Triton kernels right here, against float64?
+
+Prints a line of JSON for each case. On a machine without a GPU give ``--device cpu``, with
+``TRITON_INTERPRET=1`` in the environment.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kvpolicy.ops.triton import decode_op, sane_on, step_op
+from kvpolicy.ops.triton.decode_slots import decode_slots, step_slots
+
+__all__: list[str] = []
+
+
+class Case(NamedTuple):
+    """Shapes of one case, and what its queries may see."""
+
+    name: str
+    batch: int
+    heads: int
+    group: int
+    slots: int
+    dim: int
+    dim_v: int
+    dtype: torch.dtype
+    mask: str
+
+
+def cases() -> Iterator[Case]:
+    """All of them; the first of each kind of kernel come first."""
+    kinds = ((torch.float32, "float32"), (torch.bfloat16, "bfloat16"), (torch.float16, "float16"))
+    for (dtype, label), group in itertools.product(kinds, (1, 4)):
+        yield Case(f"{label} group {group}", 2, 2, group, 97, 64, 64, dtype, "none")
+        yield Case(f"{label} group {group} masked", 2, 2, group, 97, 64, 64, dtype, "some")
+    for dim in (64, 80, 128, 256):
+        yield Case(f"dim {dim}", 1, 2, 2, 130, dim, dim, torch.float32, "some")
+        yield Case(f"dim {dim} bfloat16", 1, 2, 2, 130, dim, dim, torch.bfloat16, "some")
+    yield Case("values narrower than keys", 1, 2, 3, 70, 64, 32, torch.float32, "none")
+    for slots in (1, 63, 64, 65, 1200):
+        yield Case(f"{slots} slots", 1, 1, 1, slots, 64, 64, torch.float32, "none")
+    yield Case("one mask for all heads", 2, 2, 2, 97, 64, 64, torch.float32, "shared")
+    yield Case("a query that sees nothing", 2, 2, 2, 97, 64, 64, torch.float32, "blind")
+    yield Case("large scores", 1, 2, 2, 97, 64, 64, torch.float32, "large")
+
+
+def reference(
+    query: Tensor, keys: Tensor, values: Tensor, scale: float, visible: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Attention and mass in float64, with every probability written out."""
+    batch, query_heads, _, dim = query.shape
+    heads, slots = keys.shape[1:3]
+    group = query_heads // heads
+    grouped = query.double().view(batch, heads, group, dim)
+    scores = torch.einsum("bhgd,bhsd->bhgs", grouped, keys.double()) * scale
+    hidden = torch.zeros(batch, heads, slots, dtype=torch.bool, device=query.device)
+    if visible is not None:
+        hidden = ~visible.expand(batch, heads, 1, slots)[:, :, 0]
+        scores = scores.masked_fill(hidden[:, :, None], torch.finfo(torch.float32).min)
+    chances = scores.softmax(-1)
+    output = torch.einsum("bhgs,bhsd->bhgd", chances, values.double())
+    mass = chances.mean(2).masked_fill(hidden, 0)
+    return output.reshape(batch, query_heads, 1, -1), mass[:, :, None]
+
+
+def error(found: Tensor, wanted: Tensor) -> float:
+    """Norm of the difference over the norm of what is wanted; NaN counts as infinite."""
+    ratio = ((found.double() - wanted).norm() / wanted.norm()).item()
+    return ratio if ratio == ratio else float("inf")
+
+
+def tensors(case: Case, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Query, keys, values and mask, none of them contiguous."""
+    chance = torch.Generator().manual_seed(0)
+
+    def draw(*size: int) -> Tensor:
+        return torch.randn(*size, generator=chance).to(device, case.dtype)
+
+    query = draw(case.batch, 1, case.heads * case.group, case.dim).transpose(1, 2)
+    keys = draw(case.batch, case.heads, case.slots + 3, case.dim)[:, :, : case.slots]
+    values = draw(case.batch, case.heads, case.slots + 3, case.dim_v)[:, :, : case.slots]
+    visible = None
+    if case.mask in ("some", "blind", "shared"):
+        heads = 1 if case.mask == "shared" else case.heads
+        visible = torch.rand(case.batch, heads, 1, case.slots, generator=chance) > 0.3
+        if case.mask == "blind":
+            visible[0, 1] = False
+        visible = visible.to(device)
+    return query * 60 if case.mask == "large" else query, keys, values, visible
+
+
+def attended(case: Case, device: str) -> dict[str, Any]:
+    """One query's attention."""
+    query, keys, values, visible = tensors(case, device)
+    scale = case.dim**-0.5
+    output, mass = decode_slots(query, keys, values, scale, visible, True)
+    wanted, wanted_mass = reference(query, keys, values, scale, visible)
+    alone, none = decode_slots(query, keys, values, scale, visible, False)
+    assert none is None
+    assert mass is not None
+    hidden = 0.0
+    if visible is not None:
+        hidden = mass.masked_select(~visible.expand_as(mass)).abs().sum().item()
+    return {
+        "output": error(output, wanted),
+        "mass": error(mass, wanted_mass),
+        "without mass": error(alone, wanted),
+        "mass of hidden slots": hidden,
+        "sum of mass": (mass.sum(-1) - wanted_mass.float().sum(-1)).abs().max().item(),
+    }
+
+
+def stepped(case: Case, device: str) -> dict[str, Any]:
+    """A token that is written and attended to: as if torch had written it before."""
+    query, keys, values, visible = tensors(case, device)
+    shape = (case.batch, case.heads, case.slots)
+    positions = torch.arange(case.slots, dtype=torch.int32, device=device).repeat(*shape[:2], 1)
+    if visible is not None:
+        positions.masked_fill_(~visible[:, :, 0], -1)
+    chance = torch.Generator().manual_seed(1)
+    slots = torch.randint(case.slots, (*shape[:2], 1), generator=chance).to(device)
+    key, value = (
+        torch.randn(case.batch, 1, case.heads, width, generator=chance)
+        .to(device, case.dtype)
+        .transpose(1, 2)
+        for width in (case.dim, case.dim_v)
+    )
+    scale, position = case.dim**-0.5, case.slots + 7
+    stores = [store.clone() for store in (keys, values, positions)]
+    for store, new in ((stores[0], key), (stores[1], value)):
+        store.scatter_(2, slots.unsqueeze(-1).expand_as(new), new)
+    stores[2].scatter_(2, slots, position)
+    wanted, wanted_mass = reference(
+        query, stores[0], stores[1], scale, (stores[2] >= 0).unsqueeze(2)
+    )
+    figures: dict[str, Any] = {}
+    sane = sane_on(query.device)
+    into = torch.empty(*shape[:2], 1, case.slots, device=device)
+    where = torch.full((1,), position, dtype=torch.int32, device=device)
+    for name, at, into_ in (("", position, None), (" in place", where, into)):
+        written = [store.clone() for store in (keys, values, positions)]
+        output, mass = step_slots(
+            query, *written, slots, key, value, at, case.slots, scale, sane, True, into_
+        )
+        assert mass is not None
+        figures["output" + name] = error(output, wanted)
+        figures["mass" + name] = error(mass, wanted_mass)
+        figures["written otherwise" + name] = sum(
+            int((a != b).sum()) for a, b in zip(written, stores, strict=True)
+        )
+    alone, _ = step_slots(
+        query, keys, values, positions, slots, key, value, position, case.slots, scale, sane, False
+    )
+    figures["without mass"] = error(alone, wanted)
+    figures["called NaN"] = 1 - int(sane)
+    query[-1, -1, 0, 0] = torch.nan
+    step_slots(
+        query, keys, values, positions, slots, key, value, position, case.slots, scale, sane, True
+    )
+    figures["NaN not seen"] = int(sane)
+    return figures
+
+
+def compiled(device: str) -> Iterator[dict[str, Any]]:
+    """The operators in one graph."""
+    case = Case("compiled", 2, 2, 2, 97, 64, 64, torch.float32, "some")
+    query, keys, values, visible = tensors(case, device)
+    wanted, wanted_mass = reference(query, keys, values, 0.125, visible)
+    for need_mass in (True, False):
+        operator = torch.compile(decode_op, fullgraph=True, backend="aot_eager")
+        output, mass = operator(query, keys, values, 0.125, visible, need_mass)
+        figures = {"output": error(output, wanted)}
+        if need_mass:
+            figures["mass"] = error(mass, wanted_mass)
+        yield {"case": "compiled" if need_mass else "compiled without mass", **figures}
+    full = torch.arange(97, dtype=torch.int32, device=device).repeat(2, 2, 1)
+    mass, slots = torch.empty(2, 2, 1, 97, device=device), torch.full((2, 2, 1), 5, device=device)
+    step = torch.compile(step_op, fullgraph=True, backend="aot_eager")
+    output = step(
+        *(sane_on(query.device), query, keys, values, full, mass, slots),
+        *(keys[:, :, 5:6].clone(), values[:, :, 5:6].clone(), full[0, 0, 5:6].clone(), 0.125),
+    )
+    wanted, wanted_mass = reference(query, keys, values, 0.125, None)
+    yield {
+        "case": "compiled step",
+        "output": error(output, wanted),
+        "mass": error(mass, wanted_mass),
+    }
+
+
+def main() -> None:
+    """Print each case."""
+    parser = argparse.ArgumentParser(prog="python -m kvpolicy.ops.triton.trial")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--few", type=int, help="the first so many cases")
+    given = parser.parse_args()
+    for case in itertools.islice(cases(), given.few):
+        about = {"case": case.name, "dtype": str(case.dtype)}
+        print(json.dumps({**about, **attended(case, given.device)}), flush=True)
+        if case.dim == 64:  # other widths differ in nothing but that
+            about["case"] = f"step, {case.name}"
+            print(json.dumps({**about, **stepped(case, given.device)}), flush=True)
+    if given.few is None:
+        for found in compiled(given.device):
+            print(json.dumps({"dtype": "torch.float32", **found}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
