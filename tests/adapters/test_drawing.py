@@ -12,6 +12,11 @@ pytest.importorskip("transformers", reason="needs the extra 'transformers'")
 
 from support.tiny_image_models import EMU3_HEADER, chameleon, emu3, janus
 from test_vqgan import RUNS, checkpoint_of
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 import kvpolicy
 from kvpolicy.errors import AttentionError, ParameterError
@@ -26,6 +31,7 @@ from kvpolicy_adapters.evaluation.drawing.janus import JanusImages
 from kvpolicy_adapters.evaluation.drawing.llamagen import LlamaGenImages
 from kvpolicy_adapters.evaluation.drawing.lpd import LPDImages
 from kvpolicy_adapters.images.llamagen import LlamaGen, LlamaGenConfig
+from kvpolicy_adapters.images.llamagen.captions import StoredCaptions, T5Captions, pad_left
 from kvpolicy_adapters.images.lpd import LPD, LPDConfig
 from kvpolicy_adapters.images.sampling import RowSampler
 from kvpolicy_adapters.images.vqgan_checkpoint import read_vqgan
@@ -141,6 +147,101 @@ def test_files_of_llamagen_that_do_not_go_together(llamagen_files, tmp_path):
         LlamaGenImages(ModelSource("llamagen", str(unnamed), vq=str(folder / "vq.pt")))
     with pytest.raises(ParameterError, match="float32"):
         LlamaGenImages(llamagen_source(folder, dtype="float23"))
+
+
+@pytest.fixture(scope="module")
+def caption_files(tmp_path_factory):
+    """A LlamaGen of captions, a T5 with a tokenizer of a few words, and what it makes of three."""
+    folder = tmp_path_factory.mktemp("captions")
+    torch.manual_seed(0)
+    config = LlamaGenConfig(
+        condition="t2i",
+        caption_length=7,
+        caption_size=16,
+        grid_size=16,
+        vocab_size=64,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+    )
+    model = LlamaGen(config)
+    torch.nn.init.normal_(model.output.weight, std=1.0)
+    torch.save({"model": model.state_dict()}, folder / "t2i_tiny_256.pt")
+    torch.save(checkpoint_of(RUNS[0]), folder / "vq.pt")
+    known = ["<pad>", "</s>", "<unk>", *sorted({word for text in PROMPTS for word in text.split()})]
+    words = Tokenizer(WordLevel({word: id for id, word in enumerate(known)}, unk_token="<unk>"))
+    words.pre_tokenizer = Whitespace()
+    words.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>")
+    tokenizer.save_pretrained(folder / "t5")
+    t5 = T5EncoderModel(
+        T5Config(vocab_size=len(known), d_model=16, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+    )
+    t5.save_pretrained(folder / "t5")
+    (folder / "stored").mkdir()
+    ready = T5Captions(str(folder / "t5"), size=16, longest=7, device="cpu", dtype=torch.float32)
+    for row, prompt in enumerate(PROMPTS):
+        shape = [1] if row == 1 else []  # as the authors' script writes it
+        found = ready.embed(row, prompt).numpy()
+        np.save(folder / "stored" / f"{row:05d}.npy", found.reshape(*shape, *found.shape))
+    return folder
+
+
+def caption_source(folder, *options, **changes):
+    fields = {"options": (("heads", 4), *options), "vq": str(folder / "vq.pt")} | changes
+    return ModelSource("llamagen", str(folder / "t2i_tiny_256.pt"), **fields)
+
+
+def test_llamagen_of_captions(caption_files):
+    model = LlamaGenImages(caption_source(caption_files, ("t5", str(caption_files / "t5"))))
+    drawn = agrees(model, items(*PROMPTS), budget=128)
+    assert drawn.images.shape == (3, 32, 32, 3)
+    assert drawn.stats[0].peak_tokens[0] == 7 + 128
+    stored = LlamaGenImages(
+        caption_source(caption_files, ("captions", str(caption_files / "stored")))
+    )
+    half = setting(budget="128")
+    same = stored.draw(items(*PROMPTS), half, Sampler(), seed=3)
+    same_picture(same.images[1], drawn.images[1])
+    loud = model.draw(items("A Fox "), half, Sampler(), seed=3)
+    same_picture(loud.images[0], drawn.images[0])
+    with pytest.raises(ParameterError, match="8 tokens long; the model takes captions of 7"):
+        model.check(items("fox " * 7)[0], Sampler())
+    with pytest.raises(ParameterError, match="prompts, not classes"):
+        model.check(Item("a.png", 0, 0), Sampler())
+
+
+def test_captions_are_padded_on_the_left():
+    embeddings, mask = pad_left([torch.ones(2, 4), torch.full((3, 4), 2.0)], 3)
+    assert mask.tolist() == [[0, 1, 1], [1, 1, 1]]
+    assert embeddings[..., 0].tolist() == [[0, 1, 1], [2, 2, 2]]
+
+
+def test_captions_that_can_not_be_used(caption_files, tmp_path, llamagen_files):
+    for options in ((), (("t5", "a"), ("captions", "b"))):
+        with pytest.raises(ParameterError, match="t5=FOLDER"):
+            LlamaGenImages(caption_source(caption_files, *options))
+    with pytest.raises(ParameterError, match="draws classes; t5 is not wanted"):
+        LlamaGenImages(llamagen_source(llamagen_files, options=(("heads", 4), ("t5", "a"))))
+    with pytest.raises(ParameterError, match="no T5 could be opened"):
+        LlamaGenImages(caption_source(caption_files, ("t5", str(tmp_path))))
+    with pytest.raises(ParameterError, match="no such folder"):
+        LlamaGenImages(caption_source(caption_files, ("captions", str(tmp_path / "none"))))
+    with pytest.raises(ParameterError, match="embeddings of 16 numbers"):
+        T5Captions(str(caption_files / "t5"), size=8, longest=7, device="cpu", dtype=torch.float32)
+    stored = StoredCaptions(str(tmp_path), size=16, longest=7)
+    with pytest.raises(ParameterError, match=r"00000\.npy is missing"):
+        stored.check(0, "a fox")
+    for wrong, said in (
+        (np.zeros((3, 8), np.float32), r"float32 \[3, 8\]"),
+        (np.zeros((8, 16), np.float32), "1 to 7 tokens"),
+        (np.zeros((3, 16), np.int64), "expected floats"),
+        (np.full((3, 16), np.nan, np.float32), "not finite"),
+        (np.array([{}]), "no array of numpy"),
+    ):
+        np.save(tmp_path / "00000.npy", wrong)
+        with pytest.raises(ParameterError, match=said):
+            stored.check(0, "a fox")
 
 
 # --- The families of transformers ------------------------------------------------------------

@@ -121,6 +121,8 @@ def test_adapters_stand_on_the_library_not_on_its_tools():
         evaluation = {f"kvpolicy_adapters.evaluation.{name}" for name in speak}
         if module in {*evaluation, "kvpolicy_adapters.bench.shapes"}:
             tools.remove("kvpolicy.lab")  # a subject, or a shape, speaks the lab's protocol
+        if module.startswith("kvpolicy_adapters.bench.gpu"):
+            tools.remove("kvpolicy.lab")  # the lab's bench on one GPU
         if module.startswith("kvpolicy_adapters.evaluation.drawing"):
             tools.remove("kvpolicy.lab")  # and so does an image model
         if module == "kvpolicy_adapters.evaluation.fuzz":

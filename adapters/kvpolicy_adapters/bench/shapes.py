@@ -64,6 +64,8 @@ SHAPES: dict[str, tuple[Dimensions, RasterLayout]] = {
         Dimensions(4096, 32, 32, 32, 128, 11008, 65536),
         RasterLayout(rows=64, cols=64, line_break=1, prefix=32),
     ),
+    # No model's: for whoever tries a bench where its figures mean nothing.
+    "tiny": (Dimensions(32, 2, 4, 4, 8, 48, 64), RasterLayout(rows=8, cols=6, prefix=1)),
 }
 _FLOOR, _SKIP = "kvpolicy-bench-floor", "kvpolicy-bench-skip"
 

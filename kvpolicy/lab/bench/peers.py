@@ -29,6 +29,7 @@ __all__ = [
     "PeerError",
     "PeerSession",
     "build_environment",
+    "find_environment",
 ]
 
 #: What pip installs for ``--peers``.
@@ -50,10 +51,10 @@ def build_environment(folder: Path) -> Path:
     Raises:
         PeerError: pip failed.
     """
+    found = find_environment(folder)
+    if found is not None:
+        return found
     python = folder / "bin" / "python"
-    ready = folder / f"ready-{KVPRESS}-torch-{torch.__version__}"
-    if ready.exists():
-        return python
     _call([sys.executable, "-m", "venv", "--clear", str(folder)], "a virtual environment")
     site = next((folder / "lib").glob("python*/site-packages"))
     # What is installed here comes after what is installed there: pip finds torch and leaves it.
@@ -64,8 +65,17 @@ def build_environment(folder: Path) -> Path:
         [str(python), "-m", "pip", "install", "-q", KVPRESS, f"torch=={version}"],
         f"{KVPRESS} with pip",
     )
-    ready.touch()
+    _ready(folder).touch()
     return python
+
+
+def find_environment(folder: Path) -> Path | None:
+    """The Python of the environment that was made there for this torch; None if there is none."""
+    return folder / "bin" / "python" if _ready(folder).exists() else None
+
+
+def _ready(folder: Path) -> Path:
+    return folder / f"ready-{KVPRESS}-torch-{torch.__version__}"
 
 
 def _call(command: Sequence[str], what: str) -> None:

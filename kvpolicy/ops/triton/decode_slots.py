@@ -15,9 +15,9 @@ kernel is as fast as the memory if it reads each byte once and keeps all of the 
 * A group of one multiplies and adds; larger ones use the tensor cores, whose smallest tile has 16
   rows. Products of float32 are computed as such (``ieee``), not as TensorFloat32.
 
-* A token that has just come is written by the program that then reads it, so that a whole step of a
-  layer is one launch. Where attention is NaN the program says so in a tensor that is asserted on the
-  GPU: looking at the mass itself would take five launches more.
+* A token that has just come is written by the program that then reads it, so that a whole step of
+  a layer is one launch. Where attention is NaN the program says so in a tensor that is asserted on
+  the GPU: looking at the mass itself would take five launches more.
 
 Nothing waits for the host, and shapes are those of the arguments: it can be captured in a CUDA
 graph. It has been tested against float64 in Triton's interpreter, and compiled for GPUs.

@@ -52,6 +52,13 @@ def cases() -> Iterator[Case]:
     yield Case("large scores", 1, 2, 2, 97, 64, 64, torch.float32, "large")
 
 
+#: Enough to see that a GPU computes what the interpreter does: a kernel takes a second to compile.
+BRIEF = (
+    *("float32 group 1", "bfloat16 group 1", "bfloat16 group 4 masked", "float16 group 1"),
+    "values narrower than keys",
+)
+
+
 def reference(
     query: Tensor, keys: Tensor, values: Tensor, scale: float, visible: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -146,9 +153,9 @@ def stepped(case: Case, device: str) -> dict[str, Any]:
     into = torch.empty(*shape[:2], 1, case.slots, device=device)
     where = torch.full((1,), position, dtype=torch.int32, device=device)
     for name, at, into_ in (("", position, None), (" in place", where, into)):
-        written = [store.clone() for store in (keys, values, positions)]
+        written = keys.clone(), values.clone(), positions.clone()
         output, mass = step_slots(
-            query, *written, slots, key, value, at, case.slots, scale, sane, True, into_
+            *(query, *written, slots, key, value, at, case.slots, scale, sane, True, into_)
         )
         assert mass is not None
         figures["output" + name] = error(output, wanted)
@@ -200,15 +207,17 @@ def main() -> None:
     """Print each case."""
     parser = argparse.ArgumentParser(prog="python -m kvpolicy.ops.triton.trial")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--few", type=int, help="the first so many cases")
+    parser.add_argument("--brief", action="store_true", help="a few cases of each kind")
     given = parser.parse_args()
-    for case in itertools.islice(cases(), given.few):
+    for case in cases():
+        if given.brief and case.name not in BRIEF:
+            continue
         about = {"case": case.name, "dtype": str(case.dtype)}
         print(json.dumps({**about, **attended(case, given.device)}), flush=True)
         if case.dim == 64:  # other widths differ in nothing but that
             about["case"] = f"step, {case.name}"
             print(json.dumps({**about, **stepped(case, given.device)}), flush=True)
-    if given.few is None:
+    if not given.brief:
         for found in compiled(given.device):
             print(json.dumps({"dtype": "torch.float32", **found}), flush=True)
 
