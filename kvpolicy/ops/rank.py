@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kvpolicy.errors import ShapeError
+from kvpolicy.ops import triton
 from kvpolicy.ops.cpu import native
 
 __all__ = ["leveled", "lowest", "numbers_only", "oldest_of_lowest"]
@@ -61,6 +62,9 @@ def lowest(
             score, protected, positions, pinned, prefix, may_be_empty, count
         )
         return found
+    on_gpu = triton.lowest(score, positions, count, protected, pinned, prefix)
+    if on_gpu is not None:
+        return on_gpu, True
     level = leveled(
         score,
         positions,

@@ -10,7 +10,9 @@ from kvpolicy.ops import triton
 
 def serve(monkeypatch) -> None:
     """Let the kernels serve whatever says that it lies on a GPU."""
-    monkeypatch.setattr(triton, "_serves", lambda keys, values: keys.is_cuda)
+    monkeypatch.setattr(triton, "_on_gpu", lambda tensor: tensor.is_cuda)
+    monkeypatch.setattr(triton, "_RANKED", {})
+    monkeypatch.setattr(triton, "_lowest", _lowest)
     monkeypatch.setattr(triton, "_write_and_attend", _write_and_attend)
     monkeypatch.setattr(triton, "_decode", _decode)
 
@@ -38,6 +40,13 @@ def _write_and_attend(
         sane, query, keys, values, positions, mass, slots, key, value, where, scale
     )
     return output, mass, sane
+
+
+def _lowest(score, positions, count, protected, pinned, prefix, sane):
+    """One launch, as the kernel has it."""
+    shown = [tensor for tensor in (score, protected, pinned) if tensor is not None]
+    assert {tensor.device for tensor in (*shown, sane)} == {positions.device}
+    return positions.new_zeros((*positions.shape[:2], count), dtype=torch.int64)
 
 
 def _decode(query, keys, values, scale, visible, need_mass):

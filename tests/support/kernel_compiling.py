@@ -1,4 +1,4 @@
-"""Compiles the Triton kernel for a GPU that is not here; prints the bytes of its machine code."""
+"""Compiles a Triton kernel for a GPU that is not here; prints the bytes of its machine code."""
 
 from __future__ import annotations
 
@@ -9,24 +9,35 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from kvpolicy.ops.triton.decode_slots import _decode
+from kvpolicy.ops.triton.rank_slots import _lowest
 
 #: Compute capability 9.0 and threads of a warp.
 TARGET = GPUTarget("cuda", 90, 32)
-HALF, WHOLE = "*bf16", "*i32"
+HALF, WHOLE, BOOL = "*bf16", "*i32", "*i1"
+ATTEND = dict.fromkeys(("query", "keys", "values", "output", "key", "value"), HALF)
+ATTEND |= {"mass": "*fp32", "scores": "*fp32", "into": "*i64", "sane": WHOLE, "scale": "fp32"}
+SIZES = {"GROUP": 1, "ROWS": 1, "WIDE_K": 64, "WIDE_V": 64, "BLOCK": 64, "MASKED": True}
+SIZES |= {"FROM_TENSOR": False, "MASS": True, "WIDEN": False}
+RANK = {"positions": WHOLE, "protected": BOOL, "pinned": BOOL, "victims": "*i64", "sane": WHOLE}
+#: By kind: the kernel, the types of what it is given (whole numbers but for these), and constants.
+KINDS = {
+    "attend": (_decode, {**ATTEND, "visible": BOOL}, {**SIZES, "WRITE": False}),
+    "step": (_decode, {**ATTEND, "visible": WHOLE}, {**SIZES, "WRITE": True}),
+    "rank": (
+        _lowest,
+        {**RANK, "score": "*fp32"},
+        {"BLOCK": 64, "RANKS": False, "PROTECTED": True, "PINNED": True},
+    ),
+}
 
 
 def main(kind: str) -> None:
-    step = kind == "step"
-    pointers = dict.fromkeys(("query", "keys", "values", "output", "key", "value"), HALF)
-    pointers |= {"mass": "*fp32", "scores": "*fp32", "into": "*i64", "sane": WHOLE, "scale": "fp32"}
-    pointers["visible"] = WHOLE if step else "*i1"
-    constants = {"GROUP": 1, "ROWS": 1, "WIDE_K": 64, "WIDE_V": 64, "BLOCK": 64, "MASKED": True}
-    constants |= {"WRITE": step, "FROM_TENSOR": False, "MASS": True, "WIDEN": False}
-    names = _decode.arg_names
+    kernel, types, constants = KINDS[kind]
+    names = kernel.arg_names
     source = ASTSource(
-        fn=_decode,
+        fn=kernel,
         signature={
-            name: "constexpr" if name in constants else pointers.get(name, "i32") for name in names
+            name: "constexpr" if name in constants else types.get(name, "i32") for name in names
         },
         constexprs={(names.index(name),): value for name, value in constants.items()},
     )

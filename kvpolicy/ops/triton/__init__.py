@@ -9,11 +9,15 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-__all__ = ["decode", "decode_op", "sane_on", "step_op", "stepper", "writer"]
+__all__ = ["decode", "decode_op", "lowest", "sane_on", "step_op", "stepper", "writer"]
 
 _TRITON = find_spec("triton") is not None
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _WIDEST = 256
+#: Slots of a head up to which each is compared with each. A guess, until somebody has measured it.
+_MOST_COMPARED = 2048
+#: Of each device: 0 once a decision was to be made from NaN. After that its process is lost anyway.
+_RANKED: dict[torch.device, Tensor] = {}
 
 
 def decode(
@@ -70,6 +74,48 @@ def stepper(sane: Tensor) -> Callable[..., Tensor]:
     return partial(step_op, sane)
 
 
+def lowest(
+    score: Tensor,
+    positions: Tensor,
+    count: int,
+    protected: Tensor | None,
+    pinned: Tensor | None,
+    prefix: int,
+) -> Tensor | None:
+    """The slots that go, in one launch (:mod:`kvpolicy.ops.triton.rank_slots`).
+
+    That no score is NaN is asserted on the device.
+
+    Returns:
+        Slots, int64 ``[B, H, count]``; None where no kernel serves: not on a GPU, scores of another
+        dtype, or so many slots that comparing each with each takes longer than to sort them.
+    """
+    if not _on_gpu(positions) or score.dtype not in (torch.float32, torch.int32):
+        return None
+    if positions.shape[2] > _MOST_COMPARED:
+        return None
+    device = positions.device
+    if device not in _RANKED:
+        _RANKED[device] = sane_on(device)
+    victims = _lowest(score, positions, count, protected, pinned, prefix, _RANKED[device])
+    torch._assert_async(_RANKED[device])
+    return victims
+
+
+def _lowest(
+    score: Tensor,
+    positions: Tensor,
+    count: int,
+    protected: Tensor | None,
+    pinned: Tensor | None,
+    prefix: int,
+    sane: Tensor,
+) -> Tensor:
+    from kvpolicy.ops.triton.rank_slots import lowest_slots
+
+    return lowest_slots(score, positions, count, protected, pinned, prefix, sane)
+
+
 def sane_on(device: torch.device) -> Tensor:
     """What a kernel sets to 0 where a mass is NaN, int32 ``[1]``, to be asserted on the device."""
     with torch.inference_mode(False):
@@ -78,12 +124,15 @@ def sane_on(device: torch.device) -> Tensor:
 
 def _serves(keys: Tensor, values: Tensor) -> bool:
     """Whether there is a kernel for such tensors."""
-    if not _TRITON or not keys.is_cuda or keys.dtype not in _DTYPES:
+    if keys.dtype not in _DTYPES or max(keys.shape[3], values.shape[3]) > _WIDEST:
         return False
-    if max(keys.shape[3], values.shape[3]) > _WIDEST:
-        return False
+    return _on_gpu(keys)
+
+
+def _on_gpu(tensor: Tensor) -> bool:
+    """Whether a tensor lies where kernels run."""
     # Tensors can say that they lie on a GPU where there is none: those that only have a shape.
-    return torch.cuda.is_available()
+    return _TRITON and tensor.is_cuda and torch.cuda.is_available()
 
 
 def _write_and_attend(

@@ -15,8 +15,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from kvpolicy.ops.rank import leveled
 from kvpolicy.ops.triton import decode_op, sane_on, step_op
 from kvpolicy.ops.triton.decode_slots import decode_slots, step_slots
+from kvpolicy.ops.triton.rank_slots import lowest_slots
 
 __all__: list[str] = []
 
@@ -176,6 +178,44 @@ def stepped(case: Case, device: str) -> dict[str, Any]:
     return figures
 
 
+def ranked(device: str) -> Iterator[dict[str, Any]]:
+    """The slots that go, against a sort of the same levels: ties, NaN, empty, protected slots."""
+    chance = torch.Generator().manual_seed(0)
+    for slots, ranks, count in ((97, False, 24), (97, True, 1), (130, False, 130), (1, False, 1)):
+        size = (2, 3, slots)
+        positions = torch.rand(size, generator=chance).argsort(-1).to(torch.int32)
+        # Few values, so that many tie, some beyond the roof; -0.0 ties with 0.0.
+        score = torch.randint(-2, 3, size, generator=chance) * 1e38
+        score[..., ::3] = -0.0
+        if ranks:
+            score = torch.rand(size, generator=chance).argsort(-1).to(torch.int32)
+        protected = torch.rand(size, generator=chance) > 0.6
+        pinned = positions < 2
+        positions[..., 1::7] = -1
+        for shield, pin in ((None, None), (protected, pinned), (protected[:, :1], None)):
+            what = "all" if shield is None else "shared" if pin is None else "each"
+            prefix = 0 if pin is not None else min(2, slots - 1)
+            level = leveled(score, positions, protected=shield, pinned=pin, prefix=prefix)
+            order = [
+                sorted(range(slots), key=lambda s, at=at: (level[at][s], positions[at][s], s))
+                for at in itertools.product(range(2), range(3))
+            ]
+            expected = torch.tensor(order).view(size)[..., :count]
+            sane = sane_on(torch.device(device))
+            moved = [None if t is None else t.to(device) for t in (shield, pin)]
+            given = score.to(device), positions.to(device), count, *moved, prefix
+            found = lowest_slots(*given, sane).cpu()
+            wrong = int((found != expected).sum())
+            figures = {"chosen otherwise": wrong, "called NaN": 1 - int(sane)}
+            if not ranks and slots > 1:
+                with_nan = score.clone()
+                with_nan[0, 0, -1] = torch.nan  # neither pinned nor empty
+                positions[0, 0, -1] = slots
+                lowest_slots(with_nan.to(device), positions.to(device), *given[2:], sane)
+                figures["NaN not seen"] = int(sane)
+            yield {"case": f"rank {slots} slots, {count} go, {what}", **figures}
+
+
 def compiled(device: str) -> Iterator[dict[str, Any]]:
     """The operators in one graph."""
     case = Case("compiled", 2, 2, 2, 97, 64, 64, torch.float32, "some")
@@ -217,6 +257,8 @@ def main() -> None:
         if case.dim == 64:  # other widths differ in nothing but that
             about["case"] = f"step, {case.name}"
             print(json.dumps({**about, **stepped(case, given.device)}), flush=True)
+    for found in ranked(given.device):
+        print(json.dumps({"dtype": str(torch.float32), **found}), flush=True)
     if not given.brief:
         for found in compiled(given.device):
             print(json.dumps({"dtype": "torch.float32", **found}), flush=True)

@@ -19,7 +19,10 @@ _BOUNDS = {"torch.float32": 1e-3, "torch.bfloat16": 1e-2, "torch.float16": 1e-2}
 #: Words that are no figures of a case.
 _ABOUT = ("case", "dtype")
 #: What a case counts that must not be there at all.
-_NONE = ("mass of hidden slots", "written otherwise", "called NaN", "NaN not seen")
+_NONE = (
+    *("mass of hidden slots", "written otherwise", "called NaN", "NaN not seen"),
+    "chosen otherwise",
+)
 
 
 def compare_kernels(setting: Setting, tell: Tell) -> None:
@@ -46,7 +49,7 @@ def compare_kernels(setting: Setting, tell: Tell) -> None:
         found: dict[str, Any] = json.loads(line)
         figures = {name: value for name, value in found.items() if name not in _ABOUT}
         errors = [value for name, value in figures.items() if not name.startswith(_NONE)]
-        shown = {"worst error": max(errors), "bound": _BOUNDS[found["dtype"]]}
+        shown = {"worst error": max(errors, default=0.0), "bound": _BOUNDS[found["dtype"]]}
         tell(Finding(found["case"], shown, _wrong(figures, shown["bound"])))
     said = trial.stderr.read()
     if trial.wait():

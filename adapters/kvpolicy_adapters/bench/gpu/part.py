@@ -78,11 +78,13 @@ class Part:
         seconds: after which it is ended.
         run: looks, and tells what it finds. A function at the top of a module, so that another
             process can be given it.
+        gpu_only: whether a CPU has nothing to show there, however tiny.
     """
 
     name: str
     seconds: float
     run: Callable[[Setting, Tell], None]
+    gpu_only: bool = False
 
 
 @dataclass

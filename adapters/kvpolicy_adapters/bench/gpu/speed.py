@@ -81,6 +81,6 @@ def _tell(job: Bench, tell: Tell, rounds: Rounds) -> None:
             "cache MB": figures.cache_bytes / 1e6,
             "rounds": rounds.finished,
         }
-        if figures.overhead is not None:
+        if figures.overhead is not None and figures.kind not in ("floor", "skip"):
             row["over floor"] = f"{figures.overhead.value:+.1%}"
         tell(Finding(figures.name, row))
