@@ -57,7 +57,7 @@ def steps(cache: kvpolicy.PolicyCache, count: int) -> list[tuple[bool, int]]:
     """Whether each step decided, and its launches."""
     found = []
     for _ in range(count):
-        decides = cache.seen >= cache.layers[0].settled
+        decides = cache.seen >= cache.layers[0].decider.settled
         with Launches() as seen:
             cache.attend(0, *new())
         found.append((decides, seen.count - 3))  # the three tensors that were drawn
@@ -123,12 +123,15 @@ def test_a_compiled_steps_outside_is_a_few_launches(name):
     with fake_devices(), torch.inference_mode():
         steps(cache, 1 + BUDGET + LAYOUT.cols)
         found = []
+        with cache.step():  # which allocates the step's own tensors
+            cache.attend_step(0, *new())
         for _ in range(2 * LAYOUT.cols):
-            decides = cache.seen >= cache.layers[0].settled
+            decides = cache.seen >= cache.layers[0].decider.settled
             with Launches() as seen:
                 with cache.step():
+                    before = seen.count
                     cache.attend_step(0, *new())
-                    inside = seen.count
+                    inside = seen.count - before
                 outside = seen.count - inside
             found.append((decides, inside, outside))
             assert not seen.waits

@@ -196,22 +196,25 @@ def ranked(device: str) -> Iterator[dict[str, Any]]:
             what = "all" if shield is None else "shared" if pin is None else "each"
             prefix = 0 if pin is not None else min(2, slots - 1)
             level = leveled(score, positions, protected=shield, pinned=pin, prefix=prefix)
+            rows = zip(level.flatten(0, 1).tolist(), positions.flatten(0, 1).tolist(), strict=True)
             order = [
-                sorted(range(slots), key=lambda s, at=at: (level[at][s], positions[at][s], s))
-                for at in itertools.product(range(2), range(3))
+                [slot for *_, slot in sorted(zip(*row, range(slots), strict=True))] for row in rows
             ]
             expected = torch.tensor(order).view(size)[..., :count]
             sane = sane_on(torch.device(device))
-            moved = [None if t is None else t.to(device) for t in (shield, pin)]
-            given = score.to(device), positions.to(device), count, *moved, prefix
-            found = lowest_slots(*given, sane).cpu()
+            moved = (
+                None if shield is None else shield.to(device),
+                None if pin is None else pin.to(device),
+            )
+            there = positions.to(device)
+            found = lowest_slots(score.to(device), there, count, *moved, prefix, sane).cpu()
             wrong = int((found != expected).sum())
             figures = {"chosen otherwise": wrong, "called NaN": 1 - int(sane)}
             if not ranks and slots > 1:
                 with_nan = score.clone()
                 with_nan[0, 0, -1] = torch.nan  # neither pinned nor empty
-                positions[0, 0, -1] = slots
-                lowest_slots(with_nan.to(device), positions.to(device), *given[2:], sane)
+                there[0, 0, -1] = slots
+                lowest_slots(with_nan.to(device), there, count, *moved, prefix, sane)
                 figures["NaN not seen"] = int(sane)
             yield {"case": f"rank {slots} slots, {count} go, {what}", **figures}
 

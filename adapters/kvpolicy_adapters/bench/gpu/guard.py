@@ -14,6 +14,7 @@ import sys
 import time
 from contextlib import suppress
 from multiprocessing.connection import Connection
+from typing import Any
 
 from kvpolicy.errors import KVPolicyError
 from kvpolicy_adapters.bench.gpu.part import Finding, Outcome, Part, Setting
@@ -39,7 +40,7 @@ def run_part(part: Part, setting: Setting, left: float) -> Outcome:
     if allowed < _LEAST:
         return Outcome(part.name, "not begun", error="there was no time left")
     # A copy of this process has imported everything already. CUDA must not have begun in it.
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    context: Any = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_work, args=(part, setting, theirs))
     outcome = Outcome(part.name, "out of time", error=f"ended after {allowed:.0f} seconds")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 
 import torch
-from torch.autograd import DeviceType
+from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from kvpolicy import PolicyCache, RasterLayout, available, create
