@@ -21,6 +21,7 @@ BUDGET = 30
 #: Launches of one layer's step once the budget is full: most between two decisions, and most with
 #: one. A policy that decides at every token has no step without.
 MOST = {
+    "ahead": (None, 54),
     "compose": (None, 9),
     "full": (1, None),
     "h2o": (None, 7),

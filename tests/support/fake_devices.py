@@ -42,10 +42,7 @@ class _Indexing(TorchFunctionMode):
 _INSTEAD = {
     Tensor.__invert__: torch.ops.aten.bitwise_not,
     Tensor.copy_: torch.ops.aten.copy_,
-<<<<<<< HEAD
     Tensor.index_put_: torch.ops.aten.index_put_,
-=======
->>>>>>> b76bb7d (What goes is ranked in one launch on a GPU; a step's launches are counted for every policy)
 }
 
 
