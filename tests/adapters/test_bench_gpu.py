@@ -49,6 +49,19 @@ def hangs(setting, tell):
     time.sleep(600)
 
 
+def is_gone(process):
+    """Whether a process ends, or only waits for whoever adopts it to look at it."""
+    for _ in range(300):
+        try:
+            with open(f"/proc/{process}/stat", encoding="ascii") as stat:
+                if stat.read().split()[2] == "Z":
+                    return True
+        except FileNotFoundError:
+            return True
+        time.sleep(0.1)
+    return False
+
+
 def is_wrong(setting, tell):
     tell(Finding("a", {"number": 1}, "it is odd"))
 
@@ -76,17 +89,29 @@ def test_a_part_that_hangs_is_ended_with_all_that_it_started():
     outcome = run_part(Part("part", 5, hangs), TINY, 60)
     assert outcome.state == "out of time"
     (child,) = outcome.findings.values()
-    process = f"/proc/{child.figures['process']}/stat"
-    for _ in range(100):  # whoever adopts it has to look at it once
-        try:
-            with open(process, encoding="ascii") as stat:
-                gone = stat.read().split()[2] == "Z"
-        except FileNotFoundError:
-            gone = True
-        if gone:
-            break
-        time.sleep(0.1)
-    assert gone
+    assert is_gone(child.figures["process"])
+
+
+@forks
+def test_a_command_that_is_killed_leaves_no_part_behind(tmp_path):
+    """Its own process is gone at once; what it had begun ends itself, and what that had started."""
+    script = tmp_path / "killed.py"
+    script.write_text(
+        "import subprocess, sys, time\n"
+        "from kvpolicy_adapters.bench.gpu.guard import run_part\n"
+        "from kvpolicy_adapters.bench.gpu.part import Part, Setting\n"
+        "def hangs(setting, tell):\n"
+        "    child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        "    print(child.pid, file=sys.stderr, flush=True)\n"
+        "    time.sleep(600)\n"
+        "run_part(Part('part', 600, hangs), Setting('cpu', True, 'float32'), 600)\n"
+    )
+    command = subprocess.Popen([sys.executable, str(script)], stderr=subprocess.PIPE, text=True)
+    child = int(command.stderr.readline())
+    command.kill()
+    command.wait()
+    assert is_gone(child)
+    command.stderr.close()
 
 
 def test_no_part_begins_without_time():

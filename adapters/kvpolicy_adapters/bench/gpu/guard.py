@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 from contextlib import suppress
 from multiprocessing.connection import Connection
@@ -23,6 +24,8 @@ __all__ = ["run_part"]
 
 #: With less than this left, a process would only just have begun.
 _LEAST = 2.0
+#: Seconds after which a part's process looks whether it is still wanted.
+_LOOK = 0.5
 
 
 def run_part(part: Part, setting: Setting, left: float) -> Outcome:
@@ -73,6 +76,7 @@ def _work(part: Part, setting: Setting, told: Connection) -> None:
     """In the part's process: run it, and say at last what was wrong, or nothing."""
     if hasattr(os, "setsid"):
         os.setsid()  # whatever it starts can be ended with it
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     os.dup2(2, 1)  # what libraries print is not the report
     try:
         part.run(setting, told.send)
@@ -84,12 +88,20 @@ def _work(part: Part, setting: Setting, told: Connection) -> None:
         told.send("")
 
 
+def _end_with_parent() -> None:
+    """Whoever is killed himself can end nobody: a process without a parent ends itself."""
+    parent = os.getppid()
+    while os.getppid() == parent:
+        time.sleep(_LOOK)
+    _end(os.getpid())
+
+
 def _end(process: int | None) -> None:
     """Kill a process, and all that it has started."""
     if process is None:
         return
-    with suppress(OSError):
-        os.kill(process, signal.SIGKILL if hasattr(signal, "SIGKILL") else signal.SIGTERM)
     if hasattr(os, "killpg"):
         with suppress(OSError):
             os.killpg(process, signal.SIGKILL)
+    with suppress(OSError):
+        os.kill(process, signal.SIGKILL if hasattr(signal, "SIGKILL") else signal.SIGTERM)
