@@ -58,7 +58,8 @@ def test_against_float64(found):
 @needs_triton
 def test_float32_is_multiplied_as_such(found):
     """Not as TensorFloat32, whose error is 1e-3 and more."""
-    worst = max(case["output"] for case in found if case["dtype"] == "torch.float32")
+    wide = [case for case in found if case["dtype"] == "torch.float32" and "output" in case]
+    worst = max(case["output"] for case in wide)
     assert worst < 1e-5
 
 
