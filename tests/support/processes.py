@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import runpy
+import signal
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -72,6 +73,8 @@ def _run(what: tuple, folder: Path, timeout: float) -> Done:
 def _child(
     code: str | None, script: str | None, arguments: tuple, folder: str, out: str, err: str
 ) -> None:
+    # As in a terminal, also where these tests run in a shell's background, which ignores Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.chdir(folder)
     for path, descriptor in ((out, 1), (err, 2)):
         with open(path, "wb") as file:
