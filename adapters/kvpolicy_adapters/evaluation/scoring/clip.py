@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, CLIPModel
+from transformers import AutoConfig, AutoTokenizer, CLIPImageProcessorPil, CLIPModel
 
 from kvpolicy import ParameterError
 
@@ -83,7 +83,7 @@ def open_clip(path: Path, device: str) -> Clip:
         model: Any = CLIPModel.from_pretrained(path, local_files_only=True)
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
         # One way to resize, with torchvision and without.
-        processor = AutoImageProcessor.from_pretrained(path, local_files_only=True, backend="pil")
+        processor = CLIPImageProcessorPil.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError) as error:
         if isinstance(error, ParameterError):
             raise
