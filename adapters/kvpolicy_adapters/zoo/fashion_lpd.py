@@ -193,7 +193,7 @@ class FashionLPD:
         *,
         seed: int | None = None,
         cfg_scale: float = 1.0,
-        cfg_schedule: CFGSchedule = "linear",
+        cfg_schedule: CFGSchedule = "constant",
         sampling: Sampling | None = None,
         rules: Sequence[Rule] = (),
         advance: Callable[[int], None] | None = None,
@@ -206,7 +206,8 @@ class FashionLPD:
             decoder: likewise.
             seed: likewise.
             cfg_scale: likewise.
-            cfg_schedule: see :func:`kvpolicy_adapters.images.guidance.guided_groups`.
+            cfg_schedule: see :func:`kvpolicy_adapters.images.guidance.guided_groups`; a scale that
+                rises along the image, as the paper's, draws worse images here.
             sampling: temperature, top-k and top-p; plain sampling by default.
             rules: under ``sequential`` only.
             advance: is told how many pixels of each image have come since the last call.
