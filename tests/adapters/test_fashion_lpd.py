@@ -36,6 +36,17 @@ def bits(box, policy, budget, layout, count=4):
         return found, cache.stats()
 
 
+def test_guidance_is_constant_unless_it_is_said_to_rise(box):
+    decoder, classes = Parallel(passes=16), torch.arange(2)
+
+    def drawn(**schedule):
+        with box.attached("full", None, box.layout(decoder)) as cache:
+            return box.decode(classes, cache, decoder, seed=0, cfg_scale=3.0, **schedule).tokens
+
+    assert torch.equal(drawn(), drawn(cfg_schedule="constant"))
+    assert not torch.equal(drawn(), drawn(cfg_schedule="linear"))
+
+
 def test_it_is_as_large_as_the_card_says(box):
     card = box.card
     assert card.parameters == sum(param.numel() for param in box.model.parameters())
