@@ -18,7 +18,7 @@ the same command, run again, goes on. Where the rate begins to fall, the checkpo
 ``plateau.pt``: a longer run goes on from there (``--start plateau.pt``, into another folder).
 
     python clipart.py --out runs/clipart
-    python train_clipart_vqgan.py --out runs/clipart-vqgan --steps 6000
+    python train_clipart_vqgan.py --out runs/clipart-vqgan --steps 1500
     python train_clipart_ar.py --clipart runs/clipart --out runs/clipart-ar \\
         --vqgan runs/clipart-vqgan/vqgan.safetensors --steps 4000 --falling 1200
 """
@@ -136,9 +136,9 @@ class Batches:
 
 
 @cache
-def future(start: int, end: int) -> Tensor:
-    """What queries ``start`` to ``end`` may not see of the keys before ``end``."""
-    return torch.ones(end - start, end, dtype=torch.bool).triu(start + 1)
+def future(length: int) -> Tensor:
+    """What each of ``length`` queries may not see of as many keys."""
+    return torch.ones(length, length, dtype=torch.bool).triu(1)
 
 
 def attend(
@@ -154,8 +154,10 @@ def attend(
         end = min(length, start + CHUNK)
         asked = query[:, :, :, start:end].reshape(rows, -1, dim)
         keys, values = (x[:, :, :end].reshape(rows, end, dim) for x in (key, value))
-        scores = torch.bmm(asked, keys.transpose(1, 2)).float().view(-1, end - start, end)
-        weights = scores.masked_fill(future(start, end), -math.inf).softmax(-1).to(value.dtype)
+        scores = torch.bmm(asked, keys.transpose(1, 2)).view(-1, end - start, end)
+        with torch.no_grad():  # what gets no weight gets no gradient either
+            scores[..., start:].masked_fill_(future(end - start), -math.inf)
+        weights = scores.softmax(-1)
         out = torch.bmm(weights.view(rows, -1, end), values)
         parts.append(out.view(batch, heads, end - start, dim))
     return torch.cat(parts, dim=2).transpose(1, 2), None
@@ -168,7 +170,8 @@ def loss_of(model: LlamaForCausalLM, tokens: Tensor) -> Tensor:
     """Nats of each token behind the prompt, [B, 576] or [B, 600]."""
     hidden = model.model(input_ids=tokens[:, :-1], use_cache=False).last_hidden_state
     logits = model.lm_head(hidden[:, MAX_WORDS:]).float()
-    return F.cross_entropy(logits.transpose(1, 2), tokens[:, MAX_WORDS + 1 :], reduction="none")
+    said = tokens[:, MAX_WORDS + 1 :]
+    return F.cross_entropy(logits.flatten(0, 1), said.flatten(), reduction="none").view_as(said)
 
 
 @torch.no_grad()
@@ -364,11 +367,11 @@ def main(
     falling: Annotated[int, typer.Option(help="Of these, the last ones, with falling rate.")] = 0,
     start: Annotated[Path | None, typer.Option(help="A checkpoint of another run.")] = None,
     layers: int = 6,
-    width: int = 192,
-    heads: int = 6,
-    kv_heads: int = 3,
+    width: int = 160,
+    heads: int = 4,
+    kv_heads: int = 2,
     head_dim: int = 32,
-    hidden: int = 512,
+    hidden: int = 416,
     rope_theta: float = 500.0,
     batch: int = 8,
     muon_lr: float = 0.012,
