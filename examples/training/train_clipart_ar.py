@@ -26,10 +26,8 @@ the same command, run again, goes on. Where the rate begins to fall, the checkpo
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
-import shutil
 import time
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -41,6 +39,7 @@ import torch
 import torch.nn.functional as F
 import typer
 from clipart import Clipart, Pixels, read_saved
+from runs import replace_checkpoint, replace_folder, require_same, write_log
 from torch import Tensor
 from train_clipart_vqgan import augment
 from train_fashion_ar import Muon
@@ -288,7 +287,7 @@ class Run:
         return loss.item() / math.log(2)
 
     def save(self, name: str = "checkpoint.pt") -> None:
-        """Replace the checkpoint in one move: a kill at any moment leaves a whole one behind."""
+        """Replace the checkpoint in one move."""
         state = {
             "recipe": asdict(self.recipe),
             "step": self.step,
@@ -298,12 +297,7 @@ class Run:
             "ema": self.ema.state_dict(),
             "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
         }
-        fresh = self.out / f"{name}.new"
-        with fresh.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(fresh, self.out / name)
+        replace_checkpoint(self.out / name, state)
 
     def load(self, path: Path, *, resumes: bool) -> None:
         """Go on from a checkpoint, of this run or (``--start``) of another.
@@ -313,11 +307,9 @@ class Run:
                 elsewhere than this run's does.
         """
         state = torch.load(path, weights_only=True)
-        mine, theirs = asdict(self.recipe), state["recipe"]
         shape = ("vocabulary", "layers", "width", "heads", "kv_heads", "head_dim", "hidden")
-        changed = [n for n in (mine if resumes else shape) if theirs.get(n) != mine[n]]
-        if changed:
-            raise typer.BadParameter(f"{path} was made with other values of: {', '.join(changed)}")
+        names = None if resumes else shape
+        require_same(path, state["recipe"], asdict(self.recipe), names)
         fell, falls = state["falls_from"], self.steps - self.falling
         if state["step"] > fell and not (resumes and fell == falls):
             raise typer.BadParameter(
@@ -337,21 +329,12 @@ class Run:
 
     def export(self, folder: Path) -> None:
         """Write the averaged weights as bfloat16, for ``LlamaForCausalLM.from_pretrained``."""
-        fresh = folder.with_name(folder.name + ".new")
-        shutil.rmtree(fresh, ignore_errors=True)
         copy = LlamaForCausalLM(self.recipe.config())
         copy.load_state_dict(self.ema.state_dict())
-        copy.bfloat16().save_pretrained(fresh)
-        folder.mkdir(parents=True, exist_ok=True)
-        for file in fresh.iterdir():
-            os.replace(file, folder / file.name)
-        fresh.rmdir()
+        replace_folder(folder, copy.bfloat16().save_pretrained)
 
     def log(self, **entry: Any) -> None:
-        line = json.dumps({"step": self.step, "seconds": round(self.seconds, 1), **entry})
-        with (self.out / "log.jsonl").open("a") as file:
-            file.write(line + "\n")
-        print(line, flush=True)
+        write_log(self.out, self.step, self.seconds, **entry)
 
 
 def of_split(clipart: Clipart, indices: tuple[int, ...]) -> tuple[list[tuple[str, ...]], Pixels]:

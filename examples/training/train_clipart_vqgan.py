@@ -18,7 +18,6 @@ command, run again, goes on.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import time
@@ -32,6 +31,7 @@ import torch.nn.functional as F
 import typer
 from clipart import FOLDER, SIZE, Pixels, read_clipart, sheet
 from PIL import Image
+from runs import replace_checkpoint, write_log
 from torch import Tensor
 
 from kvpolicy_adapters.images.vqgan import VQGAN, VQGANConfig, from_pixels, to_pixels
@@ -175,7 +175,7 @@ class Run:
         }
 
     def save(self) -> None:
-        """Replace the checkpoint in one move: a kill at any moment leaves a whole one behind."""
+        """Replace the checkpoint in one move."""
         state = {
             "config": {**asdict(CONFIG)},
             "step": self.step,
@@ -183,12 +183,7 @@ class Run:
             "model": self.model.state_dict(),
             "optimiser": self.optimiser.state_dict(),
         }
-        fresh = self.out / "checkpoint.pt.new"
-        with fresh.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(fresh, self.out / "checkpoint.pt")
+        replace_checkpoint(self.out / "checkpoint.pt", state)
         save_vqgan(self.model, self.out / "vqgan.safetensors.new")
         os.replace(self.out / "vqgan.safetensors.new", self.out / "vqgan.safetensors")
 
@@ -206,10 +201,7 @@ class Run:
         return True
 
     def log(self, **entry: Any) -> None:
-        line = json.dumps({"step": self.step, "seconds": round(self.seconds, 1), **entry})
-        with (self.out / "log.jsonl").open("a") as file:
-            file.write(line + "\n")
-        print(line, flush=True)
+        write_log(self.out, self.step, self.seconds, **entry)
 
     def show(self, images: Pixels) -> None:
         """A sheet of originals, and below each row what is left of them."""

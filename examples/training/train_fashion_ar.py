@@ -24,10 +24,7 @@ as ``--steps`` repeats the run.
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import shutil
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -38,6 +35,7 @@ import torch
 import torch.nn.functional as F
 import typer
 from fashion_mnist import ANY_CLASS, FOLDER, VOCAB, read_tokens
+from runs import replace_checkpoint, replace_folder, require_same, write_log
 from torch import Tensor, nn
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 
@@ -204,7 +202,7 @@ class Run:
         return loss.item() / math.log(2)
 
     def save(self) -> None:
-        """Replace the checkpoint in one move: a kill at any moment leaves a whole one behind."""
+        """Replace the checkpoint in one move."""
         state = {
             "recipe": asdict(self.recipe),
             "step": self.step,
@@ -214,22 +212,14 @@ class Run:
             "ema": self.ema.state_dict(),
             "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
         }
-        fresh = self.out / "checkpoint.pt.new"
-        with fresh.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(fresh, self.out / "checkpoint.pt")
+        replace_checkpoint(self.out / "checkpoint.pt", state)
 
     def load(self) -> bool:
         path = self.out / "checkpoint.pt"
         if not path.exists():
             return False
         state = torch.load(path, weights_only=True)
-        if state["recipe"] != asdict(self.recipe):
-            mine = asdict(self.recipe)
-            changed = [name for name in mine if state["recipe"].get(name) != mine[name]]
-            raise typer.BadParameter(f"{path} was made with other values of: {', '.join(changed)}")
+        require_same(path, state["recipe"], asdict(self.recipe))
         self.step, self.total, self.seconds = state["step"], state["total"], state["seconds"]
         self.master.load_state_dict(state["master"])
         self.ema.load_state_dict(state["ema"])
@@ -239,21 +229,12 @@ class Run:
 
     def export(self, folder: Path) -> None:
         """Write the averaged weights as bfloat16, for ``LlamaForCausalLM.from_pretrained``."""
-        fresh = folder.with_name(folder.name + ".new")
-        shutil.rmtree(fresh, ignore_errors=True)
         copy = LlamaForCausalLM(self.recipe.config())
         copy.load_state_dict(self.ema.state_dict())
-        copy.bfloat16().save_pretrained(fresh)
-        folder.mkdir(parents=True, exist_ok=True)
-        for file in fresh.iterdir():
-            os.replace(file, folder / file.name)
-        fresh.rmdir()
+        replace_folder(folder, copy.bfloat16().save_pretrained)
 
     def log(self, **entry: Any) -> None:
-        line = json.dumps({"step": self.step, "seconds": round(self.seconds, 1), **entry})
-        with (self.out / "log.jsonl").open("a") as file:
-            file.write(line + "\n")
-        print(line, flush=True)
+        write_log(self.out, self.step, self.seconds, **entry)
 
 
 def main(

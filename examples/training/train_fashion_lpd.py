@@ -27,10 +27,7 @@ as ``plateau.pt``: a longer run can start from there (``--start plateau.pt``).
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import shutil
 import time
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -42,6 +39,7 @@ import torch
 import torch.nn.functional as F
 import typer
 from fashion_mnist import COLS, FOLDER, ROWS, read_tokens
+from runs import replace_checkpoint, replace_folder, require_same, write_log
 from safetensors.torch import save
 from torch import Tensor
 from train_fashion_ar import HELD_OUT, Muon, batch_at
@@ -305,7 +303,7 @@ class Run:
         return loss.item() / math.log(2)
 
     def save(self, name: str = "checkpoint.pt") -> None:
-        """Replace the checkpoint in one move: a kill at any moment leaves a whole one behind."""
+        """Replace the checkpoint in one move."""
         state = {
             "recipe": asdict(self.recipe),
             "step": self.step,
@@ -315,20 +313,13 @@ class Run:
             "ema": self.ema.state_dict(),
             "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
         }
-        fresh = self.out / f"{name}.new"
-        with fresh.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(fresh, self.out / name)
+        replace_checkpoint(self.out / name, state)
 
     def load(self, path: Path, *, same_recipe: bool) -> None:
         """Go on from a checkpoint; one of another recipe gives weights and optimisers only."""
         state = torch.load(path, weights_only=True)
-        mine = asdict(self.recipe)
-        if same_recipe and state["recipe"] != mine:
-            changed = [name for name in mine if state["recipe"].get(name) != mine[name]]
-            raise typer.BadParameter(f"{path} was made with other values of: {', '.join(changed)}")
+        if same_recipe:
+            require_same(path, state["recipe"], asdict(self.recipe))
         self.step, self.seconds = state["step"], state["seconds"]
         self.total = state["total"] if same_recipe else None
         self.master.load_state_dict(state["master"])
@@ -338,22 +329,16 @@ class Run:
 
     def export(self, folder: Path) -> None:
         """Write the averaged weights as bfloat16, and the configuration of the network."""
-        fresh = folder.with_name(folder.name + ".new")
-        shutil.rmtree(fresh, ignore_errors=True)
-        fresh.mkdir(parents=True)
         weights = {n: p.detach().bfloat16() for n, p in self.ema.state_dict().items()}
-        (fresh / "model.safetensors").write_bytes(save(weights))
-        self.ema.llama.config.save_pretrained(fresh)
-        folder.mkdir(parents=True, exist_ok=True)
-        for file in fresh.iterdir():
-            os.replace(file, folder / file.name)
-        fresh.rmdir()
+
+        def write(fresh: Path) -> None:
+            (fresh / "model.safetensors").write_bytes(save(weights))
+            self.ema.llama.config.save_pretrained(fresh)
+
+        replace_folder(folder, write)
 
     def log(self, **entry: Any) -> None:
-        line = json.dumps({"step": self.step, "seconds": round(self.seconds, 1), **entry})
-        with (self.out / "log.jsonl").open("a") as file:
-            file.write(line + "\n")
-        print(line, flush=True)
+        write_log(self.out, self.step, self.seconds, **entry)
 
 
 def main(
