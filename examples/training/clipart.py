@@ -29,6 +29,18 @@ LEFT_OUT = ("computer/icons", "shapes", "special")
 SIZE = 96
 HELD_OUT, CALIBRATION = 400, 200
 WORDS = 8  # words of a prompt, the most telling last
+#: Names, and what a cut file name leaves of them, that were taken for words: tokens of clipart-ar
+#: that no prompt says. (Victor, bravo and roman are names, too, and signal flags and so on.)
+NAMES = frozenset(
+    """aj alex andy angelo anton ar ara arauj araujo arc arch architetto ba bal benj bogdan
+    boitel brice buc bucul charles costea dan daniel enrique erich es fco fitzsimon fra
+    francesco frederic frouke fudriot gabrielle gates ge ger gera gui guillaume guillo
+    jacq jakob jarno jean jo joel jon jonathan juliane jurgen kim krug kurt leif linda
+    luiz lumen marcelo matt matthew mauro michael mo montes nic nicolas nicu olivo omic
+    patricia petri philippe ro rollandin sergio staudt steele tanguy todd vas vasa vasamaa
+    wolfram yve yves
+    """.split()  # noqa: SIM905 (as a list it fills a page)
+)
 ALIKE = 0.035  # root mean square distance of two thumbnails, of 1, below which one is left out
 
 Pixels = NDArray[np.uint8]

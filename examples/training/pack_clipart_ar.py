@@ -3,8 +3,8 @@
     python examples/training/pack_clipart_ar.py --clipart runs/clipart --vqgan runs/clipart-vqgan \\
         --run runs/clipart-ar --out adapters/kvpolicy_adapters/zoo/clipart_ar
 
-What the card says about the weights is measured here, on the files as packed. MODEL_CARD.md, for
-people, is written by hand.
+What the cards say about the weights is measured here, on the files as packed: card.json for
+programs, MODEL_CARD.md for people.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
-from clipart import read_saved
+from clipart import NAMES, read_saved
 from clipart_ngrams import ngram_bits
 from safetensors.torch import load_file, save
 from train_clipart_ar import bits_per_code, encode, of_split
@@ -46,7 +46,8 @@ def main(
 ) -> None:
     """Pack, measure, and write card.json."""
     out.mkdir(parents=True, exist_ok=True)
-    recipe = next(entry["recipe"] for entry in entries_of(run) if "recipe" in entry)
+    begun = [entry for entry in entries_of(run) if "recipe" in entry]
+    recipe, falling = begun[0]["recipe"], begun[-1]["falling"]
     source = weights or vqgan / "vqgan.safetensors"
     if hashlib.sha256(source.read_bytes()).hexdigest() != recipe["vqgan"]:
         raise typer.BadParameter(f"{run} was trained on codes of another VQGAN than {source}")
@@ -61,18 +62,24 @@ def main(
         (out / name).write_bytes((run / "export" / name).read_bytes())
     splits = {"test": read.held_out, "calibration": read.calibration}
     said = {name: of_split(read, some) for name, some in splits.items()}
+    # Prompts say what is drawn, and not who drew it.
+    words = {
+        name: [tuple(word for word in prompt if word not in NAMES) for prompt in prompts]
+        for name, (prompts, _) in said.items()
+    }
     codes = {name: encode(coder, pictures) for name, (_, pictures) in said.items()}
     (out / "drawings.safetensors").write_bytes(save(codes))
-    about = {"vocabulary": read.vocabulary, **{name: words for name, (words, _) in said.items()}}
+    vocabulary = [None if word in NAMES else word for word in read.vocabulary]
+    about = {"vocabulary": vocabulary, **words}
     (out / "drawings.json").write_text(json.dumps(about, separators=(",", ":")) + "\n")
 
     config = json.loads((out / "config.json").read_text())
     model = LlamaForCausalLM(LlamaConfig(**config))
     model.load_state_dict(load_file(out / "model.safetensors"))
     model.float().eval()
-    tokens = ClipartTokens(read.vocabulary, coder.config.codes)
+    tokens = ClipartTokens(vocabulary, coder.config.codes)
     bits = {
-        breaks: bits_per_code(model, tokens, said["test"][0], codes["test"], line_breaks=breaks)
+        breaks: bits_per_code(model, tokens, words["test"], codes["test"], line_breaks=breaks)
         for breaks in (False, True)
     }
     seen = [np.load(file) for file in sorted(run.glob(f"codes-{recipe['vqgan'][:8]}-*.npy"))]
@@ -114,7 +121,25 @@ def main(
         },
     )
     (out / "card.json").write_text(card.model_dump_json(indent=2) + "\n")
+    size = sum((out / name).stat().st_size for name in CLIPART_FILES) / 1e6
+    (out / "MODEL_CARD.md").write_text(model_card(card, size, len(tokens.vocabulary), falling))
     print(card.model_dump_json(indent=2))
+
+
+def model_card(card: ClipartCard, megabytes: float, words: int, falling: int) -> str:
+    """MODEL_CARD.md: what card.json says, for people.
+
+    Args:
+        card: the facts.
+        megabytes: all files together.
+        words: how many a prompt may be made of.
+        falling: steps of the training, the last ones, in which its rate fell.
+    """
+    counted = ", ".join(f"{name} {bits:.2f}" for name, bits in card.bits_of_counting.items())
+    page = Path(__file__).with_name("clipart_card.md").read_text()
+    return page.format(
+        card=card, megabytes=megabytes, words=words, falling=falling, counted=counted
+    )
 
 
 if __name__ == "__main__":

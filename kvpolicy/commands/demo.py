@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
-from kvpolicy.commands.arguments import STALE, find_own, split, stale_from
+from kvpolicy.commands.arguments import STALE, find_own, pair, split, stale_from
 from kvpolicy.commands.console import console
 from kvpolicy.commands.progress import Bar
 from kvpolicy.commands.sweep import say_failures, sweep
@@ -24,19 +24,28 @@ if TYPE_CHECKING:
 
 __all__ = ["demo"]
 
-_IMAGES, _ONE_BY_ONE = 200, 10
+_ONE_BY_ONE = 10
+#: Heading, format and explanation of a figure.
+_FIGURES = {
+    "bits_per_pixel": ("bits/px", "{:.4f}", "of real test images under that cache"),
+    "bits_per_code": ("bits/code", "{:.4f}", "of held-out drawings under that cache"),
+    "frechet": ("Fréchet", "{:.2f}", "distance of the drawn images to real ones"),
+    "class_accuracy": ("class", "{:.0%}", "drawn images that a classifier recognises"),
+    "divergence": ("diverges", "{:.4f}", "bits a code, of what is drawn from the full cache's"),
+}
 
 
 def demo(
     out: Annotated[
         Path, typer.Option(help="Folder for the table and the pictures; made, or gone on with.")
     ] = Path("runs/demo"),
+    subject: Annotated[str, typer.Option(help="fashion-ar, or clipart-ar.")] = "fashion-ar",
     images: Annotated[
         int | None,
         typer.Option(
             min=10,
-            help=f"Images to draw with each policy, {_IMAGES} by default, or with each of "
-            f"--decoders, {_ONE_BY_ONE}.",
+            help=f"Images to draw with each policy, 200 by default, 20 of clipart-ar, or with each "
+            f"of --decoders, {_ONE_BY_ONE}.",
         ),
     ] = None,
     budget: Annotated[str, typer.Option(help="Budget: 1/6, 25%, 130, '4 lines'.")] = "1/6",
@@ -55,16 +64,24 @@ def demo(
         ),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the drawing.")] = 0,
-    scored: Annotated[int, typer.Option(min=2, max=1000, help="Real images to score.")] = 256,
+    scored: Annotated[
+        int | None,
+        typer.Option(min=2, max=1000, help="Real images to score; 256, or 100 of clipart-ar."),
+    ] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(help="Of the subject, e.g. line_breaks=true; repeatable."),
+    ] = None,
     stale: Annotated[bool | None, typer.Option("--stale/--keep-stale", help=STALE)] = None,
 ) -> None:
     """Draw images with each policy from a fraction of the cache, and measure what it costs.
 
-    The model is fashion-ar, trained on real photographs, and ships with kvpolicy. A policy has a
-    process and a thread of its own, as many at a time as there are processors. Writes results.json,
-    images.png and retention.png; the folder is a run's, which kvpolicy report reads, and the same
-    command goes on where one was interrupted. Then decoders draw a few images one by one, in a
-    folder of its own: decoders.json and images.png in decoders/.
+    The model is fashion-ar, trained on real photographs, and ships with kvpolicy; or clipart-ar,
+    which draws in colour from words. A policy has a process and a thread of its own, as many at a
+    time as there are processors. Writes results.json, images.png and retention.png; the folder is a
+    run's, which kvpolicy report reads, and the same command goes on where one was interrupted. Then
+    decoders draw a few images one by one, in a folder of its own: decoders.json and images.png in
+    decoders/.
     """
     from kvpolicy.lab.run.runner import prepare
 
@@ -73,14 +90,18 @@ def demo(
             f"--decoders compares decoders under {lab.DRAWN_UNDER}, and --policies policies under "
             f"sequential decoding: give one of them; kvpolicy ablate takes both"
         )
+    about = lab.shown(subject)
+    options = dict(pair(text, "--option", "line_breaks=true") for text in option or [])
+    of = _Subject(subject, options, about)
     jobs = []
     if decoders is None:
         chosen = lab.POLICIES if policies is None else split(policies)
-        jobs.append(_of_policies(chosen, budget, images or _IMAGES, scored, seed, out))
+        count, real = images or about.images, scored or about.scored
+        jobs.append(_of_policies(of, chosen, budget, count, real, seed, out))
     if policies is None:
         others = lab.DECODERS if decoders is None else split(decoders)
         count = _ONE_BY_ONE if decoders is None or images is None else images
-        jobs.append(_of_decoders(others, budget, count, seed, out))
+        jobs.append(_of_decoders(of, others, budget, count, seed, out))
     prepared = [prepare(job.plan) for job in jobs]  # all, before anything is measured
     for job, cells in zip(jobs, prepared, strict=True):
         _compare(job, cells, stale_from(stale))
@@ -103,25 +124,58 @@ class _Job:
     tell: Callable[[Sequence[Entry]], tuple[Sequence[lab.Row | lab.DecoderRow], Table]]
 
 
+@dataclass(frozen=True)
+class _Subject:
+    """What the demo is of.
+
+    Attributes:
+        name: of the subject.
+        options: that the user gives it.
+        shown: what is measured.
+    """
+
+    name: str
+    options: dict[str, Any]
+    shown: lab.Shown
+
+
 def _of_policies(
-    policies: Sequence[str], budget: str, images: int, scored: int, seed: int, out: Path
+    of: _Subject,
+    policies: Sequence[str],
+    budget: str,
+    images: int,
+    scored: int,
+    seed: int,
+    out: Path,
 ) -> _Job:
-    plan = lab.plan(policies, budget, images=images, scored=scored, seed=seed)
+    plan = lab.plan(
+        policies,
+        budget,
+        images=images,
+        scored=scored,
+        seed=seed,
+        subject=of.name,
+        options=of.options,
+    )
     find_own(*(policy.name for policy in plan.policies))
 
     def tell(entries: Sequence[Entry]) -> tuple[list[lab.Row], Table]:
-        rows = lab.rows(entries)
-        return rows, _table(rows, images, scored, budget)
+        rows = lab.rows(entries, of.name)
+        return rows, _table(rows, of.shown, images, scored, budget)
 
     return _Job(plan, out, "results.json", tell)
 
 
-def _of_decoders(decoders: Sequence[str], budget: str, images: int, seed: int, out: Path) -> _Job:
-    plan = lab.decoder_plan(decoders, budget, images=images, seed=seed)
+def _of_decoders(
+    of: _Subject, decoders: Sequence[str], budget: str, images: int, seed: int, out: Path
+) -> _Job:
+    plan = lab.decoder_plan(
+        decoders, budget, images=images, seed=seed, subject=of.name, options=of.options
+    )
 
     def tell(entries: Sequence[Entry]) -> tuple[list[lab.DecoderRow], Table]:
-        rows = lab.decoder_rows(entries)
-        return rows, _decoder_table(rows, images, budget)
+        rows = lab.decoder_rows(entries, of.name)
+        return rows, _decoder_table(rows, of.shown, images, budget)
 
     return _Job(plan, out / "decoders", "decoders.json", tell)
 
@@ -159,13 +213,14 @@ def _compare(job: _Job, prepared: Prepared, stale: Stale) -> None:
     say_failures(progress, out)
 
 
-def _decoder_table(rows: Sequence[lab.DecoderRow], images: int, budget: str) -> Table:
+def _decoder_table(
+    rows: Sequence[lab.DecoderRow], shown: lab.Shown, images: int, budget: str
+) -> Table:
     """What decoders save, narrow enough for 80 columns."""
     table = Table(
         title=f"{images} images, one at a time: cache of {budget} of the image",
         caption="passes: of the model, an image; times as fast: as the full cache, token by token; "
-        "class: drawn images that a classifier recognises; Fréchet: distance of the drawn images "
-        "to real ones, lower is better.",
+        f"{_explained(shown.drawn)}.",
         box=None,
         padding=(0, 2, 0, 0),
         pad_edge=False,
@@ -173,7 +228,8 @@ def _decoder_table(rows: Sequence[lab.DecoderRow], images: int, budget: str) -> 
         caption_justify="left",
     )
     table.add_column("drawn by", no_wrap=True)
-    for heading in ("passes", "s/image", "times as fast", "class", "Fréchet"):
+    headings = [_FIGURES[name][0] for name in shown.drawn]
+    for heading in ("passes", "s/image", "times as fast", *headings):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
@@ -181,21 +237,20 @@ def _decoder_table(rows: Sequence[lab.DecoderRow], images: int, budget: str) -> 
             f"{row.passes:.0f}",
             f"{row.seconds:.2f}",
             "-" if row.times_as_fast is None else f"{row.times_as_fast:.2f}",
-            f"{row.class_accuracy:.0%}",
-            "-" if row.frechet is None else f"{row.frechet:.2f}",
+            *(_spelled(name, row.figures[name]) for name in shown.drawn),
         )
     return table
 
 
-def _table(rows: Sequence[lab.Row], images: int, scored: int, budget: str) -> Table:
+def _table(
+    rows: Sequence[lab.Row], shown: lab.Shown, images: int, scored: int, budget: str
+) -> Table:
     """The figures, narrow enough for 80 columns."""
     table = Table(
         title=f"cache of {budget} of the image: {scored} real images scored, {images} images drawn",
         caption="peak: cached tokens a head, prefix included, mean over layers; MB: cache of one "
-        "image; bits/px: of real test images under that cache, lower is better; difference: to "
-        "full on the same images, with its 95% interval; Fréchet: distance of the drawn images to "
-        "real ones, lower is better; class: drawn images that a classifier recognises; img/s: "
-        "drawn by one thread.",
+        f"image; {_explained([shown.main])}; difference: to full on the same images, with its 95% "
+        f"interval; {_explained(shown.drawn)}; img/s: drawn by one thread.",
         box=None,
         padding=(0, 1, 0, 0),
         pad_edge=False,
@@ -203,19 +258,32 @@ def _table(rows: Sequence[lab.Row], images: int, scored: int, budget: str) -> Ta
         caption_justify="left",
     )
     table.add_column("policy", no_wrap=True)
-    for heading in ("peak", "MB", "bits/px", "difference to full", "Fréchet", "class", "img/s"):
+    main, *others = (_FIGURES[name][0] for name in (shown.main, *shown.drawn))
+    for heading in ("peak", "MB", main, "difference to full", *others, "img/s"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
             row.policy,
             f"{row.peak_tokens:g}",
             f"{row.cache_bytes / 1e6:.2f}",
-            f"{row.bits_per_pixel:.4f}",
+            _spelled(shown.main, row.figures[shown.main]),
             "-"
             if row.policy == "full" or row.delta_bits is None
             else f"{row.delta_bits:+.4f} ({row.delta_low:+.3f}…{row.delta_high:+.3f})",
-            f"{row.frechet:.2f}",
-            f"{row.class_accuracy:.0%}",
-            f"{row.images_per_second:.1f}",
+            *(_spelled(name, row.figures[name]) for name in shown.drawn),
+            f"{row.images_per_second:.{1 if row.images_per_second >= 1 else 2}f}",
         )
     return table
+
+
+def _spelled(name: str, value: float | None) -> str:
+    return "-" if value is None else _FIGURES[name][1].format(value)
+
+
+def _explained(names: Sequence[str]) -> str:
+    """What headings mean."""
+    said = []
+    for name in names:
+        heading, _, about = _FIGURES[name]
+        said.append(f"{heading}: {about}{'' if name == 'class_accuracy' else ', lower is better'}")
+    return "; ".join(said)

@@ -174,6 +174,39 @@ def test_bits_are_those_of_the_codes_alone(box, folder, breaks):
     )
 
 
+@BOTH
+def test_bits_under_guidance_are_of_what_drawing_draws_from(box, folder, breaks):
+    options = {"folder": str(folder), "scored": 3, "line_breaks": breaks, "cfg": 2.5}
+    subject = load_subject(SUBJECT, options)
+    tokens, rule = box.test_tokens(3, line_breaks=breaks), box.grammar(line_breaks=breaks)
+    nothing = box.unconditional(line_breaks=breaks).expand(3, -1)
+    with torch.no_grad():
+        said = box.model(tokens[:, :-1]).logits
+        unsaid = box.model(torch.cat([nothing, tokens[:, 9:-1]], dim=1)).logits
+    bits = torch.zeros(3, dtype=torch.float64)
+    for place in range(9, tokens.shape[1]):  # token by token, as a decoder does
+        one, other = said[:, place - 1], unsaid[:, place - 1]
+        chances = rule(tokens[:, :place], other + 2.5 * (one - other)).double().log_softmax(-1)
+        bits -= chances.gather(1, tokens[:, place : place + 1])[:, 0] / math.log(2)
+    found = subject.measure(setting(), 0, ["guided_bits_per_code"])
+    np.testing.assert_allclose(found.arrays["guided_bits"], bits / 576, atol=1e-4)
+    assert set(found.arrays) == {"guided_bits", "real"}
+
+
+@pytest.mark.slow
+def test_what_a_full_cache_draws_does_not_diverge_and_what_noise_keeps_does(folder):
+    options = {"folder": str(folder), "scored": 2, "images": 2, "batch": 2, "cfg": 1.5}
+    subject = load_subject(SUBJECT, options)
+    full = subject.measure(setting(), 0, ["divergence"])
+    assert (full.arrays["divergence"] == 0).all()
+    assert list(full.arrays["classes"]) == [0, 1]
+    assert subject.class_names[:2] == ("flags france", "(no words)")
+    some = subject.measure(setting("random", "1/24"), 0, ["divergence"])
+    assert some.arrays["divergence"].mean() > 0.01
+    other = load_subject(SUBJECT, {**options, "draw_seed": 1})
+    assert not np.array_equal(other.measure(setting(), 0, ["passes"]).images, full.images)
+
+
 def test_seeds_see_drawings_of_their_own_and_calibration_sees_others(folder):
     subject = load_subject(SUBJECT, {"folder": str(folder), "scored": 2})
     real = [subject.measure(setting(), seed, ["bits_per_code"]).arrays["real"] for seed in range(3)]

@@ -1,7 +1,9 @@
-"""The scripts that train clipart-ar: batches, attention, going on, and what counting predicts."""
+"""The scripts of clipart-ar: batches, attention, going on, what counting predicts, and packing."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import sys
 from collections import Counter
@@ -23,10 +25,11 @@ def scripts():
     sys.path.insert(0, str(SCRIPTS))
     try:
         import clipart_ngrams
+        import pack_clipart_ar
         import train_clipart_ar
     finally:
         sys.path.remove(str(SCRIPTS))
-    return train_clipart_ar, clipart_ngrams
+    return train_clipart_ar, clipart_ngrams, pack_clipart_ar
 
 
 class Drawn:
@@ -154,3 +157,67 @@ def test_what_counting_predicts_is_what_counting_by_hand_does(scripts):
     found = scripts[1].ngram_bits(rows[:6], rows[6:7], rows[7:], 50)
     assert found["above"] < 1 < found["left"]
     assert found["left and above"] < found["left"] / 2
+
+
+def test_what_is_packed_is_what_the_zoo_reads_and_says_what_it_does(scripts, tmp_path):
+    import kvpolicy
+    from kvpolicy.lab.run.subject import Setting
+    from kvpolicy_adapters.evaluation.clipart import ClipartAR
+    from kvpolicy_adapters.images.vqgan import VQGAN, VQGANConfig
+    from kvpolicy_adapters.images.vqgan_checkpoint import read_vqgan, save_vqgan
+
+    module, _, packing = scripts
+    clipart, vqgan, run = (tmp_path / name for name in ("clipart", "vqgan", "run"))
+    for folder in (clipart, vqgan, run):
+        folder.mkdir()
+    draws = np.random.default_rng(0)
+    np.savez(clipart / "images.npz", images=draws.integers(0, 256, (8, 96, 96, 3), np.uint8))
+    said = [["flags", "nicu"], ["flags"], [], ["fruit", "red"], ["nicu"], ["red"], ["fruit"], []]
+    about = {
+        "vocabulary": ["flags", "nicu", "fruit", "red"],
+        "held_out": [0, 3, 4],
+        "calibration": [1, 2],
+        "drawings": [[f"{place}.png", "", words] for place, words in enumerate(said)],
+    }
+    (clipart / "drawings.json").write_text(json.dumps(about))
+    torch.manual_seed(0)
+    shape = VQGANConfig(32, (1, 1, 1), 1, 32, 24, 2, (), groups=8)
+    save_vqgan(VQGAN(shape), vqgan / "vqgan.safetensors")
+    coder = read_vqgan(vqgan / "vqgan.safetensors").float()
+    (vqgan / "log.jsonl").write_text('{"step": 7}\n')
+    digest = hashlib.sha256((vqgan / "vqgan.safetensors").read_bytes()).hexdigest()
+    recipe = module.Recipe(
+        vqgan=digest, vocabulary=24 + 4 + 4, layers=1, width=16, heads=2, kv_heads=1, head_dim=8,
+        hidden=16, rope_theta=500.0, batch=2, muon_lr=0.01, adam_lr=0.01, warmup=1, ema=0.9, seed=0,
+    )  # fmt: skip
+    trained = module.Run(recipe, run, 5, 2)
+    trained.export(run / "export")
+    trained.step, trained.seconds = 5, 120.0
+    trained.log(event="start", recipe=vars(recipe), falling=2)
+    codes = torch.randint(0, 24, (3, 24, 24)).to(torch.int16)
+    np.save(run / f"codes-{digest[:8]}-0.npy", codes.numpy())
+    out = tmp_path / "out"
+    packing.main(clipart, vqgan, run, out)
+
+    subject = ClipartAR(str(out), scored=3)
+    box = subject.zoo
+    assert (box.card.steps, box.card.training_minutes, box.card.vqgan_steps) == (5, 2.0, 7)
+    assert box.said("test") == ["flags", "fruit red", ""]  # not the names of those who drew
+    assert box.said("calibration") == ["flags", ""]
+    with pytest.raises(ValueError, match="does not know 'nicu'"):
+        box.prompts(["nicu flags"])
+    # The others are the tokens that they were in training.
+    whole = module.ClipartTokens(about["vocabulary"], 24)
+    assert box.prompts(["red fruit"])[0].tolist() == whole.prefix(("fruit", "red"), line_breaks=0)
+    assert box.tokens.size == whole.size
+    real = module.encode(coder, np.load(clipart / "images.npz")["images"][[0, 3, 4]])
+    assert torch.equal(box.test_tokens(3)[:, 9:].view(3, 24, 24), real.long())
+    full = Setting(kvpolicy.create("full"), None)
+    bits = subject.measure(full, 0, ["bits_per_code"]).arrays["bits"].mean()
+    assert bits == pytest.approx(box.card.bits_per_code, abs=1e-3)
+    page = (out / "MODEL_CARD.md").read_text()
+    assert f"**{box.card.bits_per_code:.4f} bits per code**" in page
+    assert "--steps 5 --falling 2" in page
+    (vqgan / "vqgan.safetensors").write_bytes(b"another")
+    with pytest.raises(typer.BadParameter, match="trained on codes of another VQGAN"):
+        packing.main(clipart, vqgan, run, out)

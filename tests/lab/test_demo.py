@@ -155,6 +155,46 @@ def test_without_the_full_cache_no_difference_is_made_up():
     assert (linear.delta_bits, linear.delta_low, linear.delta_high) == (None, None, None)
 
 
+def test_a_demo_of_another_subject_measures_that_ones_figures(tmp_path):
+    made = demo.plan(
+        ["linear"], "1/6", images=20, scored=8, seed=2, subject="clipart-ar", options={"cfg": 1.5}
+    )
+    assert made.options == {"images": 20, "scored": 8, "draw_seed": 2, "cfg": 1.5}
+    assert set(made.metrics) >= {"bits_per_code", "divergence", "peak_tokens"}
+    assert not {"frechet", "class_accuracy"} & set(made.metrics)
+    figures = {name: Finding(Estimate(1.0)) for name in made.metrics}
+    figures["bits_per_code"] = Finding(Estimate(2.0), Estimate(0.5, 0.4, 0.6))
+    cell = SimpleNamespace(cell=made.cells()[1])
+    rows = demo.rows([Entry("linear", "1/6", (cell,), figures)], "clipart-ar")
+    demo.write_rows(rows, tmp_path / "results.json")
+    (row,) = json.loads((tmp_path / "results.json").read_text())
+    assert row.keys() == KEYS - {"bits_per_pixel", "frechet", "class_accuracy"} | {
+        "bits_per_code",
+        "divergence",
+    }
+    assert (row["bits_per_code"], row["delta_bits"], row["divergence"]) == (2.0, 0.5, 1.0)
+    drawn = demo.decoder_plan(["sjd"], "1/6", images=100, seed=0, subject="clipart-ar")
+    assert drawn.metrics == ("passes", "images_per_second", "divergence")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (
+            ("--subject", "clipart"),
+            "the demo knows no subject 'clipart'; did you mean 'clipart-ar'",
+        ),
+        (("--option", "images=3"), "the demo has its own --images"),
+        (("--option", "batsch=3", "--policies", "linear"), "no option 'batsch'; did you mean"),
+    ],
+)
+def test_a_subject_that_the_demo_can_not_show_is_refused(tmp_path, arguments, says):
+    done = CliRunner().invoke(app, ["demo", *arguments, "--out", str(tmp_path / "out")])
+    assert done.exit_code != 0
+    assert says in str(done.exception)
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_demo_is_a_plan_in_which_a_seed_draws_other_images():
     made = demo.plan(demo.POLICIES, "1/6", images=200, scored=256, seed=0)
     assert [cell.policy for cell in made.cells()] == list(demo.POLICIES)
@@ -186,7 +226,9 @@ def test_decoders_are_as_fast_as_the_full_cache_is_slow():
     entries = [entry(c, *f) for c, f in zip(made.cells(), figures, strict=True)]
     rows = demo.decoder_rows(entries)
     assert [row.drawn_by for row in rows] == ["full", "linear", "linear@sjd:window=8"]
-    assert [(row.passes, row.seconds, row.times_as_fast, row.frechet) for row in rows] == [
+    assert [
+        (row.passes, row.seconds, row.times_as_fast, row.figures["frechet"]) for row in rows
+    ] == [
         (784, 2.0, 1.0, None),
         (784, 2.5, 0.8, None),
         (80, 0.5, 4.0, None),

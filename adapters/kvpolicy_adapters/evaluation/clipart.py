@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,13 +20,35 @@ from kvpolicy.errors import ParameterError, near_matches
 from kvpolicy.lab.run.subject import Advance, Measurement, Metric, Scored, Setting
 from kvpolicy_adapters.attach import attach
 from kvpolicy_adapters.decode import decode
-from kvpolicy_adapters.images.guidance import Guidance
+from kvpolicy_adapters.images.guidance import Guidance, guided
 from kvpolicy_adapters.zoo.clipart import open_clipart
 
 __all__ = ["ClipartAR"]
 
 _SCORE_BATCH = 40
+_GUIDED_BATCH = 20  # pictures, each twice
 _SPLITS = ("test", "calibration")
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """Pictures of one seed.
+
+    Attributes:
+        tokens: int64 ``[n, L]``, the prompt first.
+        passes: of the model over the batch that each was drawn in, ``[n]``.
+        prompts: the drawing of the split whose words each was to show, ``[n]``.
+        seconds: that drawing took.
+        stats: of the last batch's cache, the conditional half's.
+        batch: pictures in that batch.
+    """
+
+    tokens: Tensor
+    passes: NDArray[np.int64]
+    prompts: NDArray[np.int64]
+    seconds: float
+    stats: kvpolicy.CacheStats
+    batch: int
 
 
 class ClipartAR:
@@ -40,8 +63,9 @@ class ClipartAR:
         images: pictures that are drawn, at least 1.
         split: drawings that are scored: ``test``, or ``calibration``, which are others.
         line_breaks: whether a line-break token follows each row.
-        cfg: guidance of drawing; 1 is none.
+        cfg: guidance of drawing, and of what is scored under guidance; 1 is none.
         batch: pictures that are drawn at once, 1 to 100.
+        draw_seed: added to the seed of everything drawn, and of nothing that is scored.
 
     Raises:
         ParameterError: an argument is out of range, or the folder holds no clipart-ar.
@@ -59,6 +83,7 @@ class ClipartAR:
         line_breaks: bool = False,
         cfg: float = 3.0,
         batch: int = 20,
+        draw_seed: int = 0,
     ) -> None:
         if split not in _SPLITS:
             raise ParameterError(
@@ -70,6 +95,7 @@ class ClipartAR:
             ("scored", scored, 2, self._real_count),
             ("images", images, 1, 10**6),
             ("batch", batch, 1, 100),
+            ("draw_seed", draw_seed, 0, 2**31),
         ):
             if type(value) is not int or not low <= value <= high:
                 raise ParameterError(
@@ -81,7 +107,9 @@ class ClipartAR:
             raise ParameterError(f"clipart-ar: cfg={cfg!r} must be a number, at least 1")
         self.scored, self.images, self.split = scored, images, split
         self.line_breaks, self.cfg, self.batch = line_breaks, float(cfg), batch
+        self.draw_seed = draw_seed
         self.folder = folder
+        self.class_names = tuple(words or "(no words)" for words in self.zoo.said(split))
         self.layout = self.zoo.layout(line_breaks=line_breaks)
         self.num_layers = self.zoo.model.config.num_hidden_layers
         self.metrics = (
@@ -92,6 +120,23 @@ class ClipartAR:
                 array="bits",
                 items="real",
                 about="of held-out drawings, teacher-forced under the cache",
+            ),
+            Metric(
+                name="guided_bits_per_code",
+                label="bits per code under guidance",
+                better="lower",
+                array="guided_bits",
+                items="real",
+                about="of held-out drawings, teacher-forced, from the distribution that is drawn "
+                "from under guidance",
+            ),
+            Metric(
+                name="divergence",
+                label="divergence of what is drawn, bits per code",
+                better="lower",
+                array="divergence",
+                about="of the distribution that is drawn from, under this cache, from the full "
+                "cache's: mean of log2 p / q over the codes that were drawn",
             ),
             Metric(
                 name="passes",
@@ -112,16 +157,26 @@ class ClipartAR:
         """Score this seed's drawings and draw pictures of their prompts."""
         arrays: dict[str, NDArray[Any]] = {}
         figures, images = {}, None
-        drawing = {"passes", "images_per_second"} & set(wanted)
+        drawing = {"divergence", "passes", "images_per_second"} & set(wanted)
         first = self._first(seed)
-        if "bits_per_code" in wanted or not drawing:
+        real = np.arange(first, first + self.scored)
+        if "guided_bits_per_code" in wanted:
+            score = self._score(setting, self._real(first, self.scored), self.cfg, _ignore)
+            arrays |= {"guided_bits": score.bits, "real": real}
+            stats, batch = score.stats, 2 * ((self.scored - 1) % _GUIDED_BATCH + 1)
+        if "bits_per_code" in wanted or not (drawing or arrays):
             score = self.score(setting, self.scored, _ignore, first=first)
-            arrays |= {"bits": score.bits, "real": np.arange(first, first + self.scored)}
+            arrays |= {"bits": score.bits, "real": real}
             stats, batch = score.stats, (self.scored - 1) % _SCORE_BATCH + 1
         if drawing:
-            images, passes, seconds, stats, batch = self._pictures(setting, first, seed)
-            arrays["passes"] = passes
-            figures["images_per_second"] = len(images) / seconds
+            drawn = self._pictures(setting, first, seed)
+            arrays |= {"passes": drawn.passes, "classes": drawn.prompts}
+            figures["images_per_second"] = len(drawn.tokens) / drawn.seconds
+            stats, batch = drawn.stats, drawn.batch
+            picture = drawn.tokens[:, self.layout.prefix :]
+            images = self.zoo.images(picture, line_breaks=self.line_breaks)
+            if "divergence" in wanted:
+                arrays["divergence"] = self._divergence(setting, drawn.tokens)
         return Measurement(arrays, stats, batch, figures, images)
 
     def trace(self, setting: Setting, seed: int) -> bytes:
@@ -149,6 +204,7 @@ class ClipartAR:
             self.line_breaks,
             self.cfg,
             self.batch,
+            self.draw_seed,
         )
 
     def estimate(self, setting: Setting) -> float:
@@ -156,10 +212,12 @@ class ClipartAR:
         begun = time.perf_counter()
         few = min(4, self.scored)
         self.score(setting, few, _ignore)
-        scoring = (time.perf_counter() - begun) * self.scored / few
+        # Once as they are, twice under guidance; and of what was drawn, under this cache and full.
+        once = (time.perf_counter() - begun) / few
+        scoring = once * (3 * self.scored + 4 * self.images)
         batch, tokens = min(self.images, self.batch), 2 * self.layout.line_length
         begun = time.perf_counter()
-        self._draw(setting, 0, batch, tokens, 0, _ignore)
+        self._draw(setting, [row % self._real_count for row in range(batch)], tokens, 0)
         whole = self.layout.rows * self.layout.line_length
         return scoring + (time.perf_counter() - begun) * whole / tokens * self.images / batch
 
@@ -168,19 +226,42 @@ class ClipartAR:
 
         Line breaks are cached and not scored: where they come is no news.
         """
+        return self._score(setting, self._real(first, images), 1.0, advance)
+
+    def _score(self, setting: Setting, tokens: Tensor, cfg: float, advance: Advance) -> Scored:
+        """Bits per code of pictures behind their prompts, from what is drawn from at this cfg.
+
+        The unconditional half is a neighbour in the batch: no policy may decide by those.
+        """
+        prefix, codes = self.layout.prefix, self.zoo.tokens.codes
+        nothing = self.zoo.unconditional(line_breaks=self.line_breaks)
         bits = []
-        prefix = self.layout.prefix
-        for tokens in self._real(first, images).split(_SCORE_BATCH):
+        for part in tokens.split(_SCORE_BATCH if cfg == 1 else _GUIDED_BATCH):
+            fed = part
+            if cfg > 1:
+                other = torch.cat([nothing.expand(len(part), -1), part[:, prefix:]], dim=1)
+                fed = torch.cat([part, other])
             with self._attached(setting) as cache, torch.inference_mode():
-                logits = self.zoo.model(tokens[:, :-1], **cache.as_argument).logits
-            coming = tokens[:, prefix:]
+                logits = self.zoo.model(fed[:, :-1], **cache.as_argument).logits
+            logits, coming = logits[:, prefix - 1 :].float(), part[:, prefix:]
+            is_code = coming != self.zoo.tokens.line_break
+            if cfg > 1:  # as drawing does: guided, and then nothing but codes
+                logits = guided(*logits[..., :codes].chunk(2), cfg)
             nats = functional.cross_entropy(
-                logits[:, prefix - 1 :].float().transpose(1, 2), coming, reduction="none"
+                logits.transpose(1, 2), coming * is_code, reduction="none"
             ).double()
-            codes = coming != self.zoo.tokens.line_break
-            bits.append((nats * codes).sum(1) / codes.sum(1) / math.log(2))
-            advance(len(tokens))
+            bits.append((nats * is_code).sum(1) / is_code.sum(1) / math.log(2))
+            advance(len(part))
         return Scored(torch.cat(bits).numpy(), cache.stats())
+
+    def _divergence(self, setting: Setting, drawn: Tensor) -> NDArray[np.float64]:
+        """Of each drawn picture: how much likelier it was under this cache than under a full one.
+
+        The mean over what is drawn estimates the Kullback-Leibler divergence.
+        """
+        full = Setting(kvpolicy.create("full"), None)
+        theirs, own = (self._score(some, drawn, self.cfg, _ignore).bits for some in (full, setting))
+        return theirs - own
 
     def _first(self, seed: int) -> int:
         """The first drawing of a seed."""
@@ -191,31 +272,27 @@ class ClipartAR:
         tokens_of = {"test": self.zoo.test_tokens, "calibration": self.zoo.calibration_tokens}
         return tokens_of[self.split](first + images, line_breaks=self.line_breaks)[first:]
 
-    def _pictures(
-        self, setting: Setting, first: int, seed: int
-    ) -> tuple[NDArray[np.uint8], NDArray[np.int64], float, kvpolicy.CacheStats, int]:
+    def _pictures(self, setting: Setting, first: int, seed: int) -> _Drawn:
         """Draw the prompts of drawings from ``first`` on, seeded batch by batch."""
-        drawn, passes = [], []
+        drawn, passes, prompts = [], [], []
         begun = time.perf_counter()
         count = self.layout.rows * self.layout.line_length
         for number, start in enumerate(range(0, self.images, self.batch)):
             size = min(self.batch, self.images - start)
-            tokens, took, stats = self._draw(
-                setting, first + start, size, count, 1000 * seed + number, _ignore
-            )
+            rows = [(first + start + row) % self._real_count for row in range(size)]
+            chance = self.draw_seed + 1000 * seed + number
+            tokens, took, stats = self._draw(setting, rows, count, chance)
             drawn.append(tokens)
             passes += [took] * size
+            prompts += rows
         seconds = time.perf_counter() - begun
-        pictures = self.zoo.images(torch.cat(drawn), line_breaks=self.line_breaks)
-        return pictures, np.array(passes), seconds, stats, size
+        return _Drawn(torch.cat(drawn), np.array(passes), np.array(prompts), seconds, stats, size)
 
     def _draw(
-        self, setting: Setting, first: int, size: int, count: int, seed: int, advance: Advance
+        self, setting: Setting, rows: Sequence[int], count: int, seed: int
     ) -> tuple[Tensor, int, kvpolicy.CacheStats]:
-        """Draw ``count`` tokens of ``size`` pictures; returns them, and the passes they took."""
-        rows = [(first + row) % self._real_count for row in range(size)]
-        prefix = self.layout.prefix
-        prompt = torch.cat([self._real(row, 1)[:, :prefix] for row in rows])
+        """Draw ``count`` tokens behind the prompts of some drawings; and the passes they took."""
+        prompt = torch.cat([self._real(row, 1)[:, : self.layout.prefix] for row in rows])
         with ExitStack() as stack:
             cache = stack.enter_context(self._attached(setting))
             guidance: Any = 1.0
@@ -232,9 +309,8 @@ class ClipartAR:
                 guidance=guidance,
                 rules=(self.zoo.grammar(line_breaks=self.line_breaks),),
                 seed=seed,
-                advance=advance,
             )
-            return drawn.tokens[:, prefix:], drawn.passes, cache.stats()
+            return drawn.tokens, drawn.passes, cache.stats()
 
     def _attached(self, setting: Setting) -> Any:
         return attach(

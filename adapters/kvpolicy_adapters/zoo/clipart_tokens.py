@@ -33,20 +33,24 @@ class ClipartTokens:
     """Token ids: codes from 0, then line break, start, start with line breaks, blank, words.
 
     Args:
-        vocabulary: the words, what many drawings share first.
+        vocabulary: the words, what many drawings share first; None for a token whose word is none
+            for a prompt (the name of somebody who drew).
         codes: how many there are.
+
+    Attributes:
+        vocabulary: the words that prompts are made of, in this order.
+        codes: how many there are.
+        size: how many tokens there are.
+        line_break: the token behind a row.
+        blank: the token that fills the prefix on its left.
     """
 
-    def __init__(self, vocabulary: Sequence[str], codes: int) -> None:
-        self.vocabulary, self.codes = tuple(vocabulary), codes
+    def __init__(self, vocabulary: Sequence[str | None], codes: int) -> None:
+        self.codes, self.size = codes, codes + 4 + len(vocabulary)
         self.line_break = codes
         self.blank = codes + 3
-        self._words = {word: codes + 4 + place for place, word in enumerate(self.vocabulary)}
-
-    @property
-    def size(self) -> int:
-        """How many tokens there are."""
-        return self.codes + 4 + len(self.vocabulary)
+        self._words = {word: codes + 4 + place for place, word in enumerate(vocabulary) if word}
+        self.vocabulary = tuple(self._words)
 
     def start(self, line_breaks: bool) -> int:
         """The token behind which a picture begins."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+from kvpolicy.errors import ParameterError, near_matches
 from kvpolicy.lab.compare.comparison import Entry, Estimate
 from kvpolicy.lab.run.files import write_whole
 from kvpolicy.lab.run.plan import BASELINE, SEQUENTIAL, Plan
@@ -15,14 +17,41 @@ __all__ = [
     "DECODERS",
     "DRAWN_UNDER",
     "POLICIES",
+    "SUBJECTS",
     "DecoderRow",
     "Row",
+    "Shown",
     "decoder_plan",
     "decoder_rows",
     "plan",
     "rows",
+    "shown",
     "write_rows",
 ]
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What the demo measures of a subject, and on how much of it.
+
+    Attributes:
+        main: the metric that is compared with the full cache, in bits.
+        drawn: metrics of what is drawn.
+        images: pictures that each policy draws.
+        scored: real ones that are scored.
+    """
+
+    main: str
+    drawn: tuple[str, ...]
+    images: int
+    scored: int
+
+
+#: What the demo can be of.
+SUBJECTS = {
+    "fashion-ar": Shown("bits_per_pixel", ("frechet", "class_accuracy"), 200, 256),
+    "clipart-ar": Shown("bits_per_code", ("divergence",), 20, 100),
+}
 
 #: What the demo compares unless told otherwise.
 POLICIES = ("full", "linear", "linear2d", "h2o", "streaming_llm", "pyramid", "random")
@@ -43,30 +72,36 @@ class Row:
         budget: as it was asked for; ``1/1`` for the full cache.
         peak_tokens: most tokens a head held at any instant, prefix included, mean over layers.
         cache_bytes: keys and values allocated for one image.
-        bits_per_pixel: of real test images, teacher-forced under this cache.
-        delta_bits: the difference to ``full`` on the same images; 0 for ``full`` itself, None where
-            ``full`` has failed.
+        delta_bits: the difference of the main metric to ``full`` on the same images; 0 for ``full``
+            itself, None where ``full`` has failed.
         delta_low: lower end of its 95% interval (paired bootstrap over images).
         delta_high: upper end.
-        frechet: Fréchet distance between features of generated and of real images.
-        class_accuracy: share of generated images in which a classifier sees the class asked for.
         images_per_second: of generation, on one thread, beside the other workers.
+        figures: the metrics of :data:`SUBJECTS`, the main one first; in the file they stand beside
+            the others.
     """
 
     policy: str
     budget: str
     peak_tokens: float
     cache_bytes: int
-    bits_per_pixel: float
     delta_bits: float | None
     delta_low: float | None
     delta_high: float | None
-    frechet: float
-    class_accuracy: float
     images_per_second: float
+    figures: Mapping[str, float | None]
 
 
-def plan(policies: Sequence[str], budget: str, *, images: int, scored: int, seed: int) -> Plan:
+def plan(
+    policies: Sequence[str],
+    budget: str,
+    *,
+    images: int,
+    scored: int,
+    seed: int,
+    subject: str = "fashion-ar",
+    options: Mapping[str, Any] | None = None,
+) -> Plan:
     """What ``kvpolicy demo`` runs: every policy at one budget, on the same images, with traces.
 
     Args:
@@ -75,15 +110,20 @@ def plan(policies: Sequence[str], budget: str, *, images: int, scored: int, seed
         images: images to draw with each policy.
         scored: real images to score.
         seed: of the drawing; the real images are the same ones for every seed.
+        subject: one of :data:`SUBJECTS`.
+        options: of the subject, beside those.
 
     Raises:
-        ParameterError: there is no policy, or the budget can't be parsed.
+        ParameterError: there is no policy or no such subject, or the budget can't be parsed.
     """
+    about = shown(subject)
+    metrics = (about.main, *about.drawn, "images_per_second", "peak_tokens", "cache_bytes")
     return Plan(
-        subject="fashion-ar",
-        options={"images": images, "scored": scored, **({"draw_seed": seed} if seed else {})},
+        subject=subject,
+        options=_options(options, seed, images=images, scored=scored),
         policies=list(dict.fromkeys(policies)),
         budgets=[budget],
+        metrics=metrics,
         trace=True,
     )
 
@@ -99,8 +139,8 @@ class DecoderRow:
         passes: of the model an image, mean.
         seconds: an image, on one thread, beside the other workers.
         times_as_fast: as the full cache in the same run; None where that has failed.
-        class_accuracy: share of images in which a classifier sees the class asked for.
-        frechet: distance of the drawn images' features to real ones; None of fewer than 100 images.
+        figures: of what is drawn, as in :class:`Row`; None for a Fréchet distance of fewer than 100
+            images.
     """
 
     drawn_by: str
@@ -108,11 +148,18 @@ class DecoderRow:
     passes: float
     seconds: float
     times_as_fast: float | None
-    class_accuracy: float
-    frechet: float | None
+    figures: Mapping[str, float | None]
 
 
-def decoder_plan(decoders: Sequence[str], budget: str, *, images: int, seed: int) -> Plan:
+def decoder_plan(
+    decoders: Sequence[str],
+    budget: str,
+    *,
+    images: int,
+    seed: int,
+    subject: str = "fashion-ar",
+    options: Mapping[str, Any] | None = None,
+) -> Plan:
     """What ``kvpolicy demo`` runs to compare decoders: ``linear`` with each, and the full cache.
 
     One image at a time: what a decoder saves is passes, and a batch waits for its slowest sequence.
@@ -122,23 +169,26 @@ def decoder_plan(decoders: Sequence[str], budget: str, *, images: int, seed: int
         budget: in any spelling.
         images: images to draw with each.
         seed: of the drawing.
+        subject: one of :data:`SUBJECTS`.
+        options: of the subject, beside those.
 
     Raises:
-        ParameterError: there is no decoder, or one can't be read, or the budget can't be parsed.
+        ParameterError: there is no decoder or no such subject, or one can't be read, or the budget
+            can't be parsed.
     """
-    metrics = ["passes", "images_per_second", "class_accuracy"]
+    drawn = [name for name in shown(subject).drawn if name != "frechet" or images >= _FRECHET]
     return Plan(
-        subject="fashion-ar",
-        options={"images": images, "batch": 1, **({"draw_seed": seed} if seed else {})},
+        subject=subject,
+        options=_options(options, seed, images=images, batch=1),
         policies=[{"name": BASELINE, "decoders": [SEQUENTIAL]}, DRAWN_UNDER],
         budgets=[budget],
         decoders=decoders,
-        metrics=[*metrics, "frechet"] if images >= _FRECHET else metrics,
+        metrics=["passes", "images_per_second", *drawn],
     )
 
 
-def decoder_rows(entries: Sequence[Entry]) -> list[DecoderRow]:
-    """The table of decoders, out of a comparison of fashion-ar's cells."""
+def decoder_rows(entries: Sequence[Entry], subject: str = "fashion-ar") -> list[DecoderRow]:
+    """The table of decoders, out of a comparison of a subject's cells."""
     figures = [{name: f.estimate.value for name, f in e.findings.items()} for e in entries]
     seconds = [1 / of["images_per_second"] for of in figures]
     full = next((s for e, s in zip(entries, seconds, strict=True) if e.is_full), None)
@@ -149,26 +199,29 @@ def decoder_rows(entries: Sequence[Entry]) -> list[DecoderRow]:
             passes=of["passes"],
             seconds=own,
             times_as_fast=None if full is None else full / own,
-            class_accuracy=of["class_accuracy"],
-            frechet=of.get("frechet"),
+            figures={name: of.get(name) for name in shown(subject).drawn},
         )
         for entry, of, own in zip(entries, figures, seconds, strict=True)
     ]
 
 
-def rows(entries: Sequence[Entry]) -> list[Row]:
-    """The table, a row for each entry, out of a comparison of fashion-ar's cells."""
-    return [_row(entry) for entry in entries]
+def rows(entries: Sequence[Entry], subject: str = "fashion-ar") -> list[Row]:
+    """The table, a row for each entry, out of a comparison of a subject's cells."""
+    return [_row(entry, shown(subject)) for entry in entries]
 
 
 def write_rows(table: Sequence[Row | DecoderRow], path: Path) -> None:
     """Write ``results.json`` or ``decoders.json``, whole or not at all."""
-    write_whole(path, json.dumps([asdict(row) for row in table], indent=2) + "\n")
+    flat = []
+    for row in table:
+        fields = asdict(row)
+        flat.append(fields | fields.pop("figures"))
+    write_whole(path, json.dumps(flat, indent=2) + "\n")
 
 
-def _row(entry: Entry) -> Row:
+def _row(entry: Entry, about: Shown) -> Row:
     figures = {name: finding.estimate.value for name, finding in entry.findings.items()}
-    difference = entry.findings["bits_per_pixel"].difference
+    difference = entry.findings[about.main].difference
     if difference is None:
         difference = Estimate(0.0, 0.0, 0.0) if entry.is_full else None
     return Row(
@@ -176,11 +229,39 @@ def _row(entry: Entry) -> Row:
         budget=entry.budget or "1/1",
         peak_tokens=figures["peak_tokens"],
         cache_bytes=int(figures["cache_bytes"]),
-        bits_per_pixel=figures["bits_per_pixel"],
         delta_bits=None if difference is None else difference.value,
         delta_low=None if difference is None else difference.low,
         delta_high=None if difference is None else difference.high,
-        frechet=figures["frechet"],
-        class_accuracy=figures["class_accuracy"],
         images_per_second=figures["images_per_second"],
+        figures={name: figures[name] for name in (about.main, *about.drawn)},
     )
+
+
+def shown(subject: str) -> Shown:
+    """What the demo measures of a subject.
+
+    Raises:
+        ParameterError: the demo knows no such subject.
+    """
+    if subject not in SUBJECTS:
+        raise ParameterError(
+            f"the demo knows no subject {subject!r}; {near_matches(subject, SUBJECTS)}; "
+            f"kvpolicy ablate takes any"
+        )
+    return SUBJECTS[subject]
+
+
+def _options(given: Mapping[str, Any] | None, seed: int, **own: int) -> dict[str, Any]:
+    """Options of the subject: what the command says in other words, and what a user gives.
+
+    Raises:
+        ParameterError: they say the same.
+    """
+    given = given or {}
+    for name in ("images", "scored", "batch", "draw_seed"):
+        if name in given:
+            raise ParameterError(
+                f"option {name}={given[name]!r}: the demo has its own --images, --scored and "
+                f"--seed, and draws one picture at a time where it compares decoders"
+            )
+    return {**given, **own, **({"draw_seed": seed} if seed else {})}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,8 @@ from numpy.typing import NDArray
 __all__ = ["contact_sheet", "pass_sheet", "retention_sheet"]
 
 _GONE = "#ececec"
+#: Letters of a line above a column, and lines: prompts are longer than names of classes.
+_LETTERS, _LINES = 13, 4
 _STYLE: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 8,
@@ -35,14 +38,16 @@ def contact_sheet(
     Args:
         rows: name, remark, and images of each policy, one a column: uint8 ``[height, width]``,
             whose 0 is shown white, or ``[height, width, 3]`` in colour.
-        column_names: what stands above the columns.
+        column_names: what stands above the columns; what is long is broken into lines.
         title: what the reader looks at.
 
     Returns:
         The figure; ``figure.savefig(path, dpi=200)`` writes it.
     """
     columns = len(column_names)
-    cell, top = 0.72, 0.62
+    headings = [textwrap.fill(name, _LETTERS, max_lines=_LINES) for name in column_names]
+    lines = max((heading.count("\n") for heading in headings), default=0)
+    cell, top = 0.72, 0.62 + 0.12 * lines
     left = max(1.45, 0.2 + 0.068 * max(len(name) for name, _, _ in rows))
     size = (left + columns * cell + 0.1, top + len(rows) * cell + 0.1)
     with matplotlib.rc_context(_STYLE):
@@ -67,7 +72,7 @@ def contact_sheet(
                 axes.imshow(255 - images[c] if grey else images[c], cmap="gray", vmin=0, vmax=255)
                 _bare(axes)
                 if r == 0:
-                    axes.set_title(column_names[c], size=7, pad=4)
+                    axes.set_title(headings[c], size=7 if lines == 0 else 6, pad=4)
     return figure
 
 

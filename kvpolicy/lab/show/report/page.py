@@ -80,7 +80,7 @@ def report_on_run(run: RunFolder, out: Path) -> None:
         charts=plotted,
         plotly=library() if plotted else "",
         sheet=sheet,
-        class_names=subject.class_names[:_PICTURES],
+        class_names=_asked_for(entries, subject.class_names),
         failures=run.failures(),
         left_out=subject.left_out,
         remarks=remarks,
@@ -217,6 +217,14 @@ def _sheet(entries: Sequence[Entry]) -> tuple[list[dict[str, Any]], int]:
                 {"label": entry.label, "budget": entry.budget or "all", "pictures": pictures}
             )
     return rows, left
+
+
+def _asked_for(entries: Sequence[Entry], class_names: Sequence[str]) -> Sequence[str]:
+    """What stands above the columns: the class of each picture; classes in turn if none is said."""
+    classes = entries[0].cells[0].scores().get("classes") if class_names else None
+    if classes is None:
+        return class_names[:_PICTURES]
+    return [class_names[number] for number in classes[:_PICTURES]]
 
 
 def _png(image: NDArray[np.uint8]) -> str:
