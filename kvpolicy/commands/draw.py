@@ -227,7 +227,7 @@ def _sheet(out: Path, policy: str, compare: str, items: Sequence[Any]) -> Path:
         (name, "", [read_image(folder / item.path) for item in shown])
         for name, folder in ((policy, out), (compare, out / compare))
     ]
-    names = [str(item.row) if item.prompt is None else item.prompt[:12] for item in shown]
+    names = [str(item.row) if item.prompt is None else item.prompt for item in shown]
     path = out / "compare.png"
     contact_sheet(rows, names, "The same seeds").savefig(path, dpi=200)
     return path

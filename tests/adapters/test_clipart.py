@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 
 import numpy as np
@@ -12,9 +10,8 @@ import torch
 
 pytest.importorskip("transformers", reason="needs the extra 'transformers'")
 
-from safetensors.torch import save
+from support.tiny_clipart import CODES, WORDS, write_clipart
 from torch.nn import functional
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import kvpolicy
 from kvpolicy.errors import ParameterError, ShapeError
@@ -22,55 +19,18 @@ from kvpolicy.lab.draw.image_model import ModelSource, Sampler
 from kvpolicy.lab.draw.items import Item
 from kvpolicy.lab.run.subject import Setting, load_subject
 from kvpolicy_adapters.evaluation.drawing.clipart import ClipartImages
-from kvpolicy_adapters.images.vqgan import VQGAN, VQGANConfig
-from kvpolicy_adapters.images.vqgan_checkpoint import save_vqgan
-from kvpolicy_adapters.zoo.clipart import CLIPART_FILES, ClipartCard, open_clipart
+from kvpolicy_adapters.zoo.clipart import open_clipart
 from kvpolicy_adapters.zoo.clipart_tokens import ClipartTokens
 from kvpolicy_adapters.zoo.sealed import CorruptFileError
 
-WORDS = ("signs", "flags", "fruit", "people", "apple", "france", "tree", "red", "2", "smilies")
-CODES = 24
 SUBJECT = "kvpolicy_adapters.evaluation.clipart:ClipartAR"
 BOTH = pytest.mark.parametrize("breaks", [False, True], ids=["plain", "line breaks"])
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """What pack_clipart_ar.py writes, of a model of random weights."""
     path = tmp_path_factory.mktemp("clipart")
-    torch.manual_seed(0)
-    tokens = ClipartTokens(WORDS, CODES)
-    config = LlamaConfig(
-        vocab_size=tokens.size,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        initializer_range=0.3,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
-    )
-    LlamaForCausalLM(config).save_pretrained(path)
-    shape = VQGANConfig(32, (1, 1, 1), 1, 32, CODES, 2, (), groups=8)
-    save_vqgan(VQGAN(shape), path / "vqgan.safetensors")
-    splits = {"test": 5, "calibration": 3}
-    said = [["flags", "france"], [], ["fruit"], ["people", "2"], ["tree", "red"]]
-    about = {"vocabulary": WORDS, **{name: said[:count] for name, count in splits.items()}}
-    (path / "drawings.json").write_text(json.dumps(about))
-    drawn = {
-        name: torch.randint(0, CODES, (count, 24, 24), dtype=torch.int16)
-        for name, count in splits.items()
-    }
-    (path / "drawings.safetensors").write_bytes(save(drawn))
-    facts = dict.fromkeys(ClipartCard.model_fields, 1) | {"bits_of_counting": {}}
-    facts |= {n: "" for n, f in ClipartCard.model_fields.items() if f.annotation is str}
-    facts["files"] = {
-        name: hashlib.sha256((path / name).read_bytes()).hexdigest() for name in CLIPART_FILES
-    }
-    (path / "card.json").write_text(ClipartCard(**facts).model_dump_json())
+    write_clipart(path)
     return path
 
 
