@@ -246,7 +246,8 @@ class ClipartAR:
             logits, coming = logits[:, prefix - 1 :].float(), part[:, prefix:]
             is_code = coming != self.zoo.tokens.line_break
             if cfg > 1:  # as drawing does: guided, and then nothing but codes
-                logits = guided(*logits[..., :codes].chunk(2), cfg)
+                said, unsaid = logits[..., :codes].chunk(2)
+                logits = guided(said, unsaid, cfg)
             nats = functional.cross_entropy(
                 logits.transpose(1, 2), coming * is_code, reduction="none"
             ).double()
