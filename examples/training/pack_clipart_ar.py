@@ -82,6 +82,7 @@ def main(
         breaks: bits_per_code(model, tokens, words["test"], codes["test"], line_breaks=breaks)
         for breaks in (False, True)
     }
+    first = bits_per_code(model, tokens, words["test"][:20], codes["test"][:20], line_breaks=False)
     seen = [np.load(file) for file in sorted(run.glob(f"codes-{recipe['vqgan'][:8]}-*.npy"))]
     counted = ngram_bits(
         torch.from_numpy(np.concatenate(seen)).long(),
@@ -113,6 +114,7 @@ def main(
         machine=machine,
         bits_per_code=round(bits[False], 4),
         bits_per_code_line_breaks=round(bits[True], 4),
+        bits_per_code_20=round(first, 4),
         bits_of_counting=counted,
         reconstruction_error=round(off.abs().mean().item(), 3),
         reconstruction_psnr=round(10 * math.log10(255**2 / off.square().mean().item()), 2),

@@ -215,6 +215,7 @@ def test_what_is_packed_is_what_the_zoo_reads_and_says_what_it_does(scripts, tmp
     full = Setting(kvpolicy.create("full"), None)
     bits = subject.measure(full, 0, ["bits_per_code"]).arrays["bits"].mean()
     assert bits == pytest.approx(box.card.bits_per_code, abs=1e-3)
+    assert box.card.bits_per_code_20 == box.card.bits_per_code  # there are three
     page = (out / "MODEL_CARD.md").read_text()
     assert f"**{box.card.bits_per_code:.4f} bits per code**" in page
     assert "--steps 5 --falling 2" in page

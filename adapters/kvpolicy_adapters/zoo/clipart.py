@@ -64,6 +64,9 @@ class ClipartCard(BaseModel):
         "cache, without line breaks"
     )
     bits_per_code_line_breaks: float = Field(description="the same with line breaks")
+    bits_per_code_20: float = Field(
+        description="bits_per_code of the first 20 held-out drawings alone"
+    )
     bits_of_counting: dict[str, float] = Field(
         description="what counting gives: a code by itself, and behind its neighbours"
     )
