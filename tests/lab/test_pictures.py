@@ -65,8 +65,20 @@ def test_the_contact_sheet_has_a_cell_a_policy_and_class_and_no_overlap():
     assert collisions(figure) == []
 
 
+def test_prompts_stand_above_their_columns_in_lines():
+    prompts = ("signs symbols flags europe germany mecklenburg vorpommern", "no words", "", "moon")
+    figure = sheet(prompts * 2)
+    assert collisions(figure) == []
+    headings = [axes.get_title() for axes in figure.axes[:4]]
+    assert headings[1:] == ["no words", "", "moon"]
+    assert headings[0].startswith("signs symbols\nflags europe\n")
+    assert headings[0].count("\n") == 3
+
+
 def test_overlaps_are_found():
-    assert collisions(sheet(("a very long class name", *CLASSES[1:])))
+    images = np.zeros((2, 28, 28), np.uint8)
+    remark = "a remark that is a good deal longer than the room that there is for it"
+    assert collisions(contact_sheet([("full", remark, images)], ("a", "b"), "A title"))
 
 
 def test_the_contact_sheet_shows_dark_where_the_image_is_bright():

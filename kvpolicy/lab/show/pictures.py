@@ -45,7 +45,9 @@ def contact_sheet(
         The figure; ``figure.savefig(path, dpi=200)`` writes it.
     """
     columns = len(column_names)
-    headings = [textwrap.fill(name, _LETTERS, max_lines=_LINES) for name in column_names]
+    headings = [
+        textwrap.fill(name, _LETTERS, max_lines=_LINES, placeholder=" …") for name in column_names
+    ]
     lines = max((heading.count("\n") for heading in headings), default=0)
     cell, top = 0.72, 0.62 + 0.12 * lines
     left = max(1.45, 0.2 + 0.068 * max(len(name) for name, _, _ in rows))
