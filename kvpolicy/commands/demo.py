@@ -217,10 +217,11 @@ def _decoder_table(
     rows: Sequence[lab.DecoderRow], shown: lab.Shown, images: int, budget: str
 ) -> Table:
     """What decoders save, narrow enough for 80 columns."""
+    drawn = shown.drawn[::-1]  # what few images tell stands first
     table = Table(
         title=f"{images} images, one at a time: cache of {budget} of the image",
         caption="passes: of the model, an image; times as fast: as the full cache, token by token; "
-        f"{_explained(shown.drawn)}.",
+        f"{_explained(drawn)}.",
         box=None,
         padding=(0, 2, 0, 0),
         pad_edge=False,
@@ -228,7 +229,7 @@ def _decoder_table(
         caption_justify="left",
     )
     table.add_column("drawn by", no_wrap=True)
-    headings = [_FIGURES[name][0] for name in shown.drawn]
+    headings = [_FIGURES[name][0] for name in drawn]
     for heading in ("passes", "s/image", "times as fast", *headings):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
@@ -237,7 +238,7 @@ def _decoder_table(
             f"{row.passes:.0f}",
             f"{row.seconds:.2f}",
             "-" if row.times_as_fast is None else f"{row.times_as_fast:.2f}",
-            *(_spelled(name, row.figures[name]) for name in shown.drawn),
+            *(_spelled(name, row.figures[name]) for name in drawn),
         )
     return table
 
