@@ -104,6 +104,15 @@ class _SlotMass:
         into = self.mass if slots == self.mass.shape[2] else self.mass[..., :slots]
         into += mass.squeeze(2) if count == 1 else sum_over(mass, 2)
 
+    def _begin(self, mass: Tensor) -> None:
+        """The same, from zero."""
+        count, slots = mass.shape[2:]
+        if count > 1 or slots < self.mass.shape[2]:
+            self.mass.zero_()
+            self._add(mass)
+        else:
+            self.mass.copy_(mass.squeeze(2))
+
 
 class CumulativeMass(_SlotMass):
     """Mass from every query so far: ``sum over q of A[q, j]`` (H2O, arXiv:2306.14048)."""
@@ -164,13 +173,13 @@ class LineMass(_SlotMass):
 
     def observe(self, report: AttentionReport) -> None:
         """Add the queries' mass, starting from zero where a line begins."""
-        mass = report.mass
-        for query in reversed(range(mass.shape[2])):
-            if report.layout.is_line_start(report.first + query):
-                self.mass.zero_()
-                mass = mass[:, :, query:]
-                break
-        self._add(mass)
+        mass, layout = report.mass, report.layout
+        queries = reversed(range(mass.shape[2]))
+        begins = next((q for q in queries if layout.is_line_start(report.first + q)), None)
+        if begins is None:
+            self._add(mass)
+        else:
+            self._begin(mass[:, :, begins:])
 
 
 class LastQuery(_SlotMass):
@@ -212,5 +221,6 @@ class WindowMass(_SlotMass):
         if opening >= report.count:
             return
         if opening >= 0:
-            self.mass.zero_()
-        self._add(report.mass[:, :, max(opening, 0) :])
+            self._begin(report.mass[:, :, opening:])
+        else:
+            self._add(report.mass)

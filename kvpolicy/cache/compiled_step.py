@@ -44,7 +44,7 @@ class SlotStep:
         slots: where the token goes, int64 ``[B, H, 1]``.
         position: its position, int32 ``[1]``.
         mass: what its query attended to, ``[B, H, 1, S]``, float32; None where nobody asks.
-        finite: on a GPU, int32 ``[1]``, 0 where that was NaN; None where nobody can say.
+        finite: True where the kernel asserts that it is no NaN; None where nobody can say.
 
     Args:
         store: the layer's slots.
@@ -73,14 +73,13 @@ class SlotStep:
         # A kernel, which knows empty slots, but nothing else that is hidden.
         plain = window is None and hidden is None and store.kernel is not None
         self.one_pass: Callable[..., Tensor] | None = None
-        self.finite: Tensor | None = None
+        self.finite: bool | None = None
         if plain and store.keys.is_cuda:
-            self.finite = triton.sane_on(device)
-            self.one_pass = triton.stepper(self.finite)
+            self.finite, self.one_pass = True, triton.step_op
         elif plain:
             self.one_pass = native.stepper(store.keys.dtype)
         kept = (store.keys, store.values, store.positions)
-        for tensor in (self.slots, self.position, self.mass, self.finite, *kept):
+        for tensor in (self.slots, self.position, self.mass, *kept):
             if tensor is not None:
                 # CUDA graphs copy what they are given unless it is known to stay where it is.
                 torch._dynamo.mark_static_address(tensor)

@@ -113,8 +113,7 @@ class Decider:
                 f"{policy.label}.victims gave {victims.dtype} {list(victims.shape)}; expected "
                 f"int64 {list(expected)}"
             )
-        # Our own ranking names slots that there are; who chooses otherwise is looked at.
-        if getattr(type(policy), "victims", None) is not ScoredPolicy.victims:
+        if not policy.own_ranking:
             self._check_range(victims, view.handed_out)
         return victims
 

@@ -209,12 +209,12 @@ class Layer:
         return output
 
     def report(
-        self, mass: Tensor, first: int, room: int, finite: bool | Tensor | None = None
+        self, mass: Tensor, first: int, room: int, finite: bool | None = None
     ) -> AttentionReport:
         """Mass for the observers, after refusing NaN; ``finite`` where that is known."""
         if mass.device.type != "cpu":
-            known = finite if isinstance(finite, Tensor) else mass.sum().isfinite()
-            torch._assert_async(known)
+            if not finite:
+                torch._assert_async(mass.sum().isfinite())
         elif not (math.isfinite(mass.sum().item()) if finite is None else finite):
             raise AttentionError(
                 f"layer {self.plan.layer}: attention from position {first} is NaN; the model's "
@@ -567,7 +567,7 @@ class Layer:
             self.decide(1)
 
     def account(
-        self, reclaimed: Tensor | None, mass: Tensor | None, finite: Tensor | None = None
+        self, reclaimed: Tensor | None, mass: Tensor | None, finite: bool | None = None
     ) -> None:
         """Account for a token that a compiled step has written; see :meth:`token`."""
         store, first = self.require_store(), self.seen

@@ -69,7 +69,7 @@ class RunLayer(StagedLayer, Protocol):
         """Attend from tokens that come with no decision between them, then write them."""
 
     def report(
-        self, mass: Tensor, first: int, room: int, finite: bool | Tensor | None = None
+        self, mass: Tensor, first: int, room: int, finite: bool | None = None
     ) -> AttentionReport:
         """Mass for the observers, after refusing NaN."""
 

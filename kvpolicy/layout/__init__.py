@@ -10,7 +10,12 @@ from kvpolicy.layout.lines import (
     TokenLayout,
 )
 from kvpolicy.layout.locality import locality_aware_order
-from kvpolicy.layout.ordered import OrderedLayout, in_raster_order, refuse_other_orders
+from kvpolicy.layout.ordered import (
+    OrderedLayout,
+    first_of_line,
+    in_raster_order,
+    refuse_other_orders,
+)
 
 __all__ = [
     "AfterPrompt",
@@ -20,6 +25,7 @@ __all__ = [
     "SequenceLayout",
     "TextLayout",
     "TokenLayout",
+    "first_of_line",
     "group_sizes",
     "in_raster_order",
     "locality_aware_order",

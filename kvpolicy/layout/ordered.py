@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import accumulate
@@ -14,10 +14,18 @@ from torch import Tensor
 
 from kvpolicy.errors import LayoutError, ShapeError
 from kvpolicy.layout.groups import group_sizes
-from kvpolicy.layout.lines import Position, RasterLayout, Size, TokenLayout, _Layout
+from kvpolicy.layout.lines import (
+    Position,
+    RasterLayout,
+    SequenceLayout,
+    Size,
+    TextLayout,
+    TokenLayout,
+    _Layout,
+)
 from kvpolicy.layout.locality import locality_aware_order
 
-__all__ = ["OrderedLayout", "in_raster_order", "refuse_other_orders"]
+__all__ = ["OrderedLayout", "first_of_line", "in_raster_order", "refuse_other_orders"]
 
 
 def _whole_numbers(value: Any) -> Any:
@@ -258,3 +266,21 @@ def refuse_other_orders(layout: TokenLayout, who: str) -> None:
             f"{who} needs tokens line by line, and this OrderedLayout has another order; use a "
             f"RasterLayout, or what works in any order, such as the policies near and h2o"
         )
+
+
+def first_of_line(layout: TokenLayout, line: int, seen: int) -> int | None:
+    """The first position, of -1 to ``seen``, that lies in a line or behind it.
+
+    Position -1 stands for an empty slot, which lies in a line before all others.
+
+    Args:
+        layout: where tokens sit, in raster order.
+        line: at most that of the token ``seen``.
+        seen: the position of the token about to come.
+
+    Returns:
+        The position; None of a layout that is none of ours, whose lines may go up and down.
+    """
+    if type(layout) not in (RasterLayout, TextLayout, SequenceLayout, OrderedLayout):
+        return None
+    return bisect_left(range(-1, seen + 1), line, key=layout.line) - 1

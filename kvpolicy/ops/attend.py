@@ -21,7 +21,7 @@ from kvpolicy.ops.triton import decode
 __all__ = ["attend", "attend_with_weights", "by_slot", "write_and_attend"]
 
 #: ``decode`` of ``cpu/decode_cpu.cpp``, or ``writer`` of ``triton``: see there.
-Kernel = Callable[..., tuple[Tensor, Tensor | None, bool | Tensor]]
+Kernel = Callable[..., tuple[Tensor, Tensor | None, bool]]
 #: Puts key and value of the token at a position into slots: :meth:`kvpolicy.SlotStore.write`.
 Write = Callable[[Tensor, Tensor, Tensor, int], None]
 
@@ -130,7 +130,7 @@ def write_and_attend(
     sinks: Tensor | None = None,
     need_mass: bool = False,
     may_be_empty: bool = True,
-) -> tuple[Tensor, Tensor | None, bool | Tensor | None]:
+) -> tuple[Tensor, Tensor | None, bool | None]:
     """Write a token into its slot, then attend from it to all slots that hold one.
 
     Args:
@@ -155,7 +155,7 @@ def write_and_attend(
 
     Returns:
         Output ``[B, G * H, 1, Dv]``; the mass ``[B, H, 1, held]`` (None unless asked for); and
-        whether the attention was finite, where that is known (on a GPU a tensor that is 0 if not).
+        whether the mass is finite, where that is known (True of a kernel that asserts it itself).
     """
     if (
         kernel is not None

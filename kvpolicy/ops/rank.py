@@ -8,6 +8,7 @@ from torch import Tensor
 from kvpolicy.errors import ShapeError
 from kvpolicy.ops import triton
 from kvpolicy.ops.cpu import native
+from kvpolicy.ops.outside import Outside
 
 __all__ = ["leveled", "lowest", "numbers_only", "oldest_of_lowest"]
 
@@ -52,7 +53,13 @@ def lowest(
     Raises:
         ShapeError: ``protected`` is not bool.
     """
-    if protected is not None and protected.dtype is not torch.bool:
+    span = None
+    if type(protected) is Outside:
+        if protected.held is positions and triton.ranks(positions):
+            span = protected.first, protected.last
+        else:
+            protected = protected.mask()
+    elif protected is not None and protected.dtype is not torch.bool:
         raise ShapeError(f"protected must be bool, not {protected.dtype}")
     if score.dtype is not torch.int32:
         score = score.to(torch.float32)
@@ -62,7 +69,7 @@ def lowest(
             score, protected, positions, pinned, prefix, may_be_empty, count
         )
         return found
-    on_gpu = triton.lowest(score, positions, count, protected, pinned, prefix)
+    on_gpu = triton.lowest(score, positions, count, span or protected, pinned, prefix)
     if on_gpu is not None:
         return on_gpu, True
     level = leveled(

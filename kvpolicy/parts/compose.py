@@ -199,6 +199,14 @@ class Compose(ScoredPolicy):
         scores = self.parts.get("score", ())
         return any(score.part.raster_only for score in scores) or super().raster_only
 
+    @property
+    def own_ranking(self) -> bool:
+        """That of the base, or of a part that only scores."""
+        if "score" not in self.parts:
+            return self.base.own_ranking
+        ranked = type(self.base).victims is ScoredPolicy.victims
+        return ranked and self.parts["score"][0].part.choose is None
+
     def observers(self, shape: SlotShape) -> Sequence[AttentionObserver]:
         """What ``observe`` makes, and what scores watch besides attention."""
         made = list(self.base.observers(shape))

@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from kvpolicy.budget.span import PositiveSpan, Span
-from kvpolicy.layout import refuse_other_orders
+from kvpolicy.layout import first_of_line, refuse_other_orders
 from kvpolicy.parts.named import register_part
 from kvpolicy.policy.view import CacheView
 
@@ -42,7 +42,8 @@ def recent_lines(view: CacheView, count: Lines = 1) -> Tensor:
         LayoutError: tokens don't come line by line.
     """
     refuse_other_orders(view.layout, "protecting recent lines")
-    return view.lines >= view.line - count
+    start = first_of_line(view.layout, view.line - count, view.seen)
+    return view.lines >= view.line - count if start is None else view.since(start)
 
 
 @register_part("protect", "window")
@@ -54,7 +55,7 @@ def recent_tokens(
     Returns:
         bool ``[B, H, S]``.
     """
-    return view.positions >= view.seen - view.tokens(count)
+    return view.since(view.seen - view.tokens(count))
 
 
 @register_part("protect", "share")
@@ -64,4 +65,4 @@ def recent_share(view: CacheView, share: Share = 0.5) -> Tensor:
     Returns:
         bool ``[B, H, S]``.
     """
-    return view.positions > view.seen - math.ceil(share * view.budget)
+    return view.since(view.seen - math.ceil(share * view.budget) + 1)

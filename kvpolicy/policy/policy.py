@@ -80,6 +80,14 @@ class EvictionPolicy(BaseModel, ABC):
         """Whether it makes sense in raster order alone (LineAR decides line by line)."""
         return False
 
+    @property
+    def own_ranking(self) -> bool:
+        """Whether kvpolicy's ranking names the victims, and so slots that there are.
+
+        What is named by anything else is looked at, before it is trusted with memory.
+        """
+        return False
+
     def observers(self, shape: SlotShape) -> Sequence[AttentionObserver]:
         """Make the observers of one layer of one generation; none by default."""
         return ()
@@ -146,6 +154,12 @@ class ScoredPolicy(EvictionPolicy):
         A policy whose score alone needs raster order overrides this.
         """
         return needs_raster_order(self)
+
+    @property
+    def own_ranking(self) -> bool:
+        """That :meth:`score` alone decides."""
+        kind = type(self)
+        return kind.victims is ScoredPolicy.victims and kind.choose is ScoredPolicy.choose
 
     def protect(self, view: CacheView) -> Tensor | None:
         """Tokens that may not go besides the prefix, bool ``[B, H, S]``; None for no others."""

@@ -12,6 +12,7 @@ from kvpolicy.budget.span import first_tokens, tokens_of
 from kvpolicy.errors import ParameterError
 from kvpolicy.layout import TokenLayout
 from kvpolicy.observers import AttentionObserver, Need
+from kvpolicy.ops.outside import outside
 from kvpolicy.slots import SlotStore
 
 __all__ = ["CacheView"]
@@ -122,7 +123,12 @@ class CacheView:
         Args:
             span: a number of tokens, or lines as long as the layout's first: ``"1 line"``.
         """
-        return self._from_start < first_tokens(span, self.layout) + self.layout.prefix
+        end = first_tokens(span, self.layout) + self.layout.prefix
+        return outside(self.positions, first=end) if self._start is None else self._from_start < end
+
+    def since(self, position: int) -> Tensor:
+        """The tokens from a position on, bool ``[B, H, S]``."""
+        return outside(self.positions, last=position)
 
     def tokens(self, span: int | str) -> int:
         """How many tokens a span is here: ``28``, or lines of the layout: ``"1 line"``."""

@@ -21,21 +21,21 @@ BUDGET = 30
 #: Launches of one layer's step once the budget is full: most between two decisions, and most with
 #: one. A policy that decides at every token has no step without.
 MOST = {
-    "ahead": (None, 54),
-    "compose": (None, 9),
+    "ahead": (None, 52),
+    "compose": (None, 2),
     "full": (1, None),
-    "h2o": (None, 7),
-    "knorm": (None, 9),
-    "linear": (4, 12),
-    "linear2d": (4, 148),
-    "near": (None, 21),
-    "pyramid": (4, 16),
-    "random": (None, 20),
-    "rkv": (4, 59),
-    "snapkv": (4, 16),
-    "ssd": (None, 17),
-    "streaming_llm": (None, 4),
-    "tova": (None, 9),
+    "h2o": (None, 4),
+    "knorm": (None, 8),
+    "linear": (3, 4),
+    "linear2d": (3, 149),
+    "near": (None, 19),
+    "pyramid": (3, 12),
+    "random": (None, 19),
+    "rkv": (3, 55),
+    "snapkv": (3, 12),
+    "ssd": (None, 14),
+    "streaming_llm": (None, 2),
+    "tova": (None, 7),
 }
 GPU = torch.device("cuda", 0)
 
@@ -81,13 +81,16 @@ def test_launches_of_a_step(name):
             assert max(counted, default=None) == most
 
 
-def test_linear_stays_below_six_launches_between_decisions_from_the_first_token_on():
+def test_a_decision_of_linear_is_one_launch_more_from_the_first_token_on():
     cache = made("linear")
     with fake_devices(), torch.inference_mode():
         steps(cache, 1)
-        found = [count for decides, count in steps(cache, LAYOUT.length - 1) if not decides]
-    assert len(found) == 55
-    assert max(found) <= 6
+        found = steps(cache, LAYOUT.length - 1)
+    deciding = [count for decides, count in found if decides]
+    others = [count for decides, count in found if not decides]
+    assert (len(deciding), len(others)) == (5, 55)
+    # A line may begin where none is decided: while there is room, or behind a decision.
+    assert max(deciding) <= max(others) + 1 <= 4
 
 
 def test_a_step_without_the_kernel_takes_more(monkeypatch):
@@ -137,7 +140,7 @@ def test_a_compiled_steps_outside_is_a_few_launches(name):
             found.append((decides, inside, outside))
             assert not seen.waits
     # Three tensors are drawn, and the kernel is one. Outside: where the token goes, two; behind it
-    # the assertion, forget and observe; and what a decision takes, where there is one.
+    # forget and observe; and what a decision takes, where there is one.
     assert {inside for _, inside, _ in found} == {3 + 1}
     between, deciding = MOST[name]
     for decides, _, outside in found:

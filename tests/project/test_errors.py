@@ -101,13 +101,17 @@ def far() -> PolicyCache:
     return made
 
 
-def naming(slot: int):
+def naming(slot: int, method: str = "victims"):
     """Ask a policy that names a slot that there is none of."""
 
     class Wild(kvpolicy.policies.Random):
-        def victims(self, view, count):
-            return torch.full_like(super().victims(view, count), slot)
+        pass
 
+    def wild(self, view, count, *protected):
+        chosen = getattr(super(Wild, self), method)(view, count, *protected)
+        return torch.full_like(chosen, slot)
+
+    setattr(Wild, method, wild)
     made = cache(policy=Wild(), num_layers=1)
     for _ in range(GRID.length):
         attend(on=made)
@@ -391,6 +395,7 @@ WRONG = [
         (lambda slot=slot: naming(slot), ShapeError, f"Wild.victims named slot {slot};", "0 to 8")
         for slot in (-5, -1, 9, 10**9)
     ],
+    (lambda: naming(9, "choose"), ShapeError, "Wild.victims named slot 9;", "0 to 8"),
     (lambda: kernels("/tmp", "no-such-compiler"), KernelError, "(no-such-compiler)", "PATH"),
     (lambda: kernels("/dev/null/x"), KernelError, "/dev/null/x", "$KVPOLICY_KERNELS"),
 ]

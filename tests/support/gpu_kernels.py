@@ -11,14 +11,12 @@ from kvpolicy.ops import triton
 def serve(monkeypatch) -> None:
     """Let the kernels serve whatever says that it lies on a GPU."""
     monkeypatch.setattr(triton, "_on_gpu", lambda tensor: tensor.is_cuda)
-    monkeypatch.setattr(triton, "_RANKED", {})
     monkeypatch.setattr(triton, "_lowest", _lowest)
     monkeypatch.setattr(triton, "_write_and_attend", _write_and_attend)
     monkeypatch.setattr(triton, "_decode", _decode)
 
 
 def _write_and_attend(
-    sane: Tensor,
     query: Tensor,
     keys: Tensor,
     values: Tensor,
@@ -30,22 +28,20 @@ def _write_and_attend(
     held: int,
     scale: float,
     need_mass: bool,
-) -> tuple[Tensor, Tensor | None, Tensor]:
+) -> tuple[Tensor, Tensor | None, bool]:
     mass = None
     if need_mass:
         mass = torch.empty(*keys.shape[:2], 1, held, device=keys.device)
     # One launch, as the kernel has it; the position is a number there.
     where = torch.empty(1, dtype=torch.int32, device=keys.device)
-    output = triton.step_op(
-        sane, query, keys, values, positions, mass, slots, key, value, where, scale
-    )
-    return output, mass, sane
+    output = triton.step_op(query, keys, values, positions, mass, slots, key, value, where, scale)
+    return output, mass, True
 
 
-def _lowest(score, positions, count, protected, pinned, prefix, sane):
+def _lowest(score, positions, count, protected, pinned, prefix):
     """One launch, as the kernel has it."""
-    shown = [tensor for tensor in (score, protected, pinned) if tensor is not None]
-    assert {tensor.device for tensor in (*shown, sane)} == {positions.device}
+    shown = [tensor for tensor in (score, protected, pinned) if isinstance(tensor, Tensor)]
+    assert {tensor.device for tensor in shown} == {positions.device}
     return positions.new_zeros((*positions.shape[:2], count), dtype=torch.int64)
 
 

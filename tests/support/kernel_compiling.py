@@ -1,4 +1,7 @@
-"""Compiles a Triton kernel for a GPU that is not here; prints the bytes of its machine code."""
+"""Compiles a Triton kernel for a GPU that is not here.
+
+Prints the bytes of its machine code, and how often it calls what fails an assertion.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from kvpolicy.ops.triton.asserting import ASSERTING
 from kvpolicy.ops.triton.decode_slots import _decode
 from kvpolicy.ops.triton.rank_slots import _lowest
 
@@ -15,10 +19,10 @@ from kvpolicy.ops.triton.rank_slots import _lowest
 TARGET = GPUTarget("cuda", 90, 32)
 HALF, WHOLE, BOOL = "*bf16", "*i32", "*i1"
 ATTEND = dict.fromkeys(("query", "keys", "values", "output", "key", "value"), HALF)
-ATTEND |= {"mass": "*fp32", "scores": "*fp32", "into": "*i64", "sane": WHOLE, "scale": "fp32"}
+ATTEND |= {"mass": "*fp32", "scores": "*fp32", "into": "*i64", "scale": "fp32"}
 SIZES = {"GROUP": 1, "ROWS": 1, "WIDE_K": 64, "WIDE_V": 64, "BLOCK": 64, "MASKED": True}
 SIZES |= {"FROM_TENSOR": False, "MASS": True, "WIDEN": False}
-RANK = {"positions": WHOLE, "protected": BOOL, "pinned": BOOL, "victims": "*i64", "sane": WHOLE}
+RANK = {"positions": WHOLE, "protected": BOOL, "pinned": BOOL, "victims": "*i64"}
 #: By kind: the kernel, the types of what it is given (whole numbers but for these), and constants.
 KINDS = {
     "attend": (_decode, {**ATTEND, "visible": BOOL}, {**SIZES, "WRITE": False}),
@@ -26,7 +30,12 @@ KINDS = {
     "rank": (
         _lowest,
         {**RANK, "score": "*fp32"},
-        {"BLOCK": 64, "RANKS": False, "PROTECTED": True, "PINNED": True},
+        {"BLOCK": 64, "RANKS": False, "MASKED": True, "SPANNED": False, "PINNED": True},
+    ),
+    "rank by position": (
+        _lowest,
+        {**RANK, "score": "*fp32", "protected": "*fp32", "pinned": "*fp32"},
+        {"BLOCK": 64, "RANKS": False, "MASKED": False, "SPANNED": True, "PINNED": False},
     ),
 }
 
@@ -41,8 +50,9 @@ def main(kind: str) -> None:
         },
         constexprs={(names.index(name),): value for name, value in constants.items()},
     )
-    compiled = triton.compile(source, target=TARGET, options={"num_warps": 4})
-    print(len(compiled.asm["cubin"]))
+    compiled = triton.compile(source, target=TARGET, options={"num_warps": 4, **ASSERTING})
+    calls = compiled.asm["ptx"].count("__assertfail, ")
+    print(len(compiled.asm["cubin"]), calls)
 
 
 main(sys.argv[1])

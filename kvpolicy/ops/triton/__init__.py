@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
-__all__ = ["decode", "decode_op", "lowest", "sane_on", "step_op", "stepper", "writer"]
+__all__ = ["decode", "decode_op", "lowest", "ranks", "step_op", "writer"]
 
 _TRITON = find_spec("triton") is not None
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _WIDEST = 256
 #: Slots of a head up to which each is compared with each. A guess, until somebody has measured it.
 _MOST_COMPARED = 2048
-#: Of each device: 0 once a decision was to be made from NaN. After that its process is lost anyway.
-_RANKED: dict[torch.device, Tensor] = {}
 
 
 def decode(
@@ -44,12 +41,12 @@ def decode(
 
 def writer(
     keys: Tensor, values: Tensor
-) -> Callable[..., tuple[Tensor, Tensor | None, Tensor]] | None:
+) -> Callable[..., tuple[Tensor, Tensor | None, bool]] | None:
     """The kernel that writes a token and attends to it in one launch, for one store.
 
     It takes what that of the CPU takes (:mod:`kvpolicy.ops.cpu.native`): query, keys, values,
     positions, slots, key, value, position, slots held, scale, and whether the mass is wanted. It
-    gives output, mass, and a tensor that is 0 once a mass was NaN.
+    gives output, mass, and True: that no mass is NaN it asserts itself, on the device.
 
     Args:
         keys: the store's, ``[B, H, S, D]``.
@@ -60,66 +57,47 @@ def writer(
     """
     if values.dtype != keys.dtype or not _serves(keys, values):
         return None
-    return partial(_write_and_attend, sane_on(keys.device))
+    return _write_and_attend
 
 
-def stepper(sane: Tensor) -> Callable[..., Tensor]:
-    """The same for compiled code, as an operator whose position and mass are tensors that stay.
-
-    It takes query, keys, values, positions, mass (or None), slots, key, value, position and scale.
-
-    Args:
-        sane: of :func:`sane_on`; becomes 0 where the mass is NaN.
-    """
-    return partial(step_op, sane)
+def ranks(positions: Tensor) -> bool:
+    """Whether :func:`lowest` serves such slots, ``[B, H, S]``."""
+    return _on_gpu(positions) and positions.shape[2] <= _MOST_COMPARED
 
 
 def lowest(
     score: Tensor,
     positions: Tensor,
     count: int,
-    protected: Tensor | None,
+    protected: Tensor | tuple[int, int] | None,
     pinned: Tensor | None,
     prefix: int,
 ) -> Tensor | None:
     """The slots that go, in one launch (:mod:`kvpolicy.ops.triton.rank_slots`).
 
-    That no score is NaN is asserted on the device.
+    That no score is NaN is asserted on the device. What is protected is a mask, or positions before
+    a first and from a last on.
 
     Returns:
         Slots, int64 ``[B, H, count]``; None where no kernel serves: not on a GPU, scores of another
         dtype, or so many slots that comparing each with each takes longer than to sort them.
     """
-    if not _on_gpu(positions) or score.dtype not in (torch.float32, torch.int32):
+    if not ranks(positions) or score.dtype not in (torch.float32, torch.int32):
         return None
-    if positions.shape[2] > _MOST_COMPARED:
-        return None
-    device = positions.device
-    if device not in _RANKED:
-        _RANKED[device] = sane_on(device)
-    victims = _lowest(score, positions, count, protected, pinned, prefix, _RANKED[device])
-    torch._assert_async(_RANKED[device])
-    return victims
+    return _lowest(score, positions, count, protected, pinned, prefix)
 
 
 def _lowest(
     score: Tensor,
     positions: Tensor,
     count: int,
-    protected: Tensor | None,
+    protected: Tensor | tuple[int, int] | None,
     pinned: Tensor | None,
     prefix: int,
-    sane: Tensor,
 ) -> Tensor:
     from kvpolicy.ops.triton.rank_slots import lowest_slots
 
-    return lowest_slots(score, positions, count, protected, pinned, prefix, sane)
-
-
-def sane_on(device: torch.device) -> Tensor:
-    """What a kernel sets to 0 where a mass is NaN, int32 ``[1]``, to be asserted on the device."""
-    with torch.inference_mode(False):
-        return torch.ones(1, dtype=torch.int32, device=device)
+    return lowest_slots(score, positions, count, protected, pinned, prefix)
 
 
 def _serves(keys: Tensor, values: Tensor) -> bool:
@@ -136,7 +114,6 @@ def _on_gpu(tensor: Tensor) -> bool:
 
 
 def _write_and_attend(
-    sane: Tensor,
     query: Tensor,
     keys: Tensor,
     values: Tensor,
@@ -148,25 +125,23 @@ def _write_and_attend(
     held: int,
     scale: float,
     need_mass: bool,
-) -> tuple[Tensor, Tensor | None, Tensor]:
+) -> tuple[Tensor, Tensor | None, bool]:
     from kvpolicy.ops.triton.decode_slots import step_slots
 
     output, mass = step_slots(
-        *(query, keys, values, positions, slots, key, value, position, held, scale),
-        *(sane, need_mass),
+        *(query, keys, values, positions, slots, key, value, position, held, scale, need_mass)
     )
-    return output, mass, sane
+    return output, mass, True
 
 
 @torch.library.custom_op(
     "kvpolicy::step",
-    mutates_args=("sane", "keys", "values", "positions", "mass"),
-    schema="(Tensor(a!) sane, Tensor query, Tensor(b!) keys, Tensor(c!) values, "
-    "Tensor(d!) positions, Tensor(e!)? mass, Tensor slots, Tensor key, Tensor value, "
-    "Tensor position, float scale) -> Tensor",
+    mutates_args=("keys", "values", "positions", "mass"),
+    schema="(Tensor query, Tensor(a!) keys, Tensor(b!) values, Tensor(c!) positions, "
+    "Tensor(d!)? mass, Tensor slots, Tensor key, Tensor value, Tensor position, float scale) "
+    "-> Tensor",
 )
 def step_op(
-    sane: Tensor,
     query: Tensor,
     keys: Tensor,
     values: Tensor,
@@ -180,6 +155,8 @@ def step_op(
 ) -> Tensor:
     """Write a token and attend to it, for a compiler; the mass goes into ``mass``.
 
+    Position and mass are tensors that stay where they are. NaN is asserted, as by :func:`writer`.
+
     Returns:
         The output ``[B, G * H, 1, Dv]``.
     """
@@ -188,13 +165,12 @@ def step_op(
     held = keys.shape[2]
     return step_slots(
         *(query, keys, values, positions, slots, key, value, position, held, scale),
-        *(sane, mass is not None, mass),
+        *(mass is not None, mass),
     )[0]
 
 
 @step_op.register_fake
 def _step_shape(
-    sane: Tensor,
     query: Tensor,
     keys: Tensor,
     values: Tensor,

@@ -16,8 +16,8 @@ kernel is as fast as the memory if it reads each byte once and keeps all of the 
   rows. Products of float32 are computed as such (``ieee``), not as TensorFloat32.
 
 * A token that has just come is written by the program that then reads it, so that a whole step of
-  a layer is one launch. Where attention is NaN the program says so in a tensor that is asserted on
-  the GPU: looking at the mass itself would take five launches more.
+  a layer is one launch. That attention is not NaN the program asserts itself: looking at the mass
+  from outside takes up to five launches more.
 
 Nothing waits for the host, and shapes are those of the arguments: it can be captured in a CUDA
 graph. It has been tested against float64 in Triton's interpreter, and compiled for GPUs.
@@ -31,6 +31,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from kvpolicy.ops.triton.asserting import ASSERTING
 
 __all__ = ["decode_slots", "step_slots"]
 
@@ -68,7 +70,7 @@ def decode_slots(
     seen = keys if visible is None else visible.expand(batch, heads, 1, slots)
     _launch(
         *(query, keys, values, seen, output, mass, scores),
-        *(query, query, query, 0, query),  # no token is written
+        *(query, query, query, 0),  # no token is written
         scale,
         slots,
         shown=(*seen.stride()[:2], seen.stride(3)),
@@ -91,11 +93,12 @@ def step_slots(
     position: int | Tensor,
     held: int,
     scale: float,
-    sane: Tensor,
     need_mass: bool,
     mass_into: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Write one token a head into its slot, and attend from it to all slots that hold one.
+
+    That the mass is not NaN, where it is wanted, is asserted on the device.
 
     Args:
         query: ``[B, G * H, 1, D]``.
@@ -108,7 +111,6 @@ def step_slots(
         position: of the token; or an int32 tensor ``[1]``.
         held: slots from the first on that are looked at, this token's included.
         scale: factor of the scores.
-        sane: int32 ``[1]``, becomes 0 where the mass is NaN.
         need_mass: whether to return the mass.
         mass_into: where it goes, ``[B, H, 1, held]``, contiguous; None to allocate it.
 
@@ -118,7 +120,7 @@ def step_slots(
     output, mass, scores = _room(query, keys, values, held, need_mass, mass_into)
     _launch(
         *(query, keys, values, positions, output, mass, scores),
-        *(slots, key, value, position, sane),
+        *(slots, key, value, position),
         scale,
         held,
         shown=positions.stride(),
@@ -168,7 +170,6 @@ def _launch(
     key: Tensor,
     value: Tensor,
     position: int | Tensor,
-    sane: Tensor,
     scale: float,
     held: int,
     *,
@@ -185,7 +186,7 @@ def _launch(
     wide_k, wide_v = _power_of_two(dim), _power_of_two(dim_v)
     _decode[(batch * heads,)](
         *(query, keys, values, visible, output, mass, scores),
-        *(slots, key, value, position, sane),
+        *(slots, key, value, position),
         *(scale * _LOG2E, heads, held, dim, dim_v),
         *(*query.stride()[:2], query.stride(3)),
         *keys.stride(),
@@ -203,6 +204,7 @@ def _launch(
         MASS=need_mass,
         WIDEN=_INTERPRETED,
         num_warps=4,
+        **ASSERTING,
     )
 
 
@@ -225,7 +227,6 @@ def _decode(
     key,
     value,
     position,
-    sane,
     scale,
     heads,
     slots,
@@ -361,8 +362,7 @@ def _decode(
     )
     if MASS:
         if WRITE:
-            broken = tl.sum(((total != total) & ours).to(tl.int32), axis=0)
-            tl.store(sane, 0, mask=broken > 0)
+            tl.device_assert((total == total) | (row >= GROUP), "attention is NaN")
         # What a thread reads back below, another one may have written above.
         tl.debug_barrier()
         for first in range(0, slots, BLOCK):

@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kvpolicy.ops.triton.asserting import ASSERTING
+
 __all__ = ["lowest_slots"]
 
 _BLOCK = 64
@@ -22,21 +24,20 @@ def lowest_slots(
     score: Tensor,
     positions: Tensor,
     count: int,
-    protected: Tensor | None,
+    protected: Tensor | tuple[int, int] | None,
     pinned: Tensor | None,
     prefix: int,
-    sane: Tensor,
 ) -> Tensor:
-    """As :func:`kvpolicy.ops.rank.lowest` has it.
+    """As :func:`kvpolicy.ops.rank.lowest` has it; NaN fails an assertion on the device.
 
     Args:
         score: float32, or int32 ranks, broadcastable to ``[B, H, S]``.
         positions: int32 ``[B, H, S]``, -1 = empty.
         count: how many slots are wanted.
-        protected: bool, broadcastable to ``[B, H, S]``; None for nothing.
+        protected: bool, broadcastable to ``[B, H, S]``; or two numbers: positions before the first,
+            and from the second on; None for nothing.
         pinned: the same; None where what is pinned lies in the first slots.
         prefix: how many of the first slots are pinned, where ``pinned`` is None.
-        sane: int32 ``[1]``, becomes 0 where a score that counts is NaN.
 
     Returns:
         Slots, int64 ``[B, H, count]``.
@@ -44,16 +45,20 @@ def lowest_slots(
     batch, heads, slots = positions.shape
     victims = torch.empty(batch, heads, count, dtype=torch.int64, device=positions.device)
     score = score.expand_as(positions)
-    kept = score if protected is None else protected.expand_as(positions)
+    masked = isinstance(protected, Tensor)
+    kept = protected.expand_as(positions) if isinstance(protected, Tensor) else score
+    first, last = protected if isinstance(protected, tuple) else (0, 0)
     held = score if pinned is None else pinned.expand_as(positions)
     _lowest[(batch * heads, triton.cdiv(slots, _BLOCK))](
-        *(score, positions, kept, held, victims, sane, heads, slots, count, prefix),
+        *(score, positions, kept, held, victims, heads, slots, count, prefix, first, last),
         *(*score.stride(), *positions.stride(), *kept.stride(), *held.stride()),
         BLOCK=_BLOCK,
         RANKS=score.dtype is torch.int32,
-        PROTECTED=protected is not None,
+        MASKED=masked,
+        SPANNED=protected is not None and not masked,
         PINNED=pinned is not None,
         num_warps=4,
+        **ASSERTING,
     )
     return victims
 
@@ -67,12 +72,15 @@ def _keys(
     slot,
     slots,
     prefix,
+    first,
+    last,
     score_s,
     positions_s,
     protected_s,
     pinned_s,
     RANKS: tl.constexpr,
-    PROTECTED: tl.constexpr,
+    MASKED: tl.constexpr,
+    SPANNED: tl.constexpr,
     PINNED: tl.constexpr,
 ):
     """What some slots of a head are ordered by, and which scores that count are NaN."""
@@ -80,45 +88,48 @@ def _keys(
     position = tl.load(positions + slot * positions_s, mask=there, other=0)
     value = tl.load(score + slot * score_s, mask=there, other=0)
     empty = position < 0
-    last = slot < prefix
+    held = slot < prefix
     if PINNED:
-        last = tl.load(pinned + slot * pinned_s, mask=there, other=0) != 0
+        held = tl.load(pinned + slot * pinned_s, mask=there, other=0) != 0
+    if MASKED:
+        kept = tl.load(protected + slot * protected_s, mask=there, other=0) != 0
+    elif SPANNED:
+        kept = (position < first) | (position >= last)
     broken = value != value
     if RANKS:
         level = value.to(tl.int64)
-        if PROTECTED:
-            kept = tl.load(protected + slot * protected_s, mask=there, other=0) != 0
+        if MASKED or SPANNED:
             level += tl.where(kept, 1 << 30, 0)
-        level = tl.where(last, 2147483647, level)
+        level = tl.where(held, 2147483647, level)
         level = tl.where(empty, -1, level)
     else:
         # Beyond a quarter of the largest float32 scores tie, to leave room for what is protected.
         value = tl.minimum(tl.maximum(value, -8.5070586659632215e37), 8.5070586659632215e37)
-        if PROTECTED:
-            kept = tl.load(protected + slot * protected_s, mask=there, other=0) != 0
+        if MASKED or SPANNED:
             value = value + tl.where(kept, 2.1267646664908054e38, 0.0)
         value = tl.where(broken, float("-inf"), value)
-        value = tl.where(last, float("inf"), value)
+        value = tl.where(held, float("inf"), value)
         value = tl.where(empty, float("-inf"), value)
         value = tl.where(value == 0.0, 0.0, value)  # -0.0 must tie with it
         bits = value.to(tl.int32, bitcast=True)
         # Floats order like numbers with a sign; whole numbers are in two's complement.
         level = tl.where(bits < 0, bits ^ 2147483647, bits).to(tl.int64)
-    return (level << 32) + position, broken & there & (last == 0) & (empty == 0)
+    return (level << 32) + position, broken & there & (held == 0) & (empty == 0)
 
 
-@triton.jit(do_not_specialize=["slots", "count", "prefix"])
+@triton.jit(do_not_specialize=["slots", "count", "prefix", "first", "last"])
 def _lowest(
     score,
     positions,
     protected,
     pinned,
     victims,
-    sane,
     heads,
     slots,
     count,
     prefix,
+    first,
+    last,
     score_b,
     score_h,
     score_s,
@@ -133,7 +144,8 @@ def _lowest(
     pinned_s,
     BLOCK: tl.constexpr,  # slots that are ranked, and compared with, at once
     RANKS: tl.constexpr,  # scores are distinct whole numbers
-    PROTECTED: tl.constexpr,
+    MASKED: tl.constexpr,  # what is protected lies in a mask
+    SPANNED: tl.constexpr,  # or is what lies outside of two positions
     PINNED: tl.constexpr,
 ):
     """Some slots of one head of one sequence."""
@@ -153,18 +165,21 @@ def _lowest(
         own,
         slots,
         prefix,
+        first,
+        last,
         score_s,
         positions_s,
         protected_s,
         pinned_s,
         RANKS,
-        PROTECTED,
+        MASKED,
+        SPANNED,
         PINNED,
     )
-    tl.store(sane, 0, mask=tl.sum(broken.to(tl.int32), axis=0) > 0)
+    tl.device_assert(broken == 0, "a score is NaN")
     place = tl.zeros([BLOCK], tl.int32)
-    for first in range(0, slots, BLOCK):
-        other = first + tl.arange(0, BLOCK)
+    for start in range(0, slots, BLOCK):
+        other = start + tl.arange(0, BLOCK)
         theirs, _ = _keys(
             score,
             positions,
@@ -173,12 +188,15 @@ def _lowest(
             other,
             slots,
             prefix,
+            first,
+            last,
             score_s,
             positions_s,
             protected_s,
             pinned_s,
             RANKS,
-            PROTECTED,
+            MASKED,
+            SPANNED,
             PINNED,
         )
         before = theirs[None, :] < mine[:, None]

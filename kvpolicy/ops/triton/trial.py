@@ -9,14 +9,18 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from triton.runtime.interpreter import InterpreterOptions, interpreter_builder
 
 from kvpolicy.ops.rank import leveled
-from kvpolicy.ops.triton import decode_op, sane_on, step_op
+from kvpolicy.ops.triton import decode_op, step_op
+from kvpolicy.ops.triton.asserting import ASSERTING
 from kvpolicy.ops.triton.decode_slots import decode_slots, step_slots
 from kvpolicy.ops.triton.rank_slots import lowest_slots
 
@@ -151,13 +155,12 @@ def stepped(case: Case, device: str) -> dict[str, Any]:
         query, stores[0], stores[1], scale, (stores[2] >= 0).unsqueeze(2)
     )
     figures: dict[str, Any] = {}
-    sane = sane_on(query.device)
     into = torch.empty(*shape[:2], 1, case.slots, device=device)
     where = torch.full((1,), position, dtype=torch.int32, device=device)
     for name, at, into_ in (("", position, None), (" in place", where, into)):
         written = keys.clone(), values.clone(), positions.clone()
         output, mass = step_slots(
-            *(query, *written, slots, key, value, at, case.slots, scale, sane, True, into_)
+            *(query, *written, slots, key, value, at, case.slots, scale, True, into_)
         )
         assert mass is not None
         figures["output" + name] = error(output, wanted)
@@ -166,15 +169,9 @@ def stepped(case: Case, device: str) -> dict[str, Any]:
             int((a != b).sum()) for a, b in zip(written, stores, strict=True)
         )
     alone, _ = step_slots(
-        query, keys, values, positions, slots, key, value, position, case.slots, scale, sane, False
+        query, keys, values, positions, slots, key, value, position, case.slots, scale, False
     )
     figures["without mass"] = error(alone, wanted)
-    figures["called NaN"] = 1 - int(sane)
-    query[-1, -1, 0, 0] = torch.nan
-    step_slots(
-        query, keys, values, positions, slots, key, value, position, case.slots, scale, sane, True
-    )
-    figures["NaN not seen"] = int(sane)
     return figures
 
 
@@ -192,31 +189,55 @@ def ranked(device: str) -> Iterator[dict[str, Any]]:
         protected = torch.rand(size, generator=chance) > 0.6
         pinned = positions < 2
         positions[..., 1::7] = -1
-        for shield, pin in ((None, None), (protected, pinned), (protected[:, :1], None)):
+        outside = (positions < 20) | (positions >= 70)
+        shields = ((None, None), (protected, pinned), (protected[:, :1], None), (outside, None))
+        for shield, pin in shields:
             what = "all" if shield is None else "shared" if pin is None else "each"
+            span = (20, 70) if shield is outside else None
+            what = what if span is None else "by position"
             prefix = 0 if pin is not None else min(2, slots - 1)
-            level = leveled(score, positions, protected=shield, pinned=pin, prefix=prefix)
+            # What is NaN and does not count.
+            worth = score if ranks else score.masked_fill(positions < 0, torch.nan)
+            level = leveled(worth, positions, protected=shield, pinned=pin, prefix=prefix)
             rows = zip(level.flatten(0, 1).tolist(), positions.flatten(0, 1).tolist(), strict=True)
             order = [
                 [slot for *_, slot in sorted(zip(*row, range(slots), strict=True))] for row in rows
             ]
             expected = torch.tensor(order).view(size)[..., :count]
-            sane = sane_on(torch.device(device))
             moved = (
-                None if shield is None else shield.to(device),
+                None if shield is None else span or shield.to(device),
                 None if pin is None else pin.to(device),
             )
-            there = positions.to(device)
-            found = lowest_slots(score.to(device), there, count, *moved, prefix, sane).cpu()
-            wrong = int((found != expected).sum())
-            figures = {"chosen otherwise": wrong, "called NaN": 1 - int(sane)}
-            if not ranks and slots > 1:
-                with_nan = score.clone()
-                with_nan[0, 0, -1] = torch.nan  # neither pinned nor empty
-                there[0, 0, -1] = slots
-                lowest_slots(with_nan.to(device), there, count, *moved, prefix, sane)
-                figures["NaN not seen"] = int(sane)
-            yield {"case": f"rank {slots} slots, {count} go, {what}", **figures}
+            found = lowest_slots(worth.to(device), positions.to(device), count, *moved, prefix)
+            wrong = int((found.cpu() != expected).sum())
+            yield {"case": f"rank {slots} slots, {count} go, {what}", "chosen otherwise": wrong}
+
+
+def break_assertion(kind: str, device: str) -> None:
+    """Launch a kernel with one NaN. It must not come to its end; a GPU's process is lost then."""
+    broken = torch.randn(2, 2, 1, 97, device=device)
+    broken[1, 1, 0, 40] = torch.nan
+    positions = torch.arange(97, dtype=torch.int32, device=device).repeat(2, 2, 1)
+    if kind == "rank":
+        lowest_slots(broken[:, :, 0], positions, 24, None, None, 1)
+    else:
+        keys = torch.randn(2, 2, 97, 97, device=device)
+        slots, new = torch.full((2, 2, 1), 5, device=device), torch.randn_like(broken)
+        step_slots(broken, keys, keys.clone(), positions, slots, new, new, 97, 97, 0.1, True)
+    if device != "cpu":
+        torch.cuda.synchronize(device)
+
+
+def asserted(device: str) -> Iterator[dict[str, Any]]:
+    """Whether NaN ends a process with the kernel's own words: each kind in a process of its own."""
+    command = [sys.executable, "-m", __spec__.name, "--device", device, "--nan"]
+    said = {"step": "attention is NaN", "rank": "a score is NaN"}
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    ends = {kind: subprocess.Popen([*command, kind], **pipes) for kind in said}
+    for kind, process in ends.items():
+        words = process.communicate()[0]
+        seen = process.returncode != 0 and said[kind] in words
+        yield {"case": f"{kind} with NaN", "NaN not seen": 1 - int(seen)}
 
 
 def compiled(device: str) -> Iterator[dict[str, Any]]:
@@ -235,7 +256,7 @@ def compiled(device: str) -> Iterator[dict[str, Any]]:
     mass, slots = torch.empty(2, 2, 1, 97, device=device), torch.full((2, 2, 1), 5, device=device)
     step = torch.compile(step_op, fullgraph=True, backend="aot_eager")
     output = step(
-        *(sane_on(query.device), query, keys, values, full, mass, slots),
+        *(query, keys, values, full, mass, slots),
         *(keys[:, :, 5:6].clone(), values[:, :, 5:6].clone(), full[0, 0, 5:6].clone(), 0.125),
     )
     wanted, wanted_mass = reference(query, keys, values, 0.125, None)
@@ -251,7 +272,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m kvpolicy.ops.triton.trial")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--brief", action="store_true", help="a few cases of each kind")
+    parser.add_argument("--nan", choices=("step", "rank"), help="break this kernel's assertion")
     given = parser.parse_args()
+    if given.device == "cpu":  # the interpreter asserts nothing unless told to
+        interpreter_builder.options = InterpreterOptions(**ASSERTING)
+    if given.nan is not None:
+        break_assertion(given.nan, given.device)
+        return
     for case in cases():
         if given.brief and case.name not in BRIEF:
             continue
@@ -260,7 +287,7 @@ def main() -> None:
         if case.dim == 64:  # other widths differ in nothing but that
             about["case"] = f"step, {case.name}"
             print(json.dumps({**about, **stepped(case, given.device)}), flush=True)
-    for found in ranked(given.device):
+    for found in (*ranked(given.device), *asserted(given.device)):
         print(json.dumps({"dtype": str(torch.float32), **found}), flush=True)
     if not given.brief:
         for found in compiled(given.device):
