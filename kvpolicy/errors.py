@@ -23,6 +23,7 @@ __all__ = [
     "RunFolderError",
     "ShapeError",
     "UnknownNameError",
+    "first_line",
     "near_matches",
     "parameter_error",
 ]
@@ -70,6 +71,11 @@ class RunFolderError(KVPolicyError, OSError):
 
 class UnknownNameError(KVPolicyError, LookupError):
     """A name is not in a registry; the message lists near matches."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an exception says; its kind, of one that says nothing."""
+    return next(iter(str(error).splitlines()), "").strip() or type(error).__name__
 
 
 def near_matches(name: str, known: Iterable[str]) -> str:

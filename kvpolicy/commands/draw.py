@@ -177,7 +177,7 @@ def draw(
     with writing(out):
         written = write_grids(out, items)
         if written:
-            note(f"wrote {len(written)} grids for DPG's evaluator into {out / 'dpg'}")
+            note(f"wrote {len(written)} pictures for DPG's evaluator into {out / 'dpg'}")
         if compare is not None:
             note(f"wrote {_sheet(out, policy, compare, items)}")
         if npz:

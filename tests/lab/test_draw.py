@@ -48,6 +48,7 @@ class Toy:
     num_layers = 1
     layout = LAYOUT
     room = 5
+    says: BaseException = RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
     drawn: list[int] = []  # noqa: RUF012 - what all of them drew
 
     def check(self, item, sampler):
@@ -56,7 +57,7 @@ class Toy:
 
     def draw(self, items, setting, sampler, seed):
         if len(items) > self.room:
-            raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            raise self.says
         self.drawn.append(len(items))
         numbers = np.stack([item.chances(seed, 16) for item in items]).reshape(-1, 4, 4)
         stats = kvpolicy.PolicyCache("full", None, layout=LAYOUT, num_layers=1).stats()
@@ -159,6 +160,21 @@ def test_geneval_and_dpg_are_laid_out_as_their_evaluators_want_them(tmp_path):
     grid = read_image(tmp_path / "d" / "dpg" / "diffusiondb2.png")
     parts = [read_image(tmp_path / "d" / item.path) for item in items[4:]]
     assert (grid == np.block([parts[:2], parts[2:]])).all()
+    # One image of a prompt is what the evaluator expects unless told otherwise.
+    write_grids(tmp_path / "d", items[::4])
+    assert (read_image(tmp_path / "d" / "dpg" / "diffusiondb2.png") == parts[0]).all()
+    write_grids(tmp_path / "d", items[4:7])
+    grid = read_image(tmp_path / "d" / "dpg" / "diffusiondb2.png")
+    assert (grid == np.block([parts[:2], [parts[2], np.zeros_like(parts[2])]])).all()
+
+
+def test_lines_end_where_editors_say(tmp_path):
+    """Not within a prompt: str.splitlines cuts at these, which JSON need not escape."""
+    within = "a fox\u2028in\x85the\x0bsnow"
+    (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": within}, ensure_ascii=False), "utf-8")
+    (tmp_path / "a.txt").write_bytes(f"{within}\r\na cow\r".encode())
+    assert [item.prompt for item in prompt_items(tmp_path / "a.jsonl", 1)] == [within]
+    assert [item.prompt for item in prompt_items(tmp_path / "a.txt", 1)] == [within, "a cow"]
 
 
 @pytest.mark.parametrize(
@@ -206,6 +222,11 @@ def test_where_memory_runs_out_batches_are_halved(tmp_path, monkeypatch):
     monkeypatch.setattr(Toy, "drawn", [])
     draw(asked(), class_items(range(10), 2), tmp_path / "run", Nobody(), batch=16)
     assert Toy.drawn == [4] * 5
+    monkeypatch.setattr(Toy, "room", 0)
+    monkeypatch.setattr(Toy, "says", MemoryError())  # which has no words of its own
+    with pytest.raises(ModelError, match=r"no room on cpu \(MemoryError\)"):
+        draw(asked(), class_items([0], 1), tmp_path / "mute", Nobody())
+    monkeypatch.undo()
     monkeypatch.setattr(Toy, "room", 0)
     with pytest.raises(ModelError, match="one image at a time has no room"):
         draw(asked(), class_items(range(10), 2), tmp_path / "none", Nobody())

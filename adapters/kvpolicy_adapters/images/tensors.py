@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from kvpolicy import ParameterError
+from kvpolicy.errors import first_line
 
 __all__ = ["assign", "read_checkpoint", "weights_of"]
 
@@ -42,7 +43,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         if isinstance(error, OSError) and error.filename is not None:
             raise
         raise ParameterError(
-            f"{path} can't be read as a checkpoint of tensors ({str(error).splitlines()[0]}); if "
+            f"{path} can't be read as a checkpoint of tensors ({first_line(error)}); if "
             f"it holds Python objects and you trust it, load it yourself and give the state dict"
         ) from error
     if not isinstance(checkpoint, dict):

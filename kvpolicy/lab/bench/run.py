@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from kvpolicy.budget.budget import Budget
-from kvpolicy.errors import ParameterError, near_matches
+from kvpolicy.errors import ParameterError, first_line, near_matches
 from kvpolicy.lab.bench.contender import (
     BASELINES,
     VARIANTS,
@@ -328,6 +328,6 @@ def torch_device(name: str) -> str:
     try:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError) as error:
-        first = str(error).splitlines()[0]
+        first = first_line(error)
         raise ParameterError(f"device={name!r} can't be used: {first}") from None
     return name

@@ -19,7 +19,7 @@ from PIL import Image
 
 from kvpolicy.cache.cache import PolicyCache
 from kvpolicy.decoding import Decoder, Sequential
-from kvpolicy.errors import ModelError, ParameterError
+from kvpolicy.errors import ModelError, ParameterError, first_line
 from kvpolicy.lab.draw.batch_size import BatchSize
 from kvpolicy.lab.draw.folder import DrawFolder, DrawPlan
 from kvpolicy.lab.draw.image_model import ImageModel, ModelSource, Sampler, load_image_model
@@ -283,7 +283,7 @@ def draw(
                 if not sizes.ran_out(len(some)):
                     raise ModelError(
                         f"one image at a time has no room on {asked.source.device} "
-                        f"({str(error).splitlines()[0]}); a smaller --budget or --dtype bfloat16 "
+                        f"({first_line(error)}); a smaller --budget or --dtype bfloat16 "
                         f"takes less"
                     ) from error
                 continue

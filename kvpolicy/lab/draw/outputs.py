@@ -19,7 +19,7 @@ from kvpolicy.lab.run.files import UNFINISHED, write_whole
 
 __all__ = ["read_image", "write_grids", "write_npz"]
 
-#: DPG's evaluator wants four images of a prompt in one picture, two by two.
+#: DPG's evaluator (``--pic-num``) takes a prompt's image, or up to four of them, two by two.
 _GRID = 4
 
 
@@ -67,15 +67,22 @@ def write_npz(folder: Path, items: Sequence[Item]) -> Path:
 
 
 def write_grids(folder: Path, items: Sequence[Item]) -> list[Path]:
-    """``dpg/NAME.png`` for each prompt of DPG's of which four images were drawn, two by two."""
+    """``dpg/NAME.png`` for each prompt of DPG's: its image, or two to four of them, two by two.
+
+    Where fewer than four were drawn, the last places stay black: nobody looks there.
+    """
     written = []
-    for name, four in _by_name(items):
-        if len(four) != _GRID:
+    for name, drawn in _by_name(items):
+        if len(drawn) > _GRID:
             continue
-        images = [read_image(folder / item.path) for item in four]
-        rows = [np.concatenate(images[first : first + 2], axis=1) for first in (0, 2)]
+        images = [read_image(folder / item.path) for item in drawn]
+        if len(images) > 1:
+            images += [np.zeros_like(images[0])] * (_GRID - len(images))
+            images = [
+                np.concatenate([np.concatenate(images[at : at + 2], axis=1) for at in (0, 2)])
+            ]
         made = io.BytesIO()
-        Image.fromarray(np.concatenate(rows)).save(made, "PNG")
+        Image.fromarray(images[0]).save(made, "PNG")
         path = folder / "dpg" / f"{name}.png"
         path.parent.mkdir(exist_ok=True)
         write_whole(path, made.getvalue())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ def prompt_items(source: Path, per_prompt: int) -> list[Item]:
     a ``.jsonl`` file                     objects with ``prompt``, and whatever else
     GenEval's ``evaluation_metadata``     ``geneval/00000/samples/00000.png`` (arXiv:2310.11513)
     a folder of ``.txt`` files            DPG's: a prompt a file; ``images/NAME_0.png``
-                                          (arXiv:2403.05135), and of four a grid ``dpg/NAME.png``
+                                          (arXiv:2403.05135), and of one or four ``dpg/NAME.png``
     ====================================  =========================================================
 
     Args:
@@ -40,7 +41,7 @@ def prompt_items(source: Path, per_prompt: int) -> list[Item]:
     if source.is_dir():
         return _folder(source, per_prompt)
     if source.suffix == ".txt":
-        lines = [line.strip() for line in _text(source).splitlines()]
+        lines = [line.strip() for line in _lines(source)]
         prompts: list[dict[str, Any]] = [{"prompt": line} for line in lines if line]
     elif source.suffix == ".jsonl":
         prompts = _json_lines(source)
@@ -94,9 +95,14 @@ def _text(file: Path) -> str:
         ) from None
 
 
+def _lines(file: Path) -> list[str]:
+    """As an editor numbers them: ``str.splitlines`` would also cut at characters within a line."""
+    return re.split(r"\r\n|\n|\r", _text(file))
+
+
 def _json_lines(file: Path) -> list[dict[str, Any]]:
     found = []
-    for number, line in enumerate(_text(file).splitlines(), start=1):
+    for number, line in enumerate(_lines(file), start=1):
         if not line.strip():
             continue
         try:

@@ -24,3 +24,7 @@ def check_device(device: str) -> None:
         if count <= (found.index or 0):
             seen = f"{count} of them" if count else "no GPU"
             raise ParameterError(f"device={device!r}: torch sees {seen} here; use --device cpu")
+    elif found.type != "cpu":
+        backend = getattr(torch, found.type, None)
+        if not getattr(backend, "is_available", bool)():
+            raise ParameterError(f"device={device!r}: torch sees none here; use --device cpu")

@@ -14,7 +14,7 @@ from transformers import (
     JanusForConditionalGeneration,
 )
 
-from kvpolicy.errors import ParameterError, near_matches
+from kvpolicy.errors import ParameterError, first_line, near_matches
 from kvpolicy.lab.draw.image_model import IMAGE_MODELS, ImageModel, ModelSource
 from kvpolicy_adapters.evaluation.drawing.chameleon import ChameleonImages
 from kvpolicy_adapters.evaluation.drawing.common import dtype_of, options_of
@@ -48,7 +48,7 @@ def open_checkpoint(source: ModelSource) -> ImageModel:
         known = near_matches(path, IMAGE_MODELS.names())
         raise ParameterError(
             f"model {path!r} is no image model ({known}), and no checkpoint of transformers could "
-            f"be opened: {str(error).splitlines()[0]}"
+            f"be opened: {first_line(error)}"
         ) from error
     kind = config.model_type
     if kind not in _FAMILIES:

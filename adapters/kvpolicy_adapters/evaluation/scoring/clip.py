@@ -12,6 +12,7 @@ from torch.nn import functional
 from transformers import AutoConfig, AutoTokenizer, CLIPImageProcessorPil, CLIPModel
 
 from kvpolicy import ParameterError
+from kvpolicy.errors import first_line
 
 __all__ = ["Clip", "open_clip"]
 
@@ -88,6 +89,6 @@ def open_clip(path: Path, device: str) -> Clip:
         if isinstance(error, ParameterError):
             raise
         raise ParameterError(
-            f"--clip {path} holds no CLIP with its tokenizer: {str(error).splitlines()[0]}"
+            f"--clip {path} holds no CLIP with its tokenizer: {first_line(error)}"
         ) from error
     return Clip(model.eval().to(device), tokenizer, processor)

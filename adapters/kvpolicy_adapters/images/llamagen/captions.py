@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, T5EncoderModel
 
 from kvpolicy import ParameterError
+from kvpolicy.errors import first_line
 
 __all__ = ["Captions", "StoredCaptions", "T5Captions", "pad_left"]
 
@@ -64,8 +65,9 @@ class T5Captions:
             self._tokenizer = AutoTokenizer.from_pretrained(folder)
             encoder = T5EncoderModel.from_pretrained(folder, dtype=dtype)
         except (OSError, ValueError) as error:
-            said = (str(error).splitlines() or ["no message"])[0]
-            raise ParameterError(f"t5={folder}: no T5 could be opened: {said}") from error
+            raise ParameterError(
+                f"t5={folder}: no T5 could be opened: {first_line(error)}"
+            ) from error
         if encoder.config.d_model != size:
             raise ParameterError(
                 f"t5={folder} makes embeddings of {encoder.config.d_model} numbers; this LlamaGen "
