@@ -6,6 +6,7 @@ which are drawn again here; nothing of that package is part of kvpolicy.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import tomllib
 from importlib import import_module
@@ -116,6 +117,20 @@ def test_another_file_is_refused_by_name(tmp_path, monkeypatch, make, said):
     with pytest.raises(ParameterError, match=rf"(?s)other\.pth.*{said}"):
         read_inception(tmp_path / "other.pth")
     assert not Path("it-ran").exists()
+
+
+def test_a_file_whose_name_says_another_digest_is_refused(tiny, tmp_path):
+    data = tiny.read_bytes()
+    own = hashlib.sha256(data).hexdigest()[:8]
+    (tmp_path / f"weights-{own}.pth").write_bytes(data)
+    assert read_inception(tmp_path / f"weights-{own}.pth").digest.startswith(own)
+    published = tmp_path / "weights-inception-2015-12-05-6726825d.pth"
+    for some in (data, data[:20_000]):
+        published.write_bytes(some)
+        begins = hashlib.sha256(some).hexdigest()[:8]
+        said = rf"6726825d\.pth is not the file .* begins with {begins}, .*\({len(some):,} bytes\)"
+        with pytest.raises(ParameterError, match=said):
+            read_inception(published)
 
 
 def test_a_truncated_file_is_refused(tiny, tmp_path):

@@ -276,7 +276,7 @@ def test_what_does_not_go_together_is_refused(sets, tmp_path):
         score([drawn], Networks(Looks(), Matches()), ignore)
     with pytest.raises(ParameterError, match="given twice"):
         score([drawn, drawn], NETWORKS, ignore)
-    for device, said in (("gpu", "is none"), ("cuda:99", "use --device cpu")):
+    for device, said in (("gpu", "is none"), ("cuda:99", "--device cpu"), ("meta", "none here")):
         with pytest.raises(ParameterError, match=rf"device='{device}'.*{said}"):
             check_device(device)
     (tmp_path / "file").touch()

@@ -336,8 +336,8 @@ def _notes(found: dict[str, Figures], reference: Reference | None, networks: Net
     network = networks.features
     if network is not None and not network.published:
         notes.append(
-            "the weights of --inception are not those that published figures are computed with: "
-            "these compare among themselves only"
+            f"the weights of --inception (SHA-256 {network.digest[:8]}...) are not the file that "
+            f"published figures are computed with: these compare among themselves only"
         )
     if network is not None and reference is not None:
         few = sorted({figures.images for figures in found.values()})

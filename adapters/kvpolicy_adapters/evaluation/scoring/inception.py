@@ -11,6 +11,7 @@ without torchvision, whose released wheels need a torch built for CUDA.
 from __future__ import annotations
 
 import hashlib
+import re
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -27,8 +28,10 @@ __all__ = ["Inception", "open_inception", "read_inception"]
 _SIDE = 299
 #: Channels of the stem, and classes, of the network that is published.
 _STEM, _CLASSES = 32, 1008
-#: What the file is called that both packages fetch ends with the first digits of its SHA-256.
+#: First digits of the SHA-256 of the file that both packages fetch, by its name: torch's hub ends
+#: a file's name with them, and checks them. The file itself was not at hand where this was written.
 _PUBLISHED = "6726825d"
+_NAMED = re.compile(r"-([0-9a-f]{8,64})\.pth?$")
 
 
 class _Step(NamedTuple):
@@ -284,10 +287,20 @@ def read_inception(path: str | Path) -> Inception:
         The network in evaluation mode, without gradients, in float32.
 
     Raises:
-        ParameterError: the file is truncated, holds more than tensors, or another network.
+        ParameterError: the file is truncated, holds more than tensors, or another network; or its
+            name ends with another digest than its own.
         OSError: the file can't be read.
     """
     path = Path(path)
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    named = _NAMED.search(path.name)
+    if named is not None and not digest.startswith(named[1]):
+        raise ParameterError(
+            f"{path} is not the file that its name says: its SHA-256 begins with {digest[:8]}, and "
+            f"not with {named[1]}. It may be cut off ({path.stat().st_size:,} bytes): fetch it "
+            f"again; other weights go by another name"
+        )
     weights = {
         name: tensor
         for name, tensor in weights_of(read_checkpoint(path), ("state_dict", "model")).items()
@@ -304,8 +317,7 @@ def read_inception(path: str | Path) -> Inception:
     with torch.device("meta"):
         model = Inception(stem)
     assign(model, weights, refusal)
-    with path.open("rb") as file:
-        model.digest = hashlib.file_digest(file, "sha256").hexdigest()
+    model.digest = digest
     return model.eval().requires_grad_(False).float()
 
 
