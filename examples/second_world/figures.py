@@ -105,19 +105,21 @@ def _against_linear(part: Figures) -> str:
     lines = [
         f"### {part['about']}",
         "",
-        f"{_unit(part)} at {part['rows'][-1]['budget']}, {part['items']} items.",
+        f"{_unit(part)}, {part['items']} items.",
         "",
-        "| policy | over the full cache | over `linear` | fewer extra bits |",
-        "| --- | --: | --: | --: |",
+        "| policy | budget | over the full cache | over `linear` | fewer extra bits |",
+        "| --- | --- | --: | --: | --: |",
     ]
-    base = next((row for row in part["rows"] if row["policy"] == "linear"), None)
-    for row in part["rows"]:
+    linear = {row["budget"]: row for row in part["rows"] if row["policy"] == "linear"}
+    for row in sorted(part["rows"], key=lambda row: row["budget"] or ""):
         if row["budget"] is None:
             continue
         less = row["less"].get("linear")
         over = None if less is None else [-less[0], *(-end for end in reversed(less[1:]))]
+        base = linear.get(row["budget"])
         share = "" if less is None or base is None else _share(less, base["extra"][0])
-        lines.append(f"| `{row['policy']}` | {_told(row['extra'])} | {_told(over)} | {share} |")
+        told = (f"`{row['policy']}`", row["budget"], _told(row["extra"]), _told(over), share)
+        lines.append(f"| {' | '.join(told)} |")
     return "\n".join(lines)
 
 

@@ -11,7 +11,7 @@ from kvpolicy.lab.run.plan import BASELINE, SEQUENTIAL, Plan
 __all__ = ["BUDGETS", "WORLDS", "Part", "parts"]
 
 BUDGETS = ("1/4", "1/6", "1/8")
-SIXTH = ("1/6",)
+SIXTH, TIGHT = ("1/6",), ("1/6", "1/8")
 #: The paper's table, and what a comparison is not complete without.
 ORDERED = ("linear", "linear2d", "rkv", "h2o", "streaming_llm", "random")
 REST = ("pyramid", "snapkv", "tova", "knorm", "ssd")
@@ -23,21 +23,6 @@ WORLDS = {
     "fashion": "fashion-ar",
     "text": "text",
 }
-#: What linear2d could be instead, spelled as policies; and what each stands for.
-KNOBS = (
-    "linear",
-    "linear2d",
-    "linear/score=moving_mass:0.5",
-    "linear/score=least_change:5:alone",
-    "linear/score=least_change:0",
-    "linear/score=least_change:1",
-    "linear/score=least_change:2",
-    "linear/score=least_change:10",
-    "linear2d/observe=fading_mass:24",
-    "linear2d/observe=fading_mass:56",
-    "linear2d/protect=anchors:0+lines:1",
-    "linear2d/protect=anchors:12+lines:1",
-)
 HALVES = (
     "linear",
     "linear2d",
@@ -113,6 +98,10 @@ def parts(drawings: int, pictures: int, clipart: dict[str, Any]) -> list[Part]:
         )
         return Part(name, about, metric, plan)
 
+    def knobs(name: str, about: str, metric: str, subject: str, line: int) -> Part:
+        policies = what_linear2d_could_be(line)
+        return part(name, about, metric, policies, subject=subject, budgets=TIGHT, **tuned)
+
     def passes(name: str, about: str, cfg: float) -> Part:
         drawn = ({"name": BASELINE, "decoders": [SEQUENTIAL]}, "linear")
         return part(name, about, "passes", drawn, budgets=SIXTH, decoders=DECODERS, cfg=cfg, **few)
@@ -120,16 +109,8 @@ def parts(drawings: int, pictures: int, clipart: dict[str, Any]) -> list[Part]:
     return [
         part("clipart", "The ordering", bits, **scored),
         part("fashion", "The ordering on fashion-ar", pixels, subject=fashion, **scored),
-        part("knobs-clipart", "What linear2d could be", bits, KNOBS, budgets=SIXTH, **tuned),
-        part(
-            "knobs-fashion",
-            "What linear2d could be, on fashion-ar",
-            pixels,
-            KNOBS,
-            subject=fashion,
-            budgets=SIXTH,
-            **tuned,
-        ),
+        knobs("knobs-clipart", "What linear2d could be", bits, "clipart-ar", 24),
+        knobs("knobs-fashion", "What linear2d could be, on fashion-ar", pixels, fashion, 28),
         part("clipart-guided", "The ordering under guidance 3", guided, **scored),
         part("halves", "Halves that share", guided, HALVES, budgets=SIXTH, **scored),
         passes("passes-guided", "Speculative decoding under guidance 3", 3.0),
@@ -139,3 +120,22 @@ def parts(drawings: int, pictures: int, clipart: dict[str, Any]) -> list[Part]:
         part("clipart-rest", "The other policies", bits, REST, **scored),
         part("fashion-rest", "The others on fashion-ar", pixels, REST, subject=fashion, **scored),
     ]
+
+
+def what_linear2d_could_be(line: int) -> tuple[str, ...]:
+    """``linear``, ``linear2d``, and changes of it, spelled for lines of so many tokens."""
+    few, window = f"anchors:{line // 4}", f"window:{line + 1}"
+    often = f"linear2d/decide=every:{line // 4}"
+    return (
+        "linear",
+        "linear2d",
+        "linear/score=least_change:0",
+        "linear/score=least_change:1",
+        "linear/score=least_change:5:alone",
+        f"linear2d/observe=fading_mass:{line}",
+        "linear2d/protect=anchors:0+lines:1",
+        f"linear2d/protect={few}+lines:1",
+        f"{often}/protect=anchors:{line}+{window}",
+        f"{often}/protect={few}+{window}",
+        f"{often}/protect={few}+{window}/observe=fading_mass:{line}",
+    )
