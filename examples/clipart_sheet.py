@@ -56,6 +56,9 @@ def main(
     policies: Annotated[str, typer.Option(help="Separated by commas.")] = "full",
     budget: Annotated[str, typer.Option(help="Of all policies but full.")] = "1/6",
     cfg: Annotated[float, typer.Option(min=1, help="Guidance; 1 is none.")] = 3.0,
+    temperature: Annotated[
+        float, typer.Option(help="Below 1 the likely codes come more often.")
+    ] = 1.0,
     line_breaks: bool = False,
     seed: int = 0,
 ) -> None:
@@ -63,7 +66,7 @@ def main(
     torch.set_num_threads(1)
     options = (("line_breaks", 1),) if line_breaks else ()
     model = ClipartImages(ModelSource("clipart-ar", folder, options=options))
-    sampler = Sampler(cfg=cfg)
+    sampler = Sampler(cfg=cfg, temperature=temperature)
     items = [
         Item(path="", row=row, sample=0, prompt=prompt)
         for row, prompt in enumerate(prompts.split(","))

@@ -13,6 +13,7 @@ import torch
 pytest.importorskip("typer", reason="ablations need the extra 'lab'")
 pytest.importorskip("transformers", reason="needs the extra 'transformers'")
 
+from support.processes import run_script
 from support.tiny_clipart import write_clipart
 
 from kvpolicy.lab.compare.bootstrap import paired_bootstrap
@@ -126,3 +127,19 @@ def test_every_part_is_a_plan_of_its_own():
     calibration = [part for part in every if part.plan.options.get("split") == "calibration"]
     assert [part.name for part in calibration] == ["knobs-clipart", "knobs-fashion"]
     assert np.prod([len(HALVES), 1]) + 1 == len(every[names.index("halves")].plan.cells())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policies", ["full", "full,linear"])
+def test_a_sheet_has_every_prompt_and_refuses_what_the_model_does_not_know(
+    folder, tmp_path, policies
+):
+    script = Path(EXAMPLES) / "clipart_sheet.py"
+    asked = ("--folder", folder, "--policies", policies, "--out", tmp_path / "a.png", "--prompts")
+    done = run_script(script, *map(str, asked), "flags france,apple", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert f"{policies.split(',')[-1]}: 2 pictures" in done.stdout
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    done = run_script(script, *map(str, asked), "flags,aple", folder=tmp_path)
+    assert done.returncode != 0
+    assert "does not know 'aple'; did you mean 'apple'" in done.stderr
