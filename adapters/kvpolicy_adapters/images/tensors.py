@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import pickle
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeAlias, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -16,7 +17,12 @@ from torch import Tensor, nn
 from kvpolicy import ParameterError
 from kvpolicy.errors import first_line
 
-__all__ = ["assign", "read_checkpoint", "weights_of"]
+__all__ = ["assign", "naming_its_file", "read_checkpoint", "weights_of"]
+
+#: A file, or a state dict.
+Source: TypeAlias = str | Path | Mapping[str, Any]
+Options = ParamSpec("Options")
+Model = TypeVar("Model")
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -43,12 +49,30 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         if isinstance(error, OSError) and error.filename is not None:
             raise
         raise ParameterError(
-            f"{path} can't be read as a checkpoint of tensors ({first_line(error)}); if "
-            f"it holds Python objects and you trust it, load it yourself and give the state dict"
+            f"{path} can't be read as a checkpoint of tensors ({first_line(error)}); it has "
+            f"{Path(path).stat().st_size:,} bytes, and may be cut off; if it holds Python objects "
+            f"and you trust it, load it yourself and give the state dict"
         ) from error
     if not isinstance(checkpoint, dict):
         raise ParameterError(f"{path} holds a {type(checkpoint).__name__}, not a state dict")
     return checkpoint
+
+
+def naming_its_file(
+    read: Callable[Concatenate[Source, Options], Model],
+) -> Callable[Concatenate[Source, Options], Model]:
+    """Let what a reader refuses of a file begin with its name; a state dict has none."""
+
+    @wraps(read)
+    def named(source: Source, *args: Options.args, **options: Options.kwargs) -> Model:
+        try:
+            return read(source, *args, **options)
+        except ParameterError as error:
+            if isinstance(source, Mapping) or str(source) in str(error):
+                raise
+            raise ParameterError(f"{source}: {error}") from error
+
+    return named  # type: ignore[return-value]  # a source may come by its name, too
 
 
 def weights_of(checkpoint: Mapping[str, Any], nested: Iterable[str]) -> dict[str, Tensor]:

@@ -300,7 +300,7 @@ def writing(path: Path) -> Iterator[None]:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         advice = "make room, and" if full else "see to that, or copy it to where you may write, and"
         raise RunFolderError(
-            f"{path} can't be written: {error.strerror or error}. Every finished cell is safe; "
+            f"{path} can't be written: {error.strerror or error}. What was finished is safe; "
             f"{advice} run the same command again to go on"
         ) from error
 

@@ -12,7 +12,12 @@ from torch import Tensor
 from kvpolicy import ParameterError
 from kvpolicy_adapters.images.llamagen.configuration import SIZES, LlamaGenConfig
 from kvpolicy_adapters.images.llamagen.modeling import LlamaGen
-from kvpolicy_adapters.images.tensors import assign, read_checkpoint, weights_of
+from kvpolicy_adapters.images.tensors import (
+    assign,
+    naming_its_file,
+    read_checkpoint,
+    weights_of,
+)
 
 __all__ = ["read_official"]
 
@@ -22,6 +27,7 @@ _NESTED = ("model", "module", "state_dict")
 _MADE_ANEW = ("freqs_cis", "causal_mask", "kv_cache.")
 
 
+@naming_its_file
 def read_official(
     source: str | Path | Mapping[str, Any],
     *,

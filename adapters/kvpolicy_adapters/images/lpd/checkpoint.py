@@ -13,7 +13,12 @@ from torch import Tensor
 from kvpolicy import ParameterError
 from kvpolicy_adapters.images.lpd.configuration import SIZES, LPDConfig
 from kvpolicy_adapters.images.lpd.modeling import LPD
-from kvpolicy_adapters.images.tensors import assign, read_checkpoint, weights_of
+from kvpolicy_adapters.images.tensors import (
+    assign,
+    naming_its_file,
+    read_checkpoint,
+    weights_of,
+)
 
 __all__ = ["read_official"]
 
@@ -21,6 +26,7 @@ __all__ = ["read_official"]
 _NESTED = ("model", "state_dict")
 
 
+@naming_its_file
 def read_official(
     source: str | Path | Mapping[str, Any], *, num_attention_heads: int | None = None
 ) -> LPD:
