@@ -16,6 +16,8 @@ __all__ = ["figures_of", "page"]
 #: A mean with its 95% interval; of one number, that number.
 Span = list[float]
 Figures = Mapping[str, Any]
+#: Of a world's part, the one whose pictures are drawn from the same distribution.
+PASSES = {"clipart": "passes", "clipart-guided": "passes-guided"}
 #: What was found on fashion-ar: that the first loses less than the second.
 CLAIMS = (
     ("linear", "rkv"),
@@ -73,7 +75,7 @@ def figures_of(part: Part, run: RunFolder) -> dict[str, Any]:
 
 def page(found: Mapping[str, Figures]) -> str:
     """All tables, what carried over first."""
-    tables = [_carried(found)]
+    tables = [_carried(found)] if any(name in found for name in WORLDS) else []
     for name, part in found.items():
         if part["metric"] == "passes":
             tables.append(_passes(part))
@@ -160,6 +162,9 @@ def _carried(found: Mapping[str, Figures]) -> str:
             less = rows.get((one, "1/6"), {}).get("less", {}).get(other)
             told.append("" if less is None else f"{_verdict(less)}: {_told(less)}")
         lines.append(f"| `{one}` before `{other}` | {' | '.join(told)} |")
+    drawn = [found.get(PASSES.get(name, "")) for name in worlds]
+    told = ["" if part is None else _fewest(part) for part in drawn]
+    lines.append(f"| times fewer passes of `linear`, speculating | {' | '.join(told)} |")
     for budget in BUDGETS:
         told = []
         for name in worlds:
@@ -172,6 +177,16 @@ def _carried(found: Mapping[str, Figures]) -> str:
             f"| fewer extra bits of `linear2d` than `linear`, {budget} | {' | '.join(told)} |"
         )
     return "\n".join(lines)
+
+
+def _fewest(part: Figures) -> str:
+    """What the best decoder saves."""
+    full = next((row["value"][0] for row in part["rows"] if row["budget"] is None), None)
+    others = [row for row in part["rows"] if row["budget"] is not None]
+    if full is None or not others:
+        return ""
+    best = min(others, key=lambda row: row["value"][0])
+    return f"{full / best['value'][0]:.1f} (`{best['policy'].partition('@')[2]}`)"
 
 
 def _array(cell: FinishedCell, name: str) -> np.ndarray[Any, np.dtype[np.float64]]:

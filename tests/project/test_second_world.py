@@ -106,7 +106,19 @@ def test_what_carried_over_is_what_intervals_say():
         return {"about": "", "metric": "bits_per_code", "items": 9, "rows": rows}
 
     spans = ([0.2, 0.1, 0.3], [-0.2, -0.3, -0.1], [0.1, -0.1, 0.3])
-    text = page({"clipart": world(*spans), "fashion": world(*reversed(spans))})
+    drawn = [
+        {"policy": policy, "budget": budget, "value": [passes], "seconds": 1.0}
+        for policy, budget, passes in (
+            ("full", None, 576.0),
+            ("linear@sjd", "1/6", 192.0),
+            ("linear@sjd:window=64", "1/6", 144.0),
+        )
+    ]
+    passes = {"about": "Passes", "metric": "passes", "items": 1, "rows": drawn}
+    text = page({"clipart": world(*spans), "fashion": world(*reversed(spans)), "passes": passes})
+    assert "speculating | 4.0 (`sjd:window=64`) |  |" in text
+    assert "| `linear@sjd` | 192 | 3.0 | 1.0 |" in text
+    assert "carried" not in page({"passes": passes})
     assert "| | clipart-ar | fashion-ar |" in text
     (row,) = [line for line in text.splitlines() if line.startswith("| `linear` before `rkv`")]
     assert [cell.strip().split(":")[0] for cell in row.split("|")[2:4]] == ["yes", "not clear"]
