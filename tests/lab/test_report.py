@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ import kvpolicy
 pytest.importorskip("safetensors", reason="traces are safetensors files")
 pytest.importorskip("plotly", reason="the report's plots need plotly")
 
+from kvpolicy.lab.compare.comparison import Entry
 from kvpolicy.lab.run.outputs import write_outputs
 from kvpolicy.lab.run.plan import Plan
 from kvpolicy.lab.run.run_folder import (
@@ -29,6 +31,7 @@ from kvpolicy.lab.run.run_folder import (
     open_run,
 )
 from kvpolicy.lab.show.report import report_on_run, report_on_trace
+from kvpolicy.lab.show.report.page import _asked_for
 from kvpolicy.lab.show.retention import retention
 from kvpolicy.tracing.trace import STAYS
 
@@ -598,6 +601,17 @@ def test_without_a_grid_there_is_nothing_to_show(tmp_path):
     with pytest.raises(kvpolicy.ParameterError, match="has no grid"):
         report_on_trace(tmp_path / "t.safetensors", tmp_path / "t.html")
     assert not (tmp_path / "t.html").exists()
+
+
+def test_above_a_picture_stands_what_it_was_asked_to_show():
+    def entry(**scores):
+        cell = SimpleNamespace(scores=lambda: scores)
+        return Entry("full", None, (cell,), {})
+
+    prompts = ("a moon", "a flag", "no words")
+    assert _asked_for([entry(classes=np.array([2, 0]))], prompts) == ["no words", "a moon"]
+    assert _asked_for([entry(bits=np.zeros(2))], prompts) == prompts  # classes in turn
+    assert _asked_for([entry(classes=np.array([2, 0]))], ()) == ()
 
 
 def test_a_run_without_a_finished_cell(tmp_path):
