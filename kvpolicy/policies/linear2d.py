@@ -7,12 +7,14 @@ from typing import Annotated, Literal
 from pydantic import Field
 from torch import Tensor
 
+from kvpolicy.budget.span import Span
+from kvpolicy.observers import LineMass
 from kvpolicy.ops import change
-from kvpolicy.parts import moved_mass, register_part
-from kvpolicy.policies.linear import Linear
-from kvpolicy.policy.policy import CacheView
+from kvpolicy.parts import anchors, each_line, moved_mass, recent_lines, register_part
+from kvpolicy.policy.policy import CacheView, ScoredPolicy
 from kvpolicy.policy.ranking import leveled, lowest
 from kvpolicy.registry import register
+from kvpolicy.slots import SlotShape
 
 __all__ = ["Linear2D", "change_alone", "least_change"]
 
@@ -24,7 +26,7 @@ How = Annotated[
 
 
 @register("linear2d")
-class Linear2D(Linear):
+class Linear2D(ScoredPolicy):
     """``linear``, but of the tokens that may go, those whose loss together changes least.
 
     A line whose queries gave the masses ``m`` read ``o = sum_j m_j v_j / sum_j m_j`` on average.
@@ -43,7 +45,21 @@ class Linear2D(Linear):
     ``alone``.
     """
 
+    anchors: Span = Field(
+        "1 line", description="first image tokens that are never evicted, or lines of them"
+    )
+    recent_lines: int = Field(
+        1, ge=0, description="finished lines that are kept whole, beside the current one"
+    )
     lines: Lines = 5
+
+    def observers(self, shape: SlotShape) -> tuple[LineMass, ...]:
+        """Mass from the last finished line."""
+        return (LineMass(shape),)
+
+    def protect(self, view: CacheView) -> Tensor:
+        """Anchors and lines."""
+        return anchors(view, self.anchors) | recent_lines(view, self.recent_lines)
 
     def score(self, view: CacheView) -> Tensor:
         """What changes if a token goes alone."""
@@ -52,6 +68,10 @@ class Linear2D(Linear):
     def choose(self, view: CacheView, count: int, protected: Tensor | None) -> Tensor:
         """What changes least together."""
         return least_change(view, count, protected, self.lines)
+
+    def headroom(self, view: CacheView) -> int:
+        """Once a line, for a line."""
+        return each_line(view)
 
 
 def change_alone(view: CacheView, lines: Lines = 5, how: How = "together") -> Tensor:

@@ -1,8 +1,8 @@
 """What a policy claims: the anchors and lines that it never gives up, and that it decides by line.
 
-``linear`` and ``streaming_llm`` claim it by their parameters, so that a subclass whose ``protect``
-falls short of them is caught. Any other policy claims what its ``protect`` says of views far into a
-sequence, where no token is both old and new.
+``linear``, ``linear2d`` and ``streaming_llm`` claim it by their parameters, so that a subclass
+whose ``protect`` falls short of them is caught. Any other policy claims what its ``protect`` says
+of views far into a sequence, where no token is both old and new.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from kvpolicy.budget.span import first_tokens
 from kvpolicy.layout import RasterLayout, TokenLayout
 from kvpolicy.observers import LineMass
-from kvpolicy.policies import Linear, StreamingLLM
+from kvpolicy.policies import Linear, Linear2D, StreamingLLM
 from kvpolicy.policy.policy import EvictionPolicy, ScoredPolicy
 from kvpolicy.policy.probe import Unread, far_line, probe_view
 from kvpolicy.slots import SlotShape
@@ -33,7 +33,7 @@ _BUDGET = 1
 
 def anchors_of(policy: EvictionPolicy, layout: TokenLayout) -> int:
     """How many tokens behind the prefix are never evicted."""
-    if isinstance(policy, Linear):
+    if isinstance(policy, Linear | Linear2D):
         return first_tokens(policy.anchors, layout)
     if isinstance(policy, StreamingLLM):
         return first_tokens(policy.sinks, layout)
@@ -44,7 +44,7 @@ def anchors_of(policy: EvictionPolicy, layout: TokenLayout) -> int:
 
 def lines_kept(policy: EvictionPolicy, layout: TokenLayout) -> int:
     """How many finished lines are kept whole beside the current one; -1 if not even that is."""
-    if isinstance(policy, Linear):
+    if isinstance(policy, Linear | Linear2D):
         return policy.recent_lines
     newest = [_leading(kept.flip(-1)) for kept in _protected(policy, layout)]
     # The next token is its line's last: the others of the line are the newest tokens.
@@ -54,7 +54,7 @@ def lines_kept(policy: EvictionPolicy, layout: TokenLayout) -> int:
 
 def is_line_by_line(policy: EvictionPolicy) -> bool:
     """Whether a policy decides once a line, by what the last line looked at, and keeps lines."""
-    if isinstance(policy, Linear):
+    if isinstance(policy, Linear | Linear2D):
         return True
     if not isinstance(policy, ScoredPolicy):
         return False

@@ -319,13 +319,7 @@ def drive(
     trace = Trace(stream, tokens)
     step = first = at = 0
     try:
-        cache = PolicyCache(
-            policy,
-            stream.budget,
-            layout=stream.layout,
-            num_layers=stream.layers,
-            reclaim=stream.reclaim,
-        )
+        cache = stream.cache(policy)
         trace.budgets = cache.stats().budgets
         if used is not None:
             _feed(cache, used, stream)
@@ -342,14 +336,7 @@ def drive(
             for spy in spies:
                 at = spy.layer.plan.layer
                 spy.step = step
-                outputs[at].append(
-                    cache.attend(
-                        at,
-                        tokens.query[at, :, :, part],
-                        tokens.key[at, :, :, part],
-                        tokens.value[at, :, :, part],
-                    )
-                )
+                outputs[at].append(cache.attend(at, *tokens.of_layer(at, part)))
                 trace.snapshots.append(_snapshot(spy.layer, step))
             first += size
         trace.outputs = [torch.cat(parts, dim=2) for parts in outputs]
@@ -370,14 +357,7 @@ def _feed(cache: PolicyCache, tokens: Tokens, stream: Stream) -> None:
     """Bring a whole stream's tokens, and look at nothing."""
     first = 0
     for size in stream.sizes():
-        part = slice(first, first + size)
-        for at in range(stream.layers):
-            cache.attend(
-                at,
-                tokens.query[at, :, :, part],
-                tokens.key[at, :, :, part],
-                tokens.value[at, :, :, part],
-            )
+        tokens.bring(cache, slice(first, first + size))
         first += size
 
 

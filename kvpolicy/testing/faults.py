@@ -13,7 +13,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kvpolicy.cache.cache import PolicyCache
 from kvpolicy.errors import CacheStateError, ParameterError
 from kvpolicy.testing.invariants.invariant import Case, bits, fail, register
-from kvpolicy.testing.streams import Stream
 
 __all__ = ["Interrupt", "Interrupted"]
 
@@ -60,28 +59,12 @@ class _Feed:
         self.sizes = stream.sizes()
 
     def cache(self) -> PolicyCache:
-        stream: Stream = self.stream
-        return PolicyCache(
-            self.case.policy,
-            stream.budget,
-            layout=stream.layout,
-            num_layers=stream.layers,
-            reclaim=stream.reclaim,
-        )
+        return self.stream.cache(self.case.policy)
 
     def call(self, cache: PolicyCache, step: int) -> list[Tensor]:
         """The outputs of one call in each layer."""
         first = sum(self.sizes[:step])
-        part = slice(first, first + self.sizes[step])
-        return [
-            cache.attend(
-                layer,
-                self.tokens.query[layer, :, :, part],
-                self.tokens.key[layer, :, :, part],
-                self.tokens.value[layer, :, :, part],
-            )
-            for layer in range(self.stream.layers)
-        ]
+        return self.tokens.bring(cache, slice(first, first + self.sizes[step]))
 
     def calls(self, cache: PolicyCache, steps: range) -> list[list[Tensor]]:
         """The outputs of several calls."""

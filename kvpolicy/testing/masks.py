@@ -7,7 +7,6 @@ import math
 import torch
 from torch import Tensor
 
-from kvpolicy.cache.cache import PolicyCache
 from kvpolicy.testing.invariants.invariant import Case, fail, register
 from kvpolicy.testing.streams import Stream
 
@@ -49,13 +48,7 @@ def _masks(case: Case) -> None:
     stream, tokens = case.stream, case.trace.tokens
     visible = drawn_mask(stream)
     # Room for everything, also where padding holds slots: nothing may have to go.
-    cache = PolicyCache(
-        case.policy,
-        max(stream.tokens * stream.layers * 8, stream.budget),
-        layout=stream.layout,
-        num_layers=stream.layers,
-        reclaim=stream.reclaim,
-    )
+    cache = stream.cache(case.policy, max(stream.tokens * stream.layers * 8, stream.budget))
     if min(cache.stats().budgets) + stream.layout.prefix < stream.tokens:
         return
     first = 0
@@ -64,19 +57,10 @@ def _masks(case: Case) -> None:
         part = slice(first, first + size)
         first += size
         for layer in range(stream.layers):
-            output = cache.attend(
-                layer,
-                tokens.query[layer, :, :, part],
-                tokens.key[layer, :, :, part],
-                tokens.value[layer, :, :, part],
-                visible=visible[:, :, part, :first],
-            )
-            expected = _plain(
-                tokens.query[layer, :, :, part],
-                tokens.key[layer, :, :, :first],
-                tokens.value[layer, :, :, :first],
-                visible[:, :, part, :first],
-            )
+            sees = visible[:, :, part, :first]
+            output = cache.attend(layer, *tokens.of_layer(layer, part), visible=sees)
+            _, keys, values = tokens.of_layer(layer, slice(first))
+            expected = _plain(tokens.query[layer, :, :, part], keys, values, sees)
             off = (output.double() - expected).abs() * seen[:, None, part, None]
             close = 1e-4 if output.dtype == torch.float32 else 3e-2
             if off.max() > close * max(1.0, expected.abs().max().item()):

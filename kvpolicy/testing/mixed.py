@@ -111,30 +111,14 @@ class _Mixture:
         self.gave: list[list[Tensor] | None] = []
 
     def fresh(self) -> PolicyCache:
-        stream = self.stream
-        return PolicyCache(
-            self.case.policy,
-            stream.budget,
-            layout=stream.layout,
-            num_layers=stream.layers,
-            reclaim=stream.reclaim,
-        )
+        return self.stream.cache(self.case.policy)
 
     def bring(self, cache: PolicyCache, call: _Call) -> list[Tensor]:
         part = slice(call.first, call.first + call.size)
         visible = None
         if call.masked:  # without blocks, which may need more room than the budget gives
             visible = self.visible[:, :, part, : part.stop].tril(call.first)
-        return [
-            cache.attend(
-                layer,
-                self.tokens.query[layer, :, :, part],
-                self.tokens.key[layer, :, :, part],
-                self.tokens.value[layer, :, :, part],
-                visible=visible,
-            )
-            for layer in range(self.stream.layers)
-        ]
+        return self.tokens.bring(cache, part, visible)
 
     def take(self, call: _Call) -> None:
         """Bring a call's tokens, and write down that they came."""

@@ -71,20 +71,6 @@ def _alike(one: Any, other: Any) -> bool:
     return bool(one == other)
 
 
-def _bring(cache: PolicyCache, tokens: Tokens, first: int, count: int) -> list[Tensor]:
-    """The outputs of one call in each layer."""
-    part = slice(first, first + count)
-    return [
-        cache.attend(
-            layer,
-            tokens.query[layer, :, :, part],
-            tokens.key[layer, :, :, part],
-            tokens.value[layer, :, :, part],
-        )
-        for layer in range(cache.num_layers)
-    ]
-
-
 def _mixed(kept: Tokens, lost: Tokens, at: int) -> Tokens:
     """Other tokens from position ``at`` on."""
     pairs = ((kept.query, lost.query), (kept.key, lost.key), (kept.value, lost.value))
@@ -100,21 +86,12 @@ def _rollback(case: Case) -> None:
     stream: Stream = case.stream
     rng = random.Random(stream.seed)
     tokens, lost = case.trace.tokens, stream.draw(_LOST + stream.seed)
-    staged, alone = (
-        PolicyCache(
-            case.policy,
-            stream.budget,
-            layout=stream.layout,
-            num_layers=stream.layers,
-            reclaim=stream.reclaim,
-        )
-        for _ in range(2)
-    )
+    staged, alone = (stream.cache(case.policy) for _ in range(2))
     # A text's first call may bring more than fits, and is compressed.
     at = rng.randint(1 if stream.layout.compresses_prompt else 0, stream.tokens)
     for cache in (staged, alone):
         if at:
-            _bring(cache, tokens, 0, at)
+            tokens.bring(cache, slice(at))
     lookahead = rng.choice((1, 2, min(stream.layout.line_length + 1, _MOST), _MOST))
     with ExitStack() as stack:
         try:
@@ -127,7 +104,9 @@ def _rollback(case: Case) -> None:
             gone = rng.randint(0, most - kept)
             outputs = _staged(staged, _mixed(tokens, lost, at + kept), at, kept + gone, rng)
             staged.commit(kept)
-            expected = [_bring(alone, tokens, at + done, 1) for done in range(kept)]
+            expected = [
+                tokens.bring(alone, slice(at + done, at + done + 1)) for done in range(kept)
+            ]
             where = f"of {kept + gone} tokens staged behind {at}, {kept} were committed"
             at += kept
             found = difference(staged, alone)
@@ -138,7 +117,8 @@ def _rollback(case: Case) -> None:
         _staged(staged, lost, at, min(lookahead, stream.tokens - at), rng)
     # What comes next is what would have come.
     count = min(2 * _MOST, stream.tokens - at)
-    if count and not _same(*([_bring(cache, tokens, at, count)] for cache in (staged, alone))):
+    rest = slice(at, at + count)
+    if count and not _same(*([tokens.bring(cache, rest)] for cache in (staged, alone))):
         fail(case.trace, f"behind a stage at position {at} the output is another", layer=0)
     found = difference(staged, alone)
     if found is not None:
@@ -162,6 +142,6 @@ def _staged(
     outputs: list[list[Tensor]] = []
     for done in range(0, count, size):
         brought = min(size, count - done)
-        of_layers = _bring(cache, tokens, first + done, brought)
+        of_layers = tokens.bring(cache, slice(first + done, first + done + brought))
         outputs += [[out[:, :, i : i + 1] for out in of_layers] for i in range(brought)]
     return outputs

@@ -15,7 +15,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvpolicy.cache.cache import Reclaim
+from kvpolicy.cache.cache import PolicyCache, Reclaim
 from kvpolicy.layout import OrderedLayout, RasterLayout, TextLayout, TokenLayout
 from kvpolicy.policies.full import Full
 from kvpolicy.policy.policy import EvictionPolicy
@@ -54,6 +54,27 @@ class Tokens:
     def selected(self, index: Tensor) -> Tokens:
         """Those of the sequences ``index``, int64 ``[B]``."""
         return Tokens(self.query[:, index], self.key[:, index], self.value[:, index])
+
+    def of_layer(self, layer: int, part: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value of some positions, as a layer's call brings them."""
+        query, key, value = (each[layer, :, :, part] for each in (self.query, self.key, self.value))
+        return query, key, value
+
+    def bring(self, cache: PolicyCache, part: slice, visible: Tensor | None = None) -> list[Tensor]:
+        """Call every layer of a cache with some positions, one layer after the other.
+
+        Args:
+            cache: it has seen the tokens before ``part``.
+            part: positions.
+            visible: as for :meth:`kvpolicy.PolicyCache.attend`.
+
+        Returns:
+            Of each layer the output, ``[B, G * H, T, D]``.
+        """
+        return [
+            cache.attend(layer, *self.of_layer(layer, part), visible=visible)
+            for layer in range(len(self.query))
+        ]
 
 
 @dataclass(frozen=True)
@@ -99,6 +120,16 @@ class Stream:
             sizes.append(size)
             left -= size
         return sizes
+
+    def cache(self, policy: EvictionPolicy, budget: int | None = None) -> PolicyCache:
+        """A cache that has seen none of the tokens; with another budget than the stream's own."""
+        return PolicyCache(
+            policy,
+            self.budget if budget is None else budget,
+            layout=self.layout,
+            num_layers=self.layers,
+            reclaim=self.reclaim,
+        )
 
     def words(self) -> str:
         """The scenario in a sentence."""

@@ -9,6 +9,7 @@ import pytest
 import torch
 from support import llamagen_standin as official
 from support.image_loop import Watch, linear
+from support.turns import in_turn
 
 import kvpolicy
 from kvpolicy_adapters import attach
@@ -291,9 +292,15 @@ def test_logits_equal_theirs(kind):
 # -- ours ------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def drawn(ours):
+    """What it draws with its own cache: greedily, and by chance."""
+    return draw(ours), draw(ours, do_sample=True, seed=1)
+
+
 @pytest.mark.parametrize("name", kvpolicy.available())
-def test_lossless_when_it_fits(ours, name):
-    greedy, sampled = draw(ours), draw(ours, do_sample=True, seed=1)
+def test_lossless_when_it_fits(ours, drawn, name):
+    greedy, sampled = drawn
     with attach(ours, policy=make(name), budget="1/1") as cache:
         assert torch.equal(draw(ours, cache), greedy)
         cache.reset()
@@ -507,9 +514,12 @@ def test_masked_caption_tokens_get_no_mass():
 # -- the official object, attached -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("guidance", [{"cfg_scale": 1.0}, {}, {"cfg_interval": 9}])
-@pytest.mark.parametrize("name", kvpolicy.available())
+@pytest.mark.parametrize(
+    ("name", "guidance"),
+    in_turn(kvpolicy.available(), turn=[{"cfg_scale": 1.0}, {}, {"cfg_interval": 9}]),
+)
 def test_official_lossless_when_it_fits(theirs, name, guidance):
+    """What is drawn twice and what a policy keeps do not know of each other."""
     expected = [draw_theirs(theirs, sample_logits=sample, **guidance) for sample in (True, False)]
     with attach(theirs, policy=make(name), budget="1/1") as cache:
         for sample, tokens in zip((True, False), expected, strict=True):

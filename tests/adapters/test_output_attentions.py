@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from support import tiny_models
+from support.turns import in_turn
 
 import kvpolicy
 import kvpolicy_adapters
@@ -62,11 +63,12 @@ def test_weights_are_those_of_eager_attention_while_everything_fits(family, layo
                     )
 
 
-@pytest.mark.parametrize("reclaim", ["lazy", "eager"])
-@pytest.mark.parametrize("layout", [IMAGE, TEXT], ids=["image", "text"])
-@pytest.mark.parametrize("name", EVICTING)
-def test_weights_fall_on_what_is_held(name, layout, reclaim):
+@pytest.mark.parametrize(
+    ("name", "where", "reclaim"), in_turn(EVICTING, ["image", "text"], turn=["lazy", "eager"])
+)
+def test_weights_fall_on_what_is_held(name, where, reclaim):
     """And several tokens at once report what they report one by one."""
+    layout = {"image": IMAGE, "text": TEXT}[where]
     model = tiny_models.llama()
     with attach(model, layout, name, reclaim=reclaim) as cache:
         steps = []

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
+import socket
 from pathlib import Path
 
 import pytest
 import torch
 from support import tensor_parallel_jobs as jobs
 from support import tiny_models
-from support.paths import TESTS
+from support.processes import run_together
 
 import kvpolicy
 
@@ -29,25 +27,22 @@ def run_processes(folder: Path) -> list[dict]:
     out.mkdir()
     for name, heads in MODELS.items():
         tiny_models.llama(heads).save_pretrained(models / name)
-    worker = Path(jobs.__file__)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    run = subprocess.run(
-        [*torchrun, f"--nproc-per-node={RANKS}", worker, models, out],
-        capture_output=True,
-        text=True,
-        timeout=280,
-        env=os.environ
-        | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(TESTS)},
-    )
-    assert run.returncode == 0, run.stderr[-8000:]
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+
+    run_together(Path(jobs.__file__), RANKS, str(RANKS), port, str(models), str(out), folder=folder)
     return [json.loads((out / f"{rank}.json").read_text()) for rank in range(RANKS)]
 
 
 @pytest.mark.slow
 def test_processes_decide_as_one_would(tmp_path):
-    """One test, because the processes take half a minute to start and to run every policy."""
+    """One test, because the processes take long to start and to run every policy."""
     assert kvpolicy.create("tova").mixes_heads
-    alone = {name: jobs.results(tiny_models.llama(heads)) for name, heads in MODELS.items()}
+    alone = {n: jobs.results(tiny_models.llama(heads), n) for n, heads in MODELS.items()}
+    run = [job for each in alone.values() for job in each]
+    assert len(set(run)) == len(run) == 2 * len(jobs.policies()) >= 14
+    assert {job.partition(" ")[2] for job in alone["grouped"]} == set(jobs.SETTINGS)
     for rank, report in enumerate(run_processes(tmp_path)):
         assert report.keys() == MODELS.keys()
         for name, heads in MODELS.items():
@@ -63,7 +58,6 @@ def test_processes_decide_as_one_would(tmp_path):
 
 def check_decisions(together: dict, alone: dict, share: int, rank: int) -> None:
     """Tokens are the single process's, and the slots are those of this rank's heads."""
-    assert len(alone) == len(jobs.policies()) * len(jobs.SETTINGS) >= 21
     assert together.keys() == alone.keys()
     for job, expected in alone.items():
         got = together[job]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from support import tiny_models
+from support.turns import in_turn
 from torch.nn import functional
 
 import kvpolicy
@@ -16,13 +17,28 @@ VOCAB = tiny_models.VOCAB
 NEW = 14
 IMAGE = kvpolicy.RasterLayout(rows=6, cols=5, prefix=6)
 TEXT = kvpolicy.TextLayout(sinks=1, length=36, line_length=5)
+MODELS = ["llama", "gpt2"]
 LAYOUTS = {"image": IMAGE, "text": TEXT}
 BUDGET = 13
 EVERY = kvpolicy.available()
 EVICTING = [name for name in EVERY if name != "full"]
 
 
-@pytest.fixture(scope="module", params=["llama", "gpt2"])
+def pairwise(cases, *, layouts_only=False):
+    """Each case on each model and on each layout, and each of these with the other; not all three.
+
+    What a policy does, how a model calls and where tokens lie do not know of each other.
+    """
+    fixtures, models = (("layout",), ()) if layouts_only else (("model", "layout"), (MODELS,))
+    return pytest.mark.parametrize(
+        ("case", *fixtures),
+        in_turn(cases, *models, turn=list(LAYOUTS)),
+        indirect=fixtures,
+        ids=lambda value: "-".join(map(str, value)) if isinstance(value, tuple) else None,
+    )
+
+
+@pytest.fixture(scope="module", params=MODELS)
 def model(request):
     return getattr(tiny_models, request.param)()
 
@@ -80,9 +96,9 @@ MODES = {
 # -- at full budget: what the model's own cache gives ----------------------------------------------
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("family", ["llama", "mistral", "gpt2"])
-def test_generate_gives_what_the_models_own_cache_gives(family, layout, mode):
+@pairwise([(f, m) for f in ("llama", "mistral", "gpt2") for m in MODES], layouts_only=True)
+def test_generate_gives_what_the_models_own_cache_gives(case, layout):
+    family, mode = case
     model = getattr(tiny_models, family)()
     expected = generate(model, prompts(), **MODES[mode])
     for name in ("linear", "streaming_llm", "tova"):
@@ -90,11 +106,11 @@ def test_generate_gives_what_the_models_own_cache_gives(family, layout, mode):
             assert torch.equal(generate(model, prompts(), cache, **MODES[mode]), expected), name
 
 
-@pytest.mark.parametrize("name", EVERY)
-def test_every_policy_follows_beams_and_chunks(llama, layout, name):
+@pairwise(EVERY, layouts_only=True)
+def test_every_policy_follows_beams_and_chunks(llama, layout, case):
     for mode in ("sampled beams", "chunked prefill"):
         expected = generate(llama, prompts(), **MODES[mode])
-        with attach(llama, layout, name, "1/1") as cache:
+        with attach(llama, layout, case, "1/1") as cache:
             assert torch.equal(generate(llama, prompts(), cache, **MODES[mode]), expected), mode
 
 
@@ -111,10 +127,9 @@ def test_generate_from_embeddings(model, layout):
 # -- continuing, resetting, choosing ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("name", "budget"), [*((name, "1/1") for name in EVERY), *((name, 13) for name in EVICTING)]
-)
-def test_a_finished_generation_goes_on_with_the_same_cache(model, layout, name, budget):
+@pairwise([*((name, "1/1") for name in EVERY), *((name, BUDGET) for name in EVICTING)])
+def test_a_finished_generation_goes_on_with_the_same_cache(model, layout, case):
+    name, budget = case
     with attach(model, layout, name, budget) as cache:
         at_once = generate(model, prompts(), cache, max_new_tokens=28)
         positions = cache.positions(2)
@@ -127,11 +142,11 @@ def test_a_finished_generation_goes_on_with_the_same_cache(model, layout, name, 
     assert (sum(cache.stats().evictions) > 0) == (budget == BUDGET)
 
 
-@pytest.mark.parametrize("name", EVICTING)
-def test_a_user_may_add_tokens_between_two_generations(model, layout, name):
+@pairwise(EVICTING)
+def test_a_user_may_add_tokens_between_two_generations(model, layout, case):
     """A chat: the second call brings the answer's last token and several new ones at once."""
     more = prompts(length=7, seed=11)
-    with attach(model, layout, name) as cache:
+    with attach(model, layout, case) as cache:
         first = generate(model, prompts(), cache, max_new_tokens=12)
         whole = generate(model, torch.cat([first, more], dim=1), cache, max_new_tokens=6)
         held = [cache.positions(layer).sort().values for layer in range(3)]
@@ -158,12 +173,12 @@ def test_only_the_new_tokens_may_be_passed(llama, layout):
     assert torch.equal(*answers)
 
 
-@pytest.mark.parametrize("name", EVICTING)
-def test_a_cache_that_was_reset_is_as_new(model, layout, name):
-    with attach(model, layout, name) as cache:
+@pairwise(EVICTING)
+def test_a_cache_that_was_reset_is_as_new(model, layout, case):
+    with attach(model, layout, case) as cache:
         expected = generate(model, prompts(3), cache, max_new_tokens=24)
         stats = cache.stats()
-    with attach(model, layout, name) as cache:
+    with attach(model, layout, case) as cache:
         generate(model, prompts(2, seed=8), cache, max_new_tokens=20)
         cache.reset()
         assert cache.get_seq_length() == 0
@@ -172,16 +187,16 @@ def test_a_cache_that_was_reset_is_as_new(model, layout, name):
     assert min(stats.evictions) > 0
 
 
-@pytest.mark.parametrize("name", EVICTING)
-def test_chosen_and_repeated_sequences_go_on_as_they_would_alone(model, layout, name):
+@pairwise(EVICTING)
+def test_chosen_and_repeated_sequences_go_on_as_they_would_alone(model, layout, case):
     tokens = prompts(3, 30)
 
     def alone(row: int) -> torch.Tensor:
-        with attach(model, layout, name) as cache:
+        with attach(model, layout, case) as cache:
             return one_by_one(model, tokens[row : row + 1], cache)[:, 22:]
 
     expected = torch.cat([alone(row) for row in (2, 2, 0)])
-    with torch.inference_mode(), attach(model, layout, name) as cache:
+    with torch.inference_mode(), attach(model, layout, case) as cache:
         for part in (tokens[:, :6], *tokens[:, 6:22].split(1, dim=1)):
             model(part, **cache.as_argument)
         cache.batch_select_indices(torch.tensor([True, False, True]))
@@ -194,28 +209,28 @@ def test_chosen_and_repeated_sequences_go_on_as_they_would_alone(model, layout, 
 
 def test_several_new_tokens_at_once_give_what_one_by_one_gives(model, layout):
     tokens = prompts(2, 36)
-    for name in EVICTING:
-        for reclaim in ("lazy", "eager"):
-            with attach(model, layout, name, reclaim=reclaim) as cache:
-                expected = one_by_one(model, tokens, cache)
-                held = [cache.positions(layer).sort().values for layer in range(3)]
-            assert min(cache.stats().evictions) > 0
-            with torch.inference_mode(), attach(model, layout, name, reclaim=reclaim) as cache:
-                parts = tokens.split([6, 9, 1, 17, 3], dim=1)
-                logits = torch.cat(
-                    [model(part, **cache.as_argument).logits for part in parts], dim=1
-                )
-                torch.testing.assert_close(logits, expected, atol=5e-5, rtol=1e-5)
-                for layer in range(3):
-                    assert torch.equal(cache.positions(layer).sort().values, held[layer])
+    for turn, name in enumerate(EVICTING):
+        reclaim = ("lazy", "eager")[(turn + (layout is TEXT)) % 2]
+        with attach(model, layout, name, reclaim=reclaim) as cache:
+            expected = one_by_one(model, tokens, cache)
+            held = [cache.positions(layer).sort().values for layer in range(3)]
+        assert min(cache.stats().evictions) > 0
+        with torch.inference_mode(), attach(model, layout, name, reclaim=reclaim) as cache:
+            parts = tokens.split([6, 9, 1, 17, 3], dim=1)
+            logits = torch.cat([model(part, **cache.as_argument).logits for part in parts], dim=1)
+            torch.testing.assert_close(logits, expected, atol=5e-5, rtol=1e-5)
+            for layer in range(3):
+                assert torch.equal(cache.positions(layer).sort().values, held[layer])
 
 
 # -- evicting: each returned sequence is what it would have been alone -----------------------------
 
 
-@pytest.mark.parametrize("mode", ["several", "beams", "several beams", "sampled beams"])
-@pytest.mark.parametrize("name", EVICTING)
-def test_returned_sequences_carry_their_own_decisions(llama, layout, name, mode):
+SEVERAL = ("several", "beams", "several beams", "sampled beams")
+
+
+@pairwise([(n, m) for i, n in enumerate(EVICTING) for m in SEVERAL[i % 2 :]], layouts_only=True)
+def test_returned_sequences_carry_their_own_decisions(llama, layout, case):
     """The scores that generate reports are those of each sequence, decoded on its own.
 
     No token comes twice in a sequence: in the first layer the keys of equal ones have one length,
@@ -224,6 +239,7 @@ def test_returned_sequences_carry_their_own_decisions(llama, layout, name, mode)
     """
     options = {"max_new_tokens": 24, "output_scores": True, "return_dict_in_generate": True}
     options["no_repeat_ngram_size"] = 1
+    name, mode = case
     mode = MODES[mode] | ({"top_k": 0, "top_p": 1.0} if "do_sample" in MODES[mode] else {})
     with attach(llama, layout, name) as cache:
         out = generate(llama, prompts(), cache, **options, **mode)

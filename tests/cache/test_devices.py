@@ -6,6 +6,7 @@ import pytest
 import torch
 from support import tiny_models
 from support.fake_devices import fake_devices
+from support.turns import in_turn
 
 import kvpolicy
 from kvpolicy.cache.sharing import Sharing
@@ -29,9 +30,9 @@ def test_the_pretence_finds_what_real_devices_would_refuse():
             here.sum().item()
 
 
-@pytest.mark.parametrize("reclaim", ["lazy", "eager"])
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize(
+    ("name", "layout", "reclaim"), in_turn(EVERY, LAYOUTS, turn=["lazy", "eager"])
+)
 def test_a_layers_tensors_lie_where_the_layer_lies(name, layout, reclaim, monkeypatch):
     """On a device no number is read back, either: nothing in a step waits for it."""
     if layout == "late":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.turns import in_turn
 
 import kvpolicy
 
@@ -64,21 +65,22 @@ def make(name: str, layout, budget: object = "3/4", **options) -> kvpolicy.Polic
     return kvpolicy.PolicyCache(policy(name), budget, layout=layout, num_layers=2, **options)
 
 
-@pytest.mark.parametrize("reclaim", ["lazy", "eager"])
-@pytest.mark.parametrize("name", EVICTING)
+#: A layout, and the calls that bring the prompt.
+LATE = {
+    "after-prompt": (kvpolicy.AfterPrompt(GRID), [PROMPT]),
+    "at-its-end": (AtLast(KNOWN, PROMPT), [PROMPT]),
+    "in-pieces": (AtLast(KNOWN, 4), [2, 2, 3]),
+    "token-by-token": (AtLast(KNOWN, 3), [1, 1, 1, 1, 1, 1, 1]),
+    "at-once": (AtLast(KNOWN, 0), [PROMPT]),
+}
+
+
 @pytest.mark.parametrize(
-    ("layout", "first"),
-    [
-        (kvpolicy.AfterPrompt(GRID), [PROMPT]),
-        (AtLast(KNOWN, PROMPT), [PROMPT]),
-        (AtLast(KNOWN, 4), [2, 2, 3]),
-        (AtLast(KNOWN, 3), [1, 1, 1, 1, 1, 1, 1]),
-        (AtLast(KNOWN, 0), [PROMPT]),
-    ],
-    ids=["after-prompt", "at-its-end", "in-pieces", "token-by-token", "at-once"],
+    ("name", "when", "reclaim"), in_turn(EVICTING, LATE, turn=["lazy", "eager"])
 )
-def test_bound_late_equals_known_beforehand(name, reclaim, layout, first):
+def test_bound_late_equals_known_beforehand(name, when, reclaim):
     """Not just within the budget: the same tokens are kept, and the outputs agree."""
+    layout, first = LATE[when]
     tensors = stream(KNOWN.length)
     rest = [1] * (KNOWN.length - PROMPT)
     late = make(name, layout, reclaim=reclaim)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.turns import in_turn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -22,10 +23,7 @@ BUDGET = 800
 SMALL = {"linear": {"anchors": 40}, "linear2d": {"anchors": 40}, "pyramid": {"beta": 2.0}}
 POLICIES = kvpolicy.available()
 EVICTING = [name for name in POLICIES if name != "full"]
-KINDS = [
-    pytest.param(32, torch.float32, id="D=32 float32"),
-    pytest.param(64, torch.bfloat16, id="D=64 bfloat16"),
-]
+KINDS = [(32, torch.float32), (64, torch.bfloat16)]
 
 
 def layout_for(name: str) -> kvpolicy.RasterLayout:
@@ -106,10 +104,11 @@ def keys_of_a_layer(cache) -> int:
     return cache.layers[0].require_store().keys.nbytes
 
 
-@pytest.mark.parametrize("reclaim", ["lazy", "eager"])
-@pytest.mark.parametrize(("dim", "dtype"), KINDS)
-@pytest.mark.parametrize("name", POLICIES)
-def test_a_generation_costs_its_keys_and_values_and_five_percent(name, dim, dtype, reclaim):
+@pytest.mark.parametrize(
+    ("name", "kind", "reclaim"), in_turn(POLICIES, KINDS, turn=["lazy", "eager"])
+)
+def test_a_generation_costs_its_keys_and_values_and_five_percent(name, kind, reclaim):
+    dim, dtype = kind
     cache = cache_of(name, reclaim=reclaim)
     wanted = (1 + BUDGET) * LAYERS * 2 * BATCH * HEADS * dim * dtype.itemsize
     # In one go until a decision is due, then token by token through the next ones.
@@ -138,10 +137,11 @@ def compared(name: str, cache) -> int:
     return 4 * pairs.get(name, 0)
 
 
-@pytest.mark.parametrize("reclaim", ["lazy", "eager"])
-@pytest.mark.parametrize(("dim", "dtype"), KINDS)
-@pytest.mark.parametrize("name", EVICTING)
-def test_no_step_allocates_anything_of_the_caches_size(name, dim, dtype, reclaim):
+@pytest.mark.parametrize(
+    ("name", "kind", "reclaim"), in_turn(EVICTING, KINDS, turn=["lazy", "eager"])
+)
+def test_no_step_allocates_anything_of_the_caches_size(name, kind, reclaim):
+    dim, dtype = kind
     cache = cache_of(name, reclaim=reclaim)
     feed(cache, 1 + max(cache.stats().budgets), dim, dtype)
     assert all(layer.require_store().fresh == 0 for layer in cache.layers)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.turns import in_turn
 
 import kvpolicy
 
@@ -39,9 +40,9 @@ def feed(cache, stream, sizes) -> torch.Tensor:
     return torch.cat(outputs, dim=2)
 
 
-@pytest.mark.parametrize("reorder", [False, True])
-@pytest.mark.parametrize("prompt", [1, 5, 13])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("name", "prompt", "reorder"), in_turn(NAMES, [1, 5, 13], turn=[False, True])
+)
 def test_a_prefill_in_inference_mode_and_decoding_outside(name, prompt, reorder):
     stream, expected, cache = tokens(), make(name), make(name)
     index = torch.tensor([1, 0])

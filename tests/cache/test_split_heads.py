@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from support import split_heads
-from support.paths import ROOT, TESTS
+from support.processes import run_together
 
 pytestmark = pytest.mark.skipif(
     not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),
@@ -23,19 +20,9 @@ pytestmark = pytest.mark.skipif(
 def found(tmp_path_factory) -> list[dict]:
     """What two processes report, by rank."""
     folder = tmp_path_factory.mktemp("split")
-    paths = os.pathsep.join(map(str, (ROOT, TESTS)))
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
-    command = [sys.executable, split_heads.__file__]
-    runs = [
-        subprocess.Popen([*command, str(rank), str(folder)], env=env)
-        for rank in range(split_heads.RANKS)
-    ]
-    try:
-        assert [run.wait(timeout=240) for run in runs] == [0] * split_heads.RANKS
-    finally:
-        for run in runs:
-            run.kill()
-    return [json.loads(Path(folder, f"{n}.json").read_text("utf-8")) for n in range(len(runs))]
+    ranks = split_heads.RANKS
+    run_together(Path(split_heads.__file__), ranks, str(folder), folder=folder)
+    return [json.loads(Path(folder, f"{n}.json").read_text("utf-8")) for n in range(ranks)]
 
 
 @pytest.mark.parametrize("name", split_heads.POLICIES)

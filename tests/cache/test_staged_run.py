@@ -6,6 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 from support import tiny_models
+from support.turns import in_turn
 
 import kvpolicy
 
@@ -38,10 +39,12 @@ def make(name, layout, reclaim="lazy"):
     return kvpolicy.PolicyCache(policy, budget, layout=layout, num_layers=2, reclaim=reclaim)
 
 
-@pytest.mark.parametrize("reclaim", ["lazy", "eager"])
-@pytest.mark.parametrize("layout", [RASTER, TEXT], ids=["raster", "text"])
-@pytest.mark.parametrize("name", kvpolicy.available())
-def test_what_stays_is_what_would_have_come_alone(name, layout, reclaim):
+@pytest.mark.parametrize(
+    ("name", "where", "reclaim"),
+    in_turn(kvpolicy.available(), ["raster", "text"], turn=["lazy", "eager"]),
+)
+def test_what_stays_is_what_would_have_come_alone(name, where, reclaim):
+    layout = {"raster": RASTER, "text": TEXT}[where]
     length = 32
     tensors = tokens(length)
     wrong = tokens(length, seed=1)

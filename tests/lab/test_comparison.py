@@ -6,13 +6,11 @@ import csv
 import io
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from support.processes import Done, run_command
 
 pytest.importorskip("typer", reason="ablations need the extra 'lab'")
 pytest.importorskip("pyarrow", reason="ablations need the extra 'lab'")
@@ -224,18 +222,17 @@ def test_parquet_has_a_row_a_cell_and_documented_columns(run):
 # --- The command -----------------------------------------------------------------------------
 
 
-def command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "kvpolicy", "ablate", *arguments],
-        cwd=cwd,
-        env=os.environ | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1", "COLUMNS": "100"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+def command(*arguments: str, cwd: Path) -> Done:
+    return run_command("ablate", *arguments, folder=cwd, columns=100)
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    monkeypatch.syspath_prepend(str(HERE))
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("toy")
 def test_a_plan_from_a_file_gives_every_output(tmp_path):
     plan = """
         subject: toy_subject:Toy
@@ -276,7 +273,7 @@ def test_a_plan_from_a_file_gives_every_output(tmp_path):
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("toy")
 def test_options_make_the_same_plan_and_a_dry_run_writes_nothing(tmp_path):
     done = command(
         *("--subject", "toy_subject:Toy", "--policies", "linear,h2o", "--budgets", "1/2,1/4"),
@@ -316,6 +313,7 @@ def test_wrong_arguments_are_one_line(tmp_path, monkeypatch, capsys, arguments, 
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("toy")
 def test_failures_are_listed_with_where_their_traceback_is(tmp_path):
     done = command(
         *("--subject", "toy_subject:Toy", "--policies", "h2o", "--budgets", "1/2"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import struct
 from dataclasses import replace
 from importlib.metadata import version
@@ -44,8 +43,8 @@ KEYS = {
 }
 
 
-def command(*arguments: str, cwd: Path, encoding: str = "utf-8") -> Done:
-    return run_command(*arguments, folder=cwd, encoding=encoding)
+def command(*arguments: str, cwd: Path, **how) -> Done:
+    return run_command(*arguments, folder=cwd, **how)
 
 
 def test_list_prints_the_registry(tmp_path):
@@ -94,8 +93,10 @@ def test_a_small_demo_writes_what_it_says(tmp_path):
     done = command(
         *("demo", "--images", "10", "--scored", "8", "--policies", "linear", "--out", "out"),
         cwd=tmp_path,
+        offline=True,
     )
     assert done.returncode == 0, done.stderr
+    assert "NETWORK" not in done.stderr
     rows = json.loads((tmp_path / "out/results.json").read_text())
     assert [row["policy"] for row in rows] == ["full", "linear"]
     full, linear = rows
@@ -121,12 +122,10 @@ def test_a_small_demo_writes_what_it_says(tmp_path):
         assert shown in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 80
 
-    # It is a run: what is lost is measured again, the rest is not, and the figures are the same.
-    # In a terminal that does not have all our letters, too.
-    lost = tmp_path / "out" / "cells" / cells["linear"].record.id
-    kept = cells["full"].folder / "cell.json"
-    inode = kept.stat().st_ino
-    shutil.rmtree(lost)
+    # It is a run: what is there is not measured again, and the figures are the same. In a terminal
+    # that does not have all our letters, too.
+    kept = [cell.folder / "cell.json" for cell in cells.values()]
+    inodes = [file.stat().st_ino for file in kept]
     for name in ("images.png", "retention.png"):
         (tmp_path / "out" / name).unlink()
     done = command(
@@ -138,10 +137,8 @@ def test_a_small_demo_writes_what_it_says(tmp_path):
     assert "Fr?chet" in done.stdout
     assert (tmp_path / "out" / "images.png").exists()
     assert (tmp_path / "out" / "retention.png").exists()
-    again = json.loads((tmp_path / "out/results.json").read_text())
-    timing = {"images_per_second": 0}
-    assert [row | timing for row in again] == [row | timing for row in rows]
-    assert kept.stat().st_ino == inode
+    assert json.loads((tmp_path / "out/results.json").read_text()) == rows
+    assert [file.stat().st_ino for file in kept] == inodes
 
 
 def test_without_the_full_cache_no_difference_is_made_up():
@@ -254,11 +251,13 @@ class Drawn(Drawing):
         return replace(measured, figures=figures)
 
 
-def run(monkeypatch, *arguments):
-    """The demo's decoders on a toy, in this process."""
-    plan = demo.decoder_plan
-    toy = {"subject": f"{__name__}:Drawn"}
-    monkeypatch.setattr(demo, "decoder_plan", lambda *a, **k: plan(*a, **k).model_copy(update=toy))
+def run(monkeypatch, *arguments, **plan):
+    """The demo's decoders in this process, of a plan that is changed: by default, on a toy."""
+    whole = demo.decoder_plan
+    update = plan or {"subject": f"{__name__}:Drawn"}
+    monkeypatch.setattr(
+        demo, "decoder_plan", lambda *a, **k: whole(*a, **k).model_copy(update=update)
+    )
     monkeypatch.setattr(executors, "Processes", lambda workers: executors.Inline())
     return CliRunner().invoke(app, ["demo", *arguments], env={"COLUMNS": "80"})
 
@@ -300,26 +299,28 @@ def test_wrong_decoders_are_refused_before_any_work(tmp_path, monkeypatch, argum
 
 
 @pytest.mark.slow
-def test_a_demo_of_decoders_writes_what_it_says(tmp_path):
-    done = command("demo", "--decoders", "sjd:window=32", "--out", "out", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+def test_a_demo_of_decoders_writes_what_it_says(tmp_path, monkeypatch):
+    together = {"images": 10, "batch": 10, "draw_seed": 0}  # one by one takes ten times as long
+    out = str(tmp_path / "out")
+    done = run(monkeypatch, "--decoders", "sjd:window=32", "--out", out, options=together)
+    assert done.exit_code == 0, (done.output, done.exception)
     rows = json.loads((tmp_path / "out/decoders/decoders.json").read_text())
     assert [row["drawn_by"] for row in rows] == ["full", "linear@sjd:window=32"]
     assert rows[0]["passes"] == 784
     assert rows[1]["passes"] < 784 / 4
     assert (tmp_path / "out/decoders/images.png").exists()
     assert not (tmp_path / "out/results.json").exists()
-    assert max(map(len, done.stdout.splitlines())) <= 80
+    assert max(map(len, done.output.splitlines())) <= 80
 
 
 @pytest.mark.slow
 def test_linear_at_a_sixth_loses_little_and_beats_the_others():
-    """Issue 2's promise, on the 256 real test images of the demo."""
+    """Issue 2's promise, on the first 64 of the demo's real test images."""
     subject = load_subject("fashion-ar")
 
     def bits(name: str) -> np.ndarray:
         budget = None if name == "full" else "1/6"
-        scored = subject.score(Setting(kvpolicy.create(name), budget), 256, lambda count: None)
+        scored = subject.score(Setting(kvpolicy.create(name), budget), 64, lambda count: None)
         if name != "full":
             assert scored.stats.peak_tokens == (131,) * subject.num_layers
         return scored.bits

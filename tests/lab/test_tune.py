@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from support.processes import run_command
 
 pytest.importorskip("typer", reason="tune needs the extra 'lab'")
 pytest.importorskip("optuna", reason="tune needs the extra 'tune'")
@@ -171,16 +170,11 @@ def test_a_setting_that_raises_says_so(tmp_path):
 
 
 def test_the_command_prints_the_best_with_its_interval(tmp_path):
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "kvpolicy", "tune", "--subject", "toy_subject:Toy"),
-            *("--policy", "linear", "--budget", "3/4", "--trials", "3"),
-            *("--option", "optimum=40", "--out", "out"),
-        ],
-        cwd=tmp_path,
-        env={"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1", "COLUMNS": "100", "PATH": "/usr/bin"},
-        capture_output=True,
-        text=True,
+    done = run_command(
+        *("tune", "--subject", "toy_subject:Toy", "--policy", "linear", "--budget", "3/4"),
+        *("--trials", "3", "--option", "optimum=40", "--out", "out"),
+        folder=tmp_path,
+        columns=100,
     )
     assert done.returncode == 0, done.stderr
     assert "anchors: whole numbers from 0 to 176" in done.stdout

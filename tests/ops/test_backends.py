@@ -8,6 +8,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from support.kernel_library import needs_compiler
+from support.turns import in_turn
 
 import kvpolicy
 from kvpolicy.ops import change, rank
@@ -359,19 +360,17 @@ def test_the_same_lots_are_drawn(operators, seed, empty, spare, held, lot):
     assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize("reclaim", ["lazy", "eager"])
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    "policy",
-    [
-        kvpolicy.create(name, **({"anchors": 3} if name in ("linear", "linear2d") else {}))
-        for name in kvpolicy.available()
-        if name not in ("compose", "full")
-    ],
-    ids=lambda policy: policy.key,
+    ("name", "dtype", "reclaim"),
+    in_turn(
+        [name for name in kvpolicy.available() if name not in ("compose", "full")],
+        DTYPES,
+        turn=["lazy", "eager"],
+    ),
 )
-def test_every_policy_decides_as_without_them(operators, policy, dtype, reclaim):
+def test_every_policy_decides_as_without_them(operators, name, dtype, reclaim):
     """A whole stream; attention is torch's in both, so that readings are the same bit for bit."""
+    policy = kvpolicy.create(name, **({"anchors": 3} if name in ("linear", "linear2d") else {}))
 
     def held():
         layout = kvpolicy.RasterLayout(rows=9, cols=6, prefix=2)

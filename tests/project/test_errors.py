@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support.turns import in_turn
 
 import kvpolicy
 from kvpolicy import (
@@ -510,10 +511,15 @@ def test_a_wrong_tensor_changes_nothing():
     attend(on=started)
 
 
-@pytest.mark.parametrize("layout", [GRID, RasterLayout(rows=9, cols=3, line_break=1), TextLayout()])
-@pytest.mark.parametrize("layers", [1, 3])
-@pytest.mark.parametrize("name", [name for name in kvpolicy.available() if name != "full"])
-def test_the_smallest_budget_that_the_message_names_works_and_no_smaller(name, layers, layout):
+@pytest.mark.parametrize(
+    ("name", "layout", "layers"),
+    in_turn(
+        [name for name in kvpolicy.available() if name != "full"],
+        [GRID, RasterLayout(rows=9, cols=3, line_break=1), TextLayout()],
+        turn=[1, 3],
+    ),
+)
+def test_the_smallest_budget_that_the_message_names_works_and_no_smaller(name, layout, layers):
     small = {
         "linear": {"anchors": 2},
         "linear2d": {"anchors": 2},

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.processes import OFFLINE
 
 ROOT = Path(__file__).parents[2]
 SOURCES = [
@@ -90,25 +91,6 @@ def test_the_guard_lets_pass():
     assert complaints(fine) == []
 
 
-OFFLINE = """
-import socket, sys
-
-def refuse(*args, **named):
-    print("NETWORK", args, file=sys.stderr, flush=True)
-    raise OSError("no network in this test")
-
-socket.socket.connect = socket.socket.connect_ex = socket.socket.sendto = refuse
-socket.getaddrinfo = socket.gethostbyname = socket.create_connection = refuse
-"""
-DEMO = (
-    OFFLINE
-    + """
-sys.argv = ["kvpolicy", "demo", "--images", "10", "--scored", "2", "--policies", "linear",
-            "--out", "out"]
-from kvpolicy.__main__ import main
-main()
-"""
-)
 ATTACH = (
     OFFLINE
     + """
@@ -142,20 +124,11 @@ def test_a_connection_would_be_seen(tmp_path):
     assert "NETWORK" in done.stderr
 
 
+# That the demo needs none either is seen where it runs: tests/lab/test_demo.py.
 @pytest.mark.slow
 def test_attach_needs_no_network(tmp_path):
     pytest.importorskip("transformers", reason="the adapters need transformers")
     done = offline(ATTACH, tmp_path)
     assert done.returncode == 0, done.stderr
     assert "generated offline" in done.stdout
-    assert "NETWORK" not in done.stderr
-
-
-@pytest.mark.slow
-def test_the_demo_needs_no_network(tmp_path):
-    for package in ("transformers", "typer", "matplotlib"):
-        pytest.importorskip(package, reason="the demo needs the extra 'lab'")
-    done = offline(DEMO, tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "out" / "images.png").stat().st_size > 1_000
     assert "NETWORK" not in done.stderr

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from support.processes import run_command
 
 pytest.importorskip("typer", reason="ablations need the extra 'lab'")
 pytest.importorskip("pyarrow", reason="ablations need the extra 'lab'")
@@ -23,18 +21,13 @@ SUBJECT = "text_subject.subject:Alice"
 
 
 @pytest.mark.slow
-def test_an_ablation_of_text_finds_what_a_cache_costs(tmp_path):
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "kvpolicy", "ablate", "--subject", SUBJECT),
-            *("--policies", "streaming_llm,h2o", "--budgets", "1/2,1/16", "--seeds", "0,1"),
-            *("--option", "pieces=16", "--executor", "inline", "--out", "run"),
-        ],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(EXAMPLES), *sys.path])},
-        capture_output=True,
-        text=True,
-        timeout=300,
+def test_an_ablation_of_text_finds_what_a_cache_costs(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    done = run_command(
+        *("ablate", "--subject", SUBJECT),
+        *("--policies", "streaming_llm,h2o", "--budgets", "1/2,1/16", "--seeds", "0,1"),
+        *("--option", "pieces=16", "--executor", "inline", "--out", "run"),
+        folder=tmp_path,
     )
     assert done.returncode == 0, done.stderr
     run = open_run(tmp_path / "run")

@@ -11,12 +11,25 @@ import runpy
 import signal
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from types import ModuleType
 
-__all__ = ["Done", "run_code", "run_command", "run_script"]
+__all__ = ["OFFLINE", "Done", "run_code", "run_command", "run_script", "run_together"]
+
+#: Code after which a process that asks for the network is refused, and says NETWORK.
+OFFLINE = """
+import socket, sys
+
+def refuse(*args, **named):
+    print("NETWORK", args, file=sys.stderr, flush=True)
+    raise OSError("no network in this test")
+
+socket.socket.connect = socket.socket.connect_ex = socket.socket.sendto = refuse
+socket.getaddrinfo = socket.gethostbyname = socket.create_connection = refuse
+"""
 
 _PRELOADED = ["transformers.models.llama.modeling_llama", "kvpolicy_adapters", "kvpolicy.testing"]
 _context = get_context("forkserver")
@@ -42,14 +55,34 @@ def run_script(script: Path, *arguments: str, folder: Path, timeout: float = 300
     return _run((None, str(script), arguments), folder, timeout)
 
 
+def run_together(script: Path, count: int, *arguments: str, folder: Path) -> None:
+    """Run a file in processes that work together: ``python script RANK arguments``, one a rank."""
+    with ThreadPoolExecutor(count) as threads:
+        runs = [
+            threads.submit(run_script, script, str(rank), *arguments, folder=folder)
+            for rank in range(count)
+        ]
+        for run in runs:
+            assert run.result().returncode == 0, run.result().stderr[-8000:]
+
+
 def run_command(
-    *arguments: str, folder: Path, timeout: float = 600, encoding: str = "utf-8"
+    *arguments: str,
+    folder: Path,
+    timeout: float = 600,
+    encoding: str = "utf-8",
+    columns: int = 80,
+    offline: bool = False,
 ) -> Done:
-    """Run ``kvpolicy arguments`` in a terminal of 80 columns that has an encoding's letters."""
-    code = f"""
+    """Run ``kvpolicy arguments`` in a terminal so wide that has an encoding's letters.
+
+    Modules are found where this process finds them, and in the folder.
+    """
+    code = f"""{OFFLINE if offline else ""}
 import os, sys
-os.environ["COLUMNS"] = "80"
+os.environ["COLUMNS"] = "{columns}"
 sys.stdout.reconfigure(encoding={encoding!r})
+sys.stderr.reconfigure(encoding={encoding!r}, errors="backslashreplace")
 sys.argv = {["kvpolicy", *arguments]!r}
 from kvpolicy.__main__ import main
 main()
@@ -67,7 +100,8 @@ def _run(what: tuple, folder: Path, timeout: float) -> Done:
             process.kill()
             process.join()
             raise TimeoutError(f"not done after {timeout} s:\n{err.read_text()}")
-        return Done(process.exitcode, out.read_text(), err.read_text())
+        said = (each.read_text(encoding="utf-8", errors="replace") for each in (out, err))
+        return Done(process.exitcode, *said)
 
 
 def _child(

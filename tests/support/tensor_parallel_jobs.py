@@ -1,13 +1,15 @@
-"""What each process of test_tensor_parallel does; run by torchrun, one process a rank.
+"""What each process of test_tensor_parallel does, one process a rank.
 
-    torchrun --nproc-per-node 2 tests/support/tensor_parallel_jobs.py MODELS OUT
+    tensor_parallel_jobs.py RANK RANKS PORT MODELS OUT
 
-MODELS is a folder of saved models; OUT gets one file a rank.
+MODELS is a folder of saved models; OUT gets one file a rank. As torchrun would, it says in the
+environment who this process is, and where the others meet.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -27,6 +29,8 @@ SETTINGS = {
     "long text": (TEXT, 20, {}),
     "beams": (TEXT, 6, {"num_beams": 3}),
 }
+#: In the order of their names.
+MODELS = ["grouped", "not grouped"]
 NEW = 24
 BUDGET = 13
 
@@ -54,24 +58,32 @@ def generate(model, setting: str, cache=None):
     )
 
 
-def results(model) -> dict:
+def jobs(name: str) -> list[tuple[str, str]]:
+    """Policies and settings of a model: each policy in one, in another one on another model.
+
+    What a policy ranks and how tokens come do not know of each other, so their product, over both
+    models, would say no more.
+    """
+    settings, begin = list(SETTINGS), MODELS.index(name)
+    return [(each, settings[(begin + i) % 3]) for i, each in enumerate(policies())]
+
+
+def results(model, name: str) -> dict:
     """Tokens, held positions ``[B, H, S]`` of each layer, and statistics, of every job."""
     found = {}
-    for name in policies():
-        policy = tiny_models.policy(name)
-        for setting, (layout, *_) in SETTINGS.items():
-            with kvpolicy_adapters.attach(
-                model, policy=policy, budget=BUDGET, layout=layout
-            ) as cache:
-                tokens = generate(model, setting, cache)
-                positions = [cache.positions(layer).sort().values for layer in range(len(cache))]
-            stats = cache.stats()
-            found[f"{name} {setting}"] = {
-                "tokens": tokens.tolist(),
-                "positions": [layer.tolist() for layer in positions],
-                "bytes": stats.bytes,
-                "evictions": stats.evictions,
-            }
+    for policy, setting in jobs(name):
+        with kvpolicy_adapters.attach(
+            model, policy=tiny_models.policy(policy), budget=BUDGET, layout=SETTINGS[setting][0]
+        ) as cache:
+            tokens = generate(model, setting, cache)
+            positions = [cache.positions(layer).sort().values for layer in range(len(cache))]
+        stats = cache.stats()
+        found[f"{policy} {setting}"] = {
+            "tokens": tokens.tolist(),
+            "positions": [layer.tolist() for layer in positions],
+            "bytes": stats.bytes,
+            "evictions": stats.evictions,
+        }
     return found
 
 
@@ -87,17 +99,19 @@ class Collectives(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def main(models: Path, out: Path) -> None:
+def main(rank: str, ranks: str, port: str, models: Path, out: Path) -> None:
     from transformers import AutoModelForCausalLM
     from transformers.distributed import DistributedConfig
 
     torch.set_num_threads(1)
+    os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "CUDA_VISIBLE_DEVICES": ""}
     report = {}
     for path in sorted(models.iterdir()):
         model = AutoModelForCausalLM.from_pretrained(
             path, distributed_config=DistributedConfig(tp_plan="auto")
         )
-        found = results(model)
+        found = results(model, path.name)
         with Collectives() as plain:
             generate(model, "image")
         with (
@@ -116,11 +130,11 @@ def main(models: Path, out: Path) -> None:
             "refused": refused,
             "collectives": [plain.count, ours.count],
         }
-    rank = torch.distributed.get_rank()
+    assert torch.distributed.get_rank() == int(rank)
     (out / f"{rank}.json").write_text(json.dumps(report))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(*sys.argv[1:4], *map(Path, sys.argv[4:]))

@@ -17,6 +17,7 @@ from kvpolicy.testing import (
     find_violation,
     streams,
 )
+from kvpolicy.testing.check import on_streams
 
 #: Parameters so small that short streams already evict; a policy that is not listed takes its own.
 SMALL = {
@@ -29,6 +30,8 @@ SMALL = {
     "ssd": {"window": 3},
 }
 POLICIES = kvpolicy.available()
+#: How many streams each policy is driven through, and their seed.
+STREAMS, SEED = 40, 1
 DESIGN = {
     "budget": 1,
     "pins": 2,
@@ -47,20 +50,24 @@ def small(name: str) -> kvpolicy.EvictionPolicy:
     return kvpolicy.create(name, **SMALL.get(name, {}))
 
 
-@pytest.mark.parametrize("reclaim", get_args(Reclaim))
-@pytest.mark.parametrize("name", POLICIES)
-def test_keeps_every_invariant(name, reclaim):
-    policy = small(name)
-    # A few: the long run below draws both ways to reclaim.
-    found = find_violation(policy, applicable(policy), examples=10, reclaim=reclaim)
-    assert found is None, str(found)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", POLICIES)
-def test_keeps_every_invariant_for_long(name):
-    # Of the mutants, tried with three seeds each, all but one in a hundred were caught by then.
-    check_policy(small(name), examples=120, seed=1)
+def test_keeps_every_invariant(name):
+    """On as many streams as catch every mutant of tests/testing/test_mutants.py."""
+    check_policy(small(name), examples=STREAMS, seed=SEED)
+
+
+@pytest.mark.parametrize("reclaim", get_args(Reclaim))
+def test_streams_of_one_way_to_reclaim(reclaim):
+    policy, seen = small("linear"), set()
+
+    def attempt(stream) -> None:
+        seen.add(stream.reclaim)
+
+    on_streams(policy, attempt, examples=5, reclaim=reclaim)
+    assert seen == {reclaim}
+    found = find_violation(policy, applicable(policy), examples=3, reclaim=reclaim)
+    assert found is None, str(found)
 
 
 @pytest.mark.parametrize(
@@ -78,7 +85,7 @@ def test_keeps_every_invariant_for_long(name):
     ],
 )
 def test_keeps_every_invariant_at_the_ends_of_its_parameters(name, parameters):
-    check_policy(kvpolicy.create(name, **parameters), examples=15)
+    check_policy(kvpolicy.create(name, **parameters), examples=8)
 
 
 def test_there_is_a_check_for_invariants_one_to_ten():

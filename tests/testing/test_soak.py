@@ -53,19 +53,14 @@ def soaked(steps: int, *names: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-def test_twenty_thousand_steps_grow_by_less_than_a_hundredth():
+def test_thousands_of_steps_grow_by_less_than_a_hundredth_and_a_leak_by_more():
+    """A few kilobytes a step, which is the least that so many steps tell."""
     names = ["linear", "streaming_llm", "h2o", "snapkv"]
-    found = soaked(20_000, *names)
-    assert [each["policy"] for each in found] == names
-    for each in found:
-        assert each["evictions"] > 19_900
+    *sound, leaking = soaked(4_000, *names, "leaks")
+    assert [each["policy"] for each in sound] == names
+    for each in sound:
+        assert each["evictions"] > 3_900
         assert each["growth"] < MOST_MEMORY, each
-
-
-@pytest.mark.slow
-def test_a_leak_of_a_few_kilobytes_a_step_is_seen():
-    sound, leaking = soaked(2_500, "h2o", "leaks")
-    assert sound["growth"] < MOST_MEMORY
     assert leaking["growth"] > MOST_MEMORY
 
 
