@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch._dynamo
 from support.kernel_library import COMPILER, needs_compiler
+from support.turns import in_turn
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 from torch._dynamo.utils import counters
 from torch._inductor.utils import run_and_get_code
@@ -121,8 +122,9 @@ def steps(kernel, monkeypatch):
 
 
 @needs_compiler
-@pytest.mark.parametrize("reclaim", ["lazy", "eager"])
-@pytest.mark.parametrize("name", ["linear", "streaming_llm", "h2o", "tova"])
+@pytest.mark.parametrize(
+    ("name", "reclaim"), in_turn(["linear", "h2o", "streaming_llm", "tova"], turn=["lazy", "eager"])
+)
 def test_the_cpu_kernel_serves_a_compiled_step(model, steps, name, reclaim):
     """Empty slots, while the budget fills and where victims are hidden at once, stay unseen."""
     counter = CompileCounter()

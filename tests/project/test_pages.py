@@ -19,16 +19,18 @@ def blocks(page: Path) -> list[str]:
     return FENCE.findall(page.read_text())
 
 
+#: Each once, if it stands on several pages.
+BLOCKS = {
+    block: f"{page.relative_to(ROOT)}-{number}"
+    for page in reversed(PAGES)
+    for number, block in enumerate(blocks(page))
+}
+
+
 @pytest.mark.parametrize(
-    ("page", "number"),
-    [
-        pytest.param(page, number, id=f"{page.relative_to(ROOT)}-{number}")
-        for page in PAGES
-        for number in range(len(blocks(page)))
-    ],
+    "block", [pytest.param(*each, id=where) for *each, where in BLOCKS.items()]
 )
-def test_block_runs_and_says_what_its_comments_say(page, number, tmp_path):
-    block = blocks(page)[number]
+def test_block_runs_and_says_what_its_comments_say(block, tmp_path):
     done = run_code(block, tmp_path)
     assert done.returncode == 0, done.stderr
     assert "deprecated" not in done.stderr, "a line that users are told to write draws a warning"
