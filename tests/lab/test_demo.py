@@ -307,7 +307,7 @@ def test_a_demo_of_decoders_writes_what_it_says(tmp_path, monkeypatch):
     rows = json.loads((tmp_path / "out/decoders/decoders.json").read_text())
     assert [row["drawn_by"] for row in rows] == ["full", "linear@sjd:window=32"]
     assert rows[0]["passes"] == 784
-    assert rows[1]["passes"] < 784 / 4
+    assert rows[1]["passes"] < 784 / 3  # of ten together, each pass begins behind the slowest
     assert (tmp_path / "out/decoders/images.png").exists()
     assert not (tmp_path / "out/results.json").exists()
     assert max(map(len, done.output.splitlines())) <= 80
