@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from kvpolicy.budget.budget import Budget, Schedule
 from kvpolicy.cache.decider import MOST_POSITIONS
 from kvpolicy.errors import BudgetError, LayoutError, ParameterError
-from kvpolicy.layout import LateLayout, TokenLayout
+from kvpolicy.layout import LateLayout, TokenLayout, largest_group
 from kvpolicy.policy.policy import EvictionPolicy
 from kvpolicy.registry import check_order
 
@@ -131,7 +131,7 @@ class Sharing:
         if average < floor:
             raise BudgetError(
                 f"budget={budget} is {average} tokens per layer, too few for {policy.label} on "
-                f"{layout!r}; the smallest budget that works is {floor}"
+                f"{layout!r}; the smallest budget that works is {floor}{_why(layout)}"
             )
         return average
 
@@ -139,6 +139,14 @@ class Sharing:
         """The smallest budget of a layer, which never has to be more than the layout has."""
         floor = self.policy.min_budget(layout)
         return floor if layout.evictable is None else min(floor, layout.evictable)
+
+
+def _why(layout: TokenLayout) -> str:
+    """Why a layout with groups needs so much."""
+    largest = largest_group(layout)
+    if largest == 1:
+        return ""
+    return f": up to {largest} tokens come at once, and need slots beside what is protected"
 
 
 def _checked(windows: Sequence[int | None] | None, num_layers: int) -> tuple[int | None, ...]:

@@ -14,6 +14,7 @@ from kvpolicy.layout.ordered import (
     OrderedLayout,
     first_of_line,
     in_raster_order,
+    largest_group,
     refuse_other_orders,
 )
 
@@ -28,6 +29,7 @@ __all__ = [
     "first_of_line",
     "group_sizes",
     "in_raster_order",
+    "largest_group",
     "locality_aware_order",
     "refuse_other_orders",
 ]

@@ -25,7 +25,13 @@ from kvpolicy.layout.lines import (
 )
 from kvpolicy.layout.locality import locality_aware_order
 
-__all__ = ["OrderedLayout", "first_of_line", "in_raster_order", "refuse_other_orders"]
+__all__ = [
+    "OrderedLayout",
+    "first_of_line",
+    "in_raster_order",
+    "largest_group",
+    "refuse_other_orders",
+]
 
 
 def _whole_numbers(value: Any) -> Any:
@@ -249,6 +255,11 @@ class OrderedLayout(_Layout):
 def in_raster_order(layout: TokenLayout) -> bool:
     """Whether a token's line and column follow from its position as on a page."""
     return not isinstance(layout, OrderedLayout) or layout.in_raster_order
+
+
+def largest_group(layout: TokenLayout) -> int:
+    """How many tokens come at once, at most: 1 where a layout has no groups."""
+    return max(layout.groups) if isinstance(layout, OrderedLayout) else 1
 
 
 def refuse_other_orders(layout: TokenLayout, who: str) -> None:

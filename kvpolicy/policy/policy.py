@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kvpolicy.budget.budget import Schedule, Uniform
 from kvpolicy.errors import parameter_error
-from kvpolicy.layout import RasterLayout, TokenLayout
+from kvpolicy.layout import RasterLayout, TokenLayout, largest_group
 from kvpolicy.observers import AttentionObserver
 from kvpolicy.policy.probe import (
     Unread,
@@ -97,8 +97,11 @@ class EvictionPolicy(BaseModel, ABC):
         return Uniform()
 
     def min_budget(self, layout: TokenLayout) -> int:
-        """The smallest budget of a layer with which this policy works on this layout."""
-        return 1
+        """The smallest budget of a layer with which this policy works on this layout.
+
+        By default, room for what comes at once: a token, or the largest group.
+        """
+        return largest_group(layout)
 
     def headroom(self, view: CacheView) -> int:
         """Slots that must be free before the token ``view.seen`` is written: 1, or a line.

@@ -19,6 +19,7 @@ from kvpolicy.layout import (
     SequenceLayout,
     TokenLayout,
     in_raster_order,
+    largest_group,
 )
 from kvpolicy.observers import AttentionObserver, WindowMass
 from kvpolicy.policy.view import CacheView
@@ -130,6 +131,7 @@ def smallest_budget(policy: _Protects, layout: TokenLayout) -> int:
 
     Looked for where all of it can be cached at once: behind at least twice as many tokens, and at
     the end of a layout that has one, in every column; in an order of its own, before every token.
+    Tokens that come in a group need their room together.
 
     Raises:
         ParameterError: it can't be told without tensors, or a window is observed that is longer
@@ -138,7 +140,7 @@ def smallest_budget(policy: _Protects, layout: TokenLayout) -> int:
     """
     try:
         refuse_long_window(policy, layout)
-        budget = 1
+        budget = largest_group(layout)
         for round_ in range(_ROUNDS):
             if budget > _VAST:
                 break
@@ -163,12 +165,20 @@ def _needed(policy: _Protects, layout: TokenLayout, budget: int) -> Iterator[int
         view = probe_view(layout, seen, budget)
         protected = policy.protect(view)
         kept = 0 if protected is None else _count(protected & ~view.pinned)
-        yield kept + policy.headroom(view)
+        yield kept + max(policy.headroom(view), _together(layout, seen))
+
+
+def _together(layout: TokenLayout, seen: int) -> int:
+    """Tokens that are written at once, the next one among them."""
+    group = layout.group(seen) if isinstance(layout, OrderedLayout) else range(seen, seen + 1)
+    return len(group) if group.start == seen else 1
 
 
 def _asked_at(layout: TokenLayout, budget: int) -> Iterable[int]:
-    """Tokens seen when what is protected may be most."""
-    if not in_raster_order(layout) and layout.length is not None:
+    """Tokens seen when what is protected, or wanted beside it, may be most."""
+    if isinstance(layout, OrderedLayout) and not (
+        in_raster_order(layout) and largest_group(layout) == 1
+    ):
         # Which token is protected most of depends on the order: any of them may be.
         return reversed(range(layout.prefix + 1, layout.length))
     start = far_line(layout, max(2 * (budget + layout.line_length), layout.evictable or 0))

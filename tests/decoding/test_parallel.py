@@ -227,9 +227,45 @@ def test_what_it_can_not_do_is_refused_by_name():
         kvpolicy.Decoder.parse("sjd:window=4:draft=above").check(layout)
 
 
-def test_a_budget_that_no_group_fits_in_is_refused():
+class _Newest(kvpolicy.EvictionPolicy):
+    """Says nothing of how much it needs."""
+
+    def victims(self, view, count):
+        return view.positions.long().masked_fill(view.pinned, 2**30).topk(count, largest=False)[1]
+
+
+#: What each needs beside the largest group, which has 8 tokens.
+PROTECTING = {
+    "streaming_llm": 4,
+    "near": 0,
+    "near/anchors=5": 5,
+    "h2o": 6,
+    "snapkv/window=3/interval=3": 3,
+    "pyramid/window=3/interval=3": 3,
+    "newest": 0,
+}
+
+
+@pytest.mark.parametrize("spelling", PROTECTING)
+def test_a_budget_that_no_group_fits_in_is_refused_where_it_enters(spelling):
     decoder = Parallel(passes=4, repulsion=1)
     layout = decoder.ordered(GRID)
-    cache = PolicyCache("streaming_llm", 6, layout=layout, num_layers=LAYERS)
-    with pytest.raises(kvpolicy.BudgetError, match="see each other, so they must be cached"):
-        decoder.decode(PlaceModel().step(cache), cache, prompt(), 20)
+    assert max(layout.groups) == 8
+    policy = _Newest() if spelling == "newest" else kvpolicy.create(spelling)
+    floor = policy.min_budget(layout)
+    assert floor == 8 + PROTECTING[spelling]
+    with pytest.raises(
+        kvpolicy.BudgetError,
+        match=rf"budget={floor - 1} .* works is {floor}: up to 8 tokens come at once",
+    ):
+        PolicyCache(policy, floor - 1, layout=layout, num_layers=LAYERS)
+    cache = PolicyCache(policy, floor, layout=layout, num_layers=LAYERS)
+    decoder.decode(PlaceModel().step(cache), cache, prompt(), 20)
+    assert max(cache.stats().peak_tokens) == 1 + min(floor, 20 - 8)
+
+
+def test_raster_order_in_groups_needs_room_for_a_group_too():
+    policy = kvpolicy.create("near", anchors=3)
+    layout = OrderedLayout(grid=GRID, order=range(20), groups=(2, 9, 9))
+    assert policy.min_budget(layout) == 12
+    assert policy.min_budget(OrderedLayout(grid=GRID, order=range(20))) == 4
