@@ -17,7 +17,6 @@ from rich.text import Text
 
 from kvpolicy.commands.arguments import find_own, split
 from kvpolicy.commands.console import Terminal, console
-from kvpolicy.decoding import Decoder
 from kvpolicy.errors import ParameterError
 from kvpolicy.lab.bench.contender import BASELINES, Workload, load_shape
 from kvpolicy.lab.bench.drawing import Drawing, drawers, images_of_turn
@@ -26,6 +25,7 @@ from kvpolicy.lab.bench.peers import build_environment
 from kvpolicy.lab.bench.report import Grid, grids, machine_line
 from kvpolicy.lab.bench.report import markdown as as_markdown
 from kvpolicy.lab.bench.run import Bench, capacity_of, enlist, plan_of, torch_device
+from kvpolicy.lab.run.demo import DRAWN_UNDER, GROUPS_UNDER, by_line_or_group
 from kvpolicy.lab.run.files import write_whole
 from kvpolicy.lab.run.subject import load_subject
 
@@ -62,7 +62,7 @@ def bench(
         str | None,
         typer.Option(
             help=f"Policies; linear@compiled@skinny: how its model runs. By default {_POLICIES}; "
-            f"linear with --decoders."
+            f"{DRAWN_UNDER} with --decoders, {GROUPS_UNDER} with those that draw in groups."
         ),
     ] = None,
     baselines: Annotated[
@@ -84,7 +84,8 @@ def bench(
     decoders: Annotated[
         str | None,
         typer.Option(
-            help="Draw whole images with these instead, each in turn: sjd:window=16,sjd:window=32."
+            help="Draw whole images with these instead, each in turn: sjd:window=16,sjd:window=32; "
+            "or, with --subject fashion-lpd, lpd:passes=48."
         ),
     ] = None,
     subject: Annotated[
@@ -133,10 +134,13 @@ def bench(
     """
     if decoders is not None:
         _refuse_step_options(context)
+        others = split(decoders)
+        _, in_groups = by_line_or_group(others)
+        usual = GROUPS_UNDER if in_groups else DRAWN_UNDER
         _draw(
             subject,
-            split(policies or "linear"),
-            split(decoders),
+            split(policies or usual),
+            others,
             budget=budget,
             batch=batch or 1,
             rounds=rounds,
@@ -265,8 +269,6 @@ def _draw(
 ) -> None:
     """Draw in turns, and print and write what decoders save."""
     find_own(name, *policies)
-    for decoder in decoders:
-        Decoder.parse(decoder)  # a name that is mistyped is said before a model is loaded
     if threads is not None:
         torch.set_num_threads(threads)
     subject: Any = load_subject(name, {"batch": batch})

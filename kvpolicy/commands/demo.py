@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
 from rich.table import Table
@@ -16,6 +16,7 @@ from kvpolicy.commands.progress import Bar
 from kvpolicy.commands.sweep import say_failures, sweep
 from kvpolicy.errors import ParameterError
 from kvpolicy.lab.run import demo as lab
+from kvpolicy.lab.run.plan import SEQUENTIAL
 
 if TYPE_CHECKING:
     from kvpolicy.lab.compare.comparison import Entry
@@ -59,8 +60,9 @@ def demo(
     decoders: Annotated[
         str | None,
         typer.Option(
-            help=f"Compare only these, under {lab.DRAWN_UNDER}: sjd:window=16,sjd:window=32. By "
-            f"default {','.join(lab.DECODERS)}, behind the policies."
+            help=f"Compare only these, under {lab.DRAWN_UNDER}: sjd:window=16,sjd:window=32; or "
+            f"lpd:passes=48, with fashion-lpd, under full and {lab.GROUPS_UNDER}. By default "
+            f"{','.join(lab.DECODERS)}, behind the policies."
         ),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the drawing.")] = 0,
@@ -81,7 +83,7 @@ def demo(
     time as there are processors. Writes results.json, images.png and retention.png; the folder is a
     run's, which kvpolicy report reads, and the same command goes on where one was interrupted. Then
     decoders draw a few images one by one, in a folder of its own: decoders.json and images.png in
-    decoders/.
+    decoders/. Those that draw in groups do so with fashion-lpd, in groups/.
     """
     from kvpolicy.lab.run.runner import prepare
 
@@ -93,7 +95,7 @@ def demo(
     about = lab.shown(subject)
     options = dict(pair(text, "--option", "line_breaks=true") for text in option or [])
     of = _Subject(subject, options, about)
-    jobs = []
+    jobs: list[_Job] = []
     if decoders is None:
         chosen = lab.POLICIES if policies is None else split(policies)
         count, real = images or about.images, scored or about.scored
@@ -101,10 +103,23 @@ def demo(
     if policies is None:
         others = lab.DECODERS if decoders is None else split(decoders)
         count = _ONE_BY_ONE if decoders is None or images is None else images
-        jobs.append(_of_decoders(of, others, budget, count, seed, out))
+        by_line, by_group = lab.by_line_or_group(others)
+        if by_group and subject != "fashion-ar":
+            raise ParameterError(
+                f"{subject} is not asked for tokens in groups, as {by_group[0]!r} does: leave "
+                f"--subject out to compare fashion-lpd, which is, with fashion-ar"
+            )
+        jobs.append(_of_decoders(of, by_line or [SEQUENTIAL], budget, count, seed, out))
+        if by_group:
+            jobs.append(_of_groups(by_group, about, budget, count, seed, out))
     prepared = [prepare(job.plan) for job in jobs]  # all, before anything is measured
+    found: list[lab.Row | lab.DecoderRow] = []
     for job, cells in zip(jobs, prepared, strict=True):
-        _compare(job, cells, stale_from(stale))
+        found += _compare(job, cells, stale_from(stale), found)
+
+
+#: Figures of a job.
+_Rows: TypeAlias = Sequence[lab.Row | lab.DecoderRow]
 
 
 @dataclass(frozen=True)
@@ -115,13 +130,13 @@ class _Job:
         plan: what is run.
         out: folder of the run.
         name: of the file with the figures.
-        tell: the figures of a comparison, and their table.
+        tell: given a comparison, and the figures of the jobs before, its figures and their table.
     """
 
     plan: Plan
     out: Path
     name: str
-    tell: Callable[[Sequence[Entry]], tuple[Sequence[lab.Row | lab.DecoderRow], Table]]
+    tell: Callable[[Sequence[Entry], _Rows], tuple[_Rows, Table]]
 
 
 @dataclass(frozen=True)
@@ -159,7 +174,7 @@ def _of_policies(
     )
     find_own(*(policy.name for policy in plan.policies))
 
-    def tell(entries: Sequence[Entry]) -> tuple[list[lab.Row], Table]:
+    def tell(entries: Sequence[Entry], _: _Rows) -> tuple[_Rows, Table]:
         rows = lab.rows(entries, of.name)
         return rows, _table(rows, of.shown, images, scored, budget)
 
@@ -173,15 +188,29 @@ def _of_decoders(
         decoders, budget, images=images, seed=seed, subject=of.name, options=of.options
     )
 
-    def tell(entries: Sequence[Entry]) -> tuple[list[lab.DecoderRow], Table]:
+    def tell(entries: Sequence[Entry], _: _Rows) -> tuple[_Rows, Table]:
         rows = lab.decoder_rows(entries, of.name)
-        return rows, _decoder_table(rows, of.shown, images, budget)
+        return rows, _decoder_table(rows, of.name, of.shown, images, budget)
 
     return _Job(plan, out / "decoders", "decoders.json", tell)
 
 
-def _compare(job: _Job, prepared: Prepared, stale: Stale) -> None:
-    """Run a plan, write its figures and pictures, and print its table."""
+def _of_groups(
+    decoders: Sequence[str], about: lab.Shown, budget: str, images: int, seed: int, out: Path
+) -> _Job:
+    """fashion-lpd, with the times of fashion-ar's full cache, which has been drawn from before."""
+    plan = lab.group_plan(decoders, budget, images=images, seed=seed)
+
+    def tell(entries: Sequence[Entry], before: _Rows) -> tuple[_Rows, Table]:
+        baseline = [row for row in before if isinstance(row, lab.DecoderRow)]
+        rows = lab.decoder_rows(entries, baseline=baseline)
+        return rows, _decoder_table(rows, "fashion-lpd", about, images, budget)
+
+    return _Job(plan, out / "groups", "decoders.json", tell)
+
+
+def _compare(job: _Job, prepared: Prepared, stale: Stale, before: _Rows) -> _Rows:
+    """Run a plan, write its figures and pictures, and print its table; gives the figures."""
     from kvpolicy.lab.compare.comparison import compare
     from kvpolicy.lab.compare.comparison_file import write_comparison
     from kvpolicy.lab.run.executors import Processes, processors
@@ -197,7 +226,7 @@ def _compare(job: _Job, prepared: Prepared, stale: Stale) -> None:
     entries = compare(list(folder.finished()), prepared.metrics)
     if not entries:
         say_failures(progress, out)
-    rows, table = job.tell(entries)
+    rows, table = job.tell(entries, before)
     sheets = image_sheets(entries, folder.subject.class_names, main)
     with writing(out):
         write_comparison(out, entries)
@@ -211,17 +240,19 @@ def _compare(job: _Job, prepared: Prepared, stale: Stale) -> None:
     for file in written:
         console.print(f"wrote {file}", markup=False, highlight=False)
     say_failures(progress, out)
+    return rows
 
 
 def _decoder_table(
-    rows: Sequence[lab.DecoderRow], shown: lab.Shown, images: int, budget: str
+    rows: Sequence[lab.DecoderRow], model: str, shown: lab.Shown, images: int, budget: str
 ) -> Table:
     """What decoders save, narrow enough for 80 columns."""
+    others = "fashion-ar's" if model == "fashion-lpd" else "the"
     drawn = shown.drawn[::-1]  # what few images tell stands first
     table = Table(
-        title=f"{images} images, one at a time: cache of {budget} of the image",
-        caption="passes: of the model, an image; times as fast: as the full cache, token by token; "
-        f"{_explained(drawn)}.",
+        title=f"{model}: {images} images, one at a time: cache of {budget} of the image",
+        caption=f"passes: of the model, an image; times as fast: as {others} full cache, token by "
+        f"token; {_explained(drawn)}.",
         box=None,
         padding=(0, 2, 0, 0),
         pad_edge=False,

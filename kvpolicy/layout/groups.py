@@ -6,7 +6,7 @@ import math
 
 from kvpolicy.errors import ParameterError
 
-__all__ = ["group_sizes"]
+__all__ = ["coarse_passes", "group_sizes", "split_groups"]
 
 
 def group_sizes(total: int, passes: int) -> tuple[int, ...]:
@@ -47,3 +47,47 @@ def group_sizes(total: int, passes: int) -> tuple[int, ...]:
         smaller = [group for group in range(1, passes) if sizes[group] < sizes[-1]]
         sizes[smaller[-1] if smaller else -1] += 1
     return tuple(sizes)
+
+
+def coarse_passes(total: int, passes: int) -> int:
+    """The most passes, of at most so many, in which the third group has more than one token.
+
+    In groups of one, each token of a locality-aware order lies beside the one before, so that an
+    image that begins with many of them grows from a single place (see docs/parallel.md).
+
+    Example:
+        >>> coarse_passes(784, 48), coarse_passes(784, 128)
+        (48, 56)
+    """
+
+    def third(passes: int) -> float:
+        begin, end = (math.cos(math.pi / 2 * step / passes) for step in (2, 3))
+        return total * (begin - end)
+
+    while passes > 3 and round(third(passes)) <= 1:
+        passes -= 1
+    return passes
+
+
+def split_groups(groups: tuple[int, ...], passes: int) -> tuple[int, ...]:
+    """Groups in more passes, in the same order: each is split into about as many equal parts.
+
+    Example:
+        >>> split_groups((1, 3, 6), 6)
+        (1, 1, 2, 2, 2, 2)
+
+    Args:
+        groups: sizes.
+        passes: from as many as there are groups to as many as there are tokens.
+    """
+    parts = [1] * len(groups)
+    while (missing := passes - sum(parts)) > 0:
+        fewest = min(n for n, size in zip(parts, groups, strict=True) if n < size)
+        least = [i for i, size in enumerate(groups) if parts[i] == fewest < size]
+        for group in least[-missing:]:
+            parts[group] += 1
+    return tuple(
+        size // count + (part >= count - size % count)
+        for size, count in zip(groups, parts, strict=True)
+        for part in range(count)
+    )

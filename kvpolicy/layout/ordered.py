@@ -13,7 +13,7 @@ from pydantic import BeforeValidator, Field
 from torch import Tensor
 
 from kvpolicy.errors import LayoutError, ShapeError
-from kvpolicy.layout.groups import group_sizes
+from kvpolicy.layout.groups import coarse_passes, group_sizes, split_groups
 from kvpolicy.layout.lines import (
     Position,
     RasterLayout,
@@ -113,9 +113,13 @@ class OrderedLayout(_Layout):
     ) -> OrderedLayout:
         """The order and the groups of locality-aware parallel decoding (arXiv:2507.01957).
 
+        Where so many passes would begin with three groups of one token or more, the order is that
+        of the most passes that don't, and its groups are split: an order that begins one by one
+        grows from a single place, and such images are worse (docs/parallel.md has the figures).
+
         Args:
             grid: the image.
-            passes: groups in which it comes; see :func:`kvpolicy.group_sizes`.
+            passes: groups in which it comes.
             repulsion: see :func:`kvpolicy.locality_aware_order`.
             proximity: likewise.
             seed: of the order.
@@ -123,7 +127,10 @@ class OrderedLayout(_Layout):
         Raises:
             ParameterError: passes are fewer than 1 or more than the image has tokens.
         """
-        groups = group_sizes(grid.rows * grid.line_length, passes)
+        size = grid.rows * grid.line_length
+        groups = group_sizes(size, passes)
+        if (coarse := coarse_passes(size, passes)) < passes:
+            groups = group_sizes(size, coarse)
         order = locality_aware_order(
             grid.rows,
             grid.line_length,
@@ -132,7 +139,7 @@ class OrderedLayout(_Layout):
             proximity=proximity,
             seed=seed,
         )
-        return cls(grid=grid, order=order, groups=groups)
+        return cls(grid=grid, order=order, groups=split_groups(groups, passes))
 
     def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
         """A long order or many groups are shortened, as messages name layouts."""

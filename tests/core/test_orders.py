@@ -24,6 +24,7 @@ from kvpolicy import (
     locality_aware_order,
 )
 from kvpolicy.layout import in_raster_order
+from kvpolicy.layout.groups import split_groups
 
 GRIDS = st.builds(
     RasterLayout,
@@ -219,9 +220,9 @@ def test_a_part_of_somebody_elses_policy_refuses_too():
     layout = OrderedLayout.locality_aware(RasterLayout(rows=6, cols=6), 9)
     with pytest.raises(LayoutError, match="policy 'Protects' needs tokens line by line"):
         PolicyCache(Protects(), 20, layout=layout, num_layers=1)
-    cache = PolicyCache(Moves(), 4, layout=layout, num_layers=1)
+    cache = PolicyCache(Moves(), 12, layout=layout, num_layers=1)
     with pytest.raises(LayoutError, match="mass that moves down the lines needs tokens line by"):
-        for _ in range(9):
+        for _ in range(20):
             cache.attend(0, *torch.randn(3, 1, 1, 1, 4))
 
 
@@ -280,6 +281,43 @@ def test_group_sizes_add_up_and_never_fall(schedule):
     assert sum(sizes) == total
     assert sizes[0] == (total if passes == 1 else 1)
     assert list(sizes) == sorted(sizes)
+
+
+def test_an_order_that_would_begin_one_by_one_is_that_of_fewer_passes_split():
+    grid = RasterLayout(rows=28, cols=28, prefix=1)
+    coarse, fine = (OrderedLayout.locality_aware(grid, passes, repulsion=2) for passes in (56, 128))
+    assert coarse.groups == group_sizes(784, 56)
+    assert group_sizes(784, 57)[:3] == (1, 1, 1) != coarse.groups[:3]
+    assert fine.order == coarse.order
+    assert len(fine.groups) == 128
+    ends, coarse_ends = (set(accumulate(each.groups)) for each in (fine, coarse))
+    assert coarse_ends < ends
+    # The first tokens lie far and wide, where those of as many groups of one lie side by side.
+    alone = locality_aware_order(28, 28, group_sizes(784, 128), repulsion=2)
+    spread, huddled = (np.ptp(np.divmod(order[:12], 28), axis=1) for order in (fine.order, alone))
+    assert min(spread) >= 14
+    assert max(huddled) < 6
+
+
+@settings(max_examples=40)
+@given(st.integers(1, 400).flatmap(lambda n: st.tuples(st.just(n), st.integers(1, n))), st.data())
+def test_groups_are_split_evenly(schedule, data):
+    total, passes = schedule
+    groups = group_sizes(total, passes)
+    more = data.draw(st.integers(passes, total))
+    split = split_groups(groups, more)
+    assert len(split) == more
+    ends, whole = list(accumulate(split)), list(accumulate(groups))
+    assert set(whole) <= set(ends)
+    counts, begin = [], 0
+    for end, size in zip(whole, groups, strict=True):
+        parts = split[begin : ends.index(end) + 1]
+        assert max(parts) - min(parts) <= 1
+        counts.append((len(parts), size))
+        begin += len(parts)
+    # As many parts each, but for one; and those with fewer have no token left to split off.
+    most = max(count for count, _ in counts)
+    assert all(count >= most - 1 or count == size for count, size in counts)
 
 
 @pytest.mark.parametrize("passes", [0, -1, 17])

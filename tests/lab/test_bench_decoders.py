@@ -45,6 +45,18 @@ class Clock(Toy):
         return SimpleNamespace(seconds=seconds, passes=np.full(images, passes))
 
 
+class InGroups(Clock):
+    """The same in groups, which come when the decoder says."""
+
+    def layout_under(self, decoder):
+        return self.layout if isinstance(decoder, Sequential) else decoder.ordered(self.layout)
+
+    def generate(self, setting, images, seed, advance):
+        self.asked.append((setting.policy.label, setting.decoder.label))
+        passes = getattr(setting.decoder, "passes", 256)
+        return SimpleNamespace(seconds=images * passes, passes=np.full(images, passes))
+
+
 @pytest.fixture(autouse=True)
 def _nothing_asked():
     Clock.asked.clear()
@@ -105,7 +117,7 @@ def test_an_interrupted_round_does_not_count():
         ({"policies": ["linar"]}, UnknownNameError, "did you mean 'linear'"),
         ({"decoders": ["sjdd"]}, UnknownNameError, "did you mean 'sjd'"),
         ({"decoders": ["sjd:window=300"]}, ParameterError, "longer than the 257 tokens"),
-        ({"decoders": ["lpd"]}, LayoutError, "draws in groups"),
+        ({"decoders": ["lpd"]}, LayoutError, "--subject fashion-lpd --policies ahead"),
         ({"budget": "1/50"}, BudgetError, "smallest budget that works"),
     ],
 )
@@ -113,6 +125,17 @@ def test_what_can_not_draw_is_refused(given, error, says):
     given = {"policies": ["linear"], "decoders": ["sjd"], "budget": "1/4"} | given
     with pytest.raises(error, match=says):
         drawers(subject(), NAME, **given)
+
+
+def test_groups_are_drawn_in_their_own_order():
+    name = f"{__name__}:InGroups"
+    toy = load_subject(name, {"batch": 1})
+    (_, groups) = drawers(toy, name, ["near"], ["lpd:passes=16"], "1/4")
+    assert groups.name == "near@lpd:passes=16"
+    with pytest.raises(LayoutError, match=r"'linear'.*near"):  # whose lines groups have not
+        drawers(toy, name, ["linear"], ["lpd:passes=16"], "1/4")
+    with pytest.raises(BudgetError, match="up to 79 tokens come at once"):
+        drawers(toy, name, ["near"], ["lpd:passes=5"], "1/4")
 
 
 def test_a_subject_that_draws_nothing_is_refused():
@@ -141,6 +164,13 @@ def test_from_the_command_line(tmp_path):
         in (out / "tables.md").read_text()
     )
     assert "8.00 [8.00, 8.00]" in done.output
+
+
+def test_groups_are_drawn_under_ahead_unless_told_otherwise(tmp_path):
+    where = ("--subject", f"{__name__}:InGroups", "--rounds", "1", "--out", str(tmp_path / "out"))
+    done = run("--decoders", "lpd:passes=16", *where)
+    assert done.exit_code == 0, (done.output, done.exception)
+    assert set(Clock.asked) == {("ahead", "sequential"), ("ahead", "lpd:passes=16")}
 
 
 @pytest.mark.parametrize(

@@ -291,6 +291,7 @@ class FashionLPD(FashionAR):
         draw_seed: likewise.
         batch: images that are drawn at once, 1 to 250.
         cfg: guidance of what is drawn, which doubles the batch; 1 is none.
+        temperature: of what is drawn.
 
     Raises:
         ParameterError: an argument is out of range.
@@ -306,11 +307,12 @@ class FashionLPD(FashionAR):
         draw_seed: int = 0,
         batch: int = 250,
         cfg: float = 1.0,
+        temperature: float = 1.0,
     ) -> None:
         super().__init__(scored, images, split, draw_seed, batch)
         if isinstance(cfg, bool) or not isinstance(cfg, int | float) or not 1 <= cfg < math.inf:
             raise ParameterError(f"{self.name}: cfg={cfg!r} must be a number, at least 1 (none)")
-        self.cfg = cfg
+        self.cfg, self.sampling = cfg, kvpolicy.Sampling(temperature=temperature)
         self.box = zoo.load("fashion-lpd")
         self.num_layers = self.box.model.llama.config.num_hidden_layers
 
@@ -355,7 +357,13 @@ class FashionLPD(FashionAR):
     ) -> tuple[Tensor, int]:
         """Draw whole images behind a prompt ``[n, 1]``: int64 ``[n, 785]``, and passes."""
         drawn = self.box.decode(
-            prompt[:, 0] - _GREYS, cache, decoder, seed=seed, cfg_scale=self.cfg, advance=advance
+            prompt[:, 0] - _GREYS,
+            cache,
+            decoder,
+            seed=seed,
+            cfg_scale=self.cfg,
+            sampling=self.sampling,
+            advance=advance,
         )
         return torch.cat([prompt, drawn.tokens], dim=1), drawn.passes
 

@@ -13,12 +13,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from kvpolicy.cache.cache import PolicyCache
-from kvpolicy.decoding import Decoder
-from kvpolicy.errors import ParameterError
+from kvpolicy.decoding import Decoder, Parallel
+from kvpolicy.errors import LayoutError, ParameterError
 from kvpolicy.lab.bench.report import Grid
 from kvpolicy.lab.bench.summary import Ratio
+from kvpolicy.lab.run.demo import GROUPS_UNDER
 from kvpolicy.lab.run.plan import BASELINE, SEQUENTIAL
-from kvpolicy.lab.run.subject import ImageSubject, Setting
+from kvpolicy.lab.run.subject import ImageSubject, Setting, layout_under
+from kvpolicy.layout import LateLayout, TokenLayout
 from kvpolicy.named import make_policy
 
 __all__ = ["Drawer", "Drawing", "Drawn", "Turn", "drawers", "images_of_turn"]
@@ -104,11 +106,25 @@ def drawers(
     for policy in dict.fromkeys(policies):
         for label in dict.fromkeys(Decoder.parse(d).label for d in (SEQUENTIAL, *decoders)):
             decoder = Decoder.parse(label)
-            decoder.check(subject.layout)
+            layout = _layout(subject, decoder)
             made, limit = make_policy(policy, {}), None if policy == BASELINE else budget
-            PolicyCache(made, limit, layout=subject.layout, num_layers=subject.num_layers)
+            PolicyCache(made, limit, layout=layout, num_layers=subject.num_layers)
             every.append(Drawer(policy, label, Setting(made, limit, decoder)))
     return every
+
+
+def _layout(subject: ImageSubject, decoder: Decoder) -> TokenLayout | LateLayout:
+    """Where tokens sit; says which subject has groups, if this one has none."""
+    try:
+        return layout_under(subject, decoder)
+    except LayoutError as error:
+        if not isinstance(decoder, Parallel):
+            raise
+        raise LayoutError(
+            f"subject {subject.name!r} is not asked for tokens in groups, as decoder "
+            f"{decoder.label!r} does; 'sequential' and 'sjd' draw with it, and fashion-lpd has "
+            f"groups: --subject fashion-lpd --policies {GROUPS_UNDER}"
+        ) from error
 
 
 def images_of_turn(batch: int) -> int:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from kvpolicy.decoding import Decoder, Parallel
 from kvpolicy.errors import ParameterError, near_matches
 from kvpolicy.lab.compare.comparison import Entry, Estimate
 from kvpolicy.lab.run.files import write_whole
@@ -16,13 +17,16 @@ from kvpolicy.lab.run.plan import BASELINE, SEQUENTIAL, Plan
 __all__ = [
     "DECODERS",
     "DRAWN_UNDER",
+    "GROUPS_UNDER",
     "POLICIES",
     "SUBJECTS",
     "DecoderRow",
     "Row",
     "Shown",
+    "by_line_or_group",
     "decoder_plan",
     "decoder_rows",
+    "group_plan",
     "plan",
     "rows",
     "shown",
@@ -59,6 +63,10 @@ POLICIES = ("full", "linear", "linear2d", "h2o", "streaming_llm", "pyramid", "ra
 #: What draws under :data:`DRAWN_UNDER`, beside the policies.
 DECODERS = ("sequential", "sjd:window=32")
 DRAWN_UNDER = "linear"
+#: What draws in groups does so under the full cache and this: ``linear`` keeps lines.
+GROUPS_UNDER = "ahead"
+#: How fashion-lpd draws them; see docs/parallel.md.
+_GUIDED = {"cfg": 2.0, "temperature": 0.8}
 #: A Fréchet distance of fewer images tells nothing.
 _FRECHET = 100
 
@@ -138,7 +146,8 @@ class DecoderRow:
         budget: as it was asked for; ``1/1`` for the full cache.
         passes: of the model an image, mean.
         seconds: an image, on one thread, beside the other workers.
-        times_as_fast: as the full cache in the same run; None where that has failed.
+        times_as_fast: as the subject's full cache in the same run, or fashion-ar's where the rows
+            are fashion-lpd's; None where that has failed.
         figures: of what is drawn, as in :class:`Row`; None for a Fréchet distance of fewer than 100
             images.
     """
@@ -176,22 +185,79 @@ def decoder_plan(
         ParameterError: there is no decoder or no such subject, or one can't be read, or the budget
             can't be parsed.
     """
-    drawn = [name for name in shown(subject).drawn if name != "frechet" or images >= _FRECHET]
     return Plan(
         subject=subject,
         options=_options(options, seed, images=images, batch=1),
         policies=[{"name": BASELINE, "decoders": [SEQUENTIAL]}, DRAWN_UNDER],
         budgets=[budget],
         decoders=decoders,
-        metrics=["passes", "images_per_second", *drawn],
+        metrics=_metrics(subject, images),
     )
 
 
-def decoder_rows(entries: Sequence[Entry], subject: str = "fashion-ar") -> list[DecoderRow]:
-    """The table of decoders, out of a comparison of a subject's cells."""
+def group_plan(decoders: Sequence[str], budget: str, *, images: int, seed: int) -> Plan:
+    """The same for decoders that draw in groups, which fashion-ar can't: fashion-lpd, guided.
+
+    Args:
+        decoders: spelled, ``lpd`` each.
+        budget: as of :func:`decoder_plan`.
+        images: likewise.
+        seed: likewise.
+
+    Raises:
+        ParameterError: as of :func:`decoder_plan`.
+    """
+    return Plan(
+        subject="fashion-lpd",
+        options={**_GUIDED, **_options(None, seed, images=images, batch=1)},
+        policies=[{"name": BASELINE, "decoders": list(decoders)}, GROUPS_UNDER],
+        budgets=[budget],
+        decoders=decoders,
+        metrics=_metrics("fashion-ar", images),
+    )
+
+
+def _metrics(subject: str, images: int) -> list[str]:
+    """What is measured where decoders are compared."""
+    drawn = [name for name in shown(subject).drawn if name != "frechet" or images >= _FRECHET]
+    return ["passes", "images_per_second", *drawn]
+
+
+def by_line_or_group(decoders: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Decoders that draw line by line, and those that need a model of groups.
+
+    Raises:
+        UnknownNameError: no decoder has this name.
+        ParameterError: there is none, or one can't be read.
+    """
+    if not decoders:
+        raise ParameterError("no decoders: name one at least, sjd:window=32 or lpd:passes=48")
+    by_line, by_group = [], []
+    for decoder in decoders:
+        kind = by_group if isinstance(Decoder.parse(decoder), Parallel) else by_line
+        kind.append(decoder)
+    return by_line, by_group
+
+
+def decoder_rows(
+    entries: Sequence[Entry],
+    subject: str = "fashion-ar",
+    baseline: Sequence[DecoderRow] | None = None,
+) -> list[DecoderRow]:
+    """The table of decoders, out of a comparison of cells of one model.
+
+    Args:
+        entries: the cells.
+        subject: one of :data:`SUBJECTS`, whose metrics they have.
+        baseline: rows of another model, with whose full cache these are compared; None for this
+            one's.
+    """
     figures = [{name: f.estimate.value for name, f in e.findings.items()} for e in entries]
     seconds = [1 / of["images_per_second"] for of in figures]
-    full = next((s for e, s in zip(entries, seconds, strict=True) if e.is_full), None)
+    if baseline is None:
+        full = next((s for e, s in zip(entries, seconds, strict=True) if e.is_full), None)
+    else:
+        full = next((row.seconds for row in baseline if row.drawn_by == BASELINE), None)
     return [
         DecoderRow(
             drawn_by=entry.label,
