@@ -232,7 +232,8 @@ def by_line_or_group(decoders: Sequence[str]) -> tuple[list[str], list[str]]:
     """
     if not decoders:
         raise ParameterError("no decoders: name one at least, sjd:window=32 or lpd:passes=48")
-    by_line, by_group = [], []
+    by_line: list[str] = []
+    by_group: list[str] = []
     for decoder in decoders:
         kind = by_group if isinstance(Decoder.parse(decoder), Parallel) else by_line
         kind.append(decoder)
