@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import runpy
+from importlib.resources import files
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,11 +21,13 @@ from kvpolicy.errors import ParameterError, ShapeError
 from kvpolicy.lab.draw.image_model import ModelSource, Sampler
 from kvpolicy.lab.draw.items import Item
 from kvpolicy.lab.run.subject import Setting, load_subject
+from kvpolicy_adapters import zoo
 from kvpolicy_adapters.evaluation.drawing.clipart import ClipartImages
-from kvpolicy_adapters.zoo.clipart import open_clipart
+from kvpolicy_adapters.zoo.clipart import CLIPART_FILES, open_clipart
 from kvpolicy_adapters.zoo.clipart_tokens import ClipartTokens
 from kvpolicy_adapters.zoo.sealed import CorruptFileError
 
+SHIPPED = files("kvpolicy_adapters.zoo").joinpath("clipart_ar")
 SUBJECT = "kvpolicy_adapters.evaluation.clipart:ClipartAR"
 BOTH = pytest.mark.parametrize("breaks", [False, True], ids=["plain", "line breaks"])
 
@@ -187,7 +192,6 @@ def test_a_trace_keeps_pictures_in_colour_and_prompts(folder, tmp_path):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({}, "weights do not ship yet; give the folder that"),
         ({"folder": "nowhere"}, "nowhere holds no clipart-ar: no card.json"),
         ({"split": "tset"}, "split='tset'; did you mean 'test'"),
         ({"scored": 6}, "scored=6 must be a whole number from 2 to 5"),
@@ -221,7 +225,7 @@ def test_a_damaged_file_is_refused(folder, tmp_path):
 @pytest.mark.parametrize(
     ("source", "said"),
     [
-        ({"path": None}, "do not ship yet"),
+        ({"path": "nowhere"}, "nowhere holds no clipart-ar: no card.json; leave it out"),
         ({"vq": "vq.pt"}, "has a decoder of its own"),
         ({"dtype": "float16"}, "computes in float32"),
         ({"options": (("line_breaks", 2),)}, "line_breaks=2 must be 0 or 1"),
@@ -257,3 +261,56 @@ def test_the_subject_draws_with_any_decoder(folder):
     assert found.images.shape == (3, 96, 96, 3)
     assert found.arrays["passes"].shape == (3,)
     assert (found.arrays["passes"] <= 600).all()
+
+
+# --- the model that ships -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return zoo.load("clipart-ar")
+
+
+def test_what_ships_is_stock_llama_and_small(shipped):
+    assert type(shipped.model).__name__ == "LlamaForCausalLM"
+    assert {param.dtype for param in shipped.model.parameters()} == {torch.float32}
+    assert not any(param.requires_grad for param in shipped.model.parameters())
+    assert not shipped.model.training
+    size = sum(param.numel() for param in shipped.model.parameters())
+    assert size == shipped.card.parameters <= 8e6
+    files = [SHIPPED.joinpath(name) for name in (*CLIPART_FILES, "card.json", "MODEL_CARD.md")]
+    assert sum(len(file.read_bytes()) for file in files) <= 24 * 2**20
+    assert set(shipped.card.files) == set(CLIPART_FILES)
+
+
+def test_its_cards_say_what_the_weights_do(shipped):
+    subject = load_subject(SUBJECT, {"scored": 20})
+    bits = subject.measure(setting(), 0, ["bits_per_code"]).arrays["bits"]
+    assert bits.mean() == pytest.approx(shipped.card.bits_per_code_20, abs=1e-3)
+    assert shipped.card.bits_per_code < min(shipped.card.bits_of_counting.values())
+    page = SHIPPED.joinpath("MODEL_CARD.md").read_text(encoding="utf-8")
+    assert f"**{shipped.card.bits_per_code:.4f} bits per code**" in page
+
+
+def test_drawings_that_ship_and_no_names_of_those_who_drew(shipped):
+    assert shipped.test_tokens(400).shape == (400, 585)
+    assert shipped.calibration_tokens(200, line_breaks=True).shape == (200, 609)
+    said = {
+        word
+        for split in ("test", "calibration")
+        for line in shipped.said(split)
+        for word in line.split()
+    }
+    assert said <= set(shipped.tokens.vocabulary)
+    assert not {"nicu", "architetto", "juliane"} & set(shipped.tokens.vocabulary)
+    with pytest.raises(ParameterError, match="n=401: between 1 and 400 test drawings"):
+        shipped.test_tokens(401)
+    pixels = shipped.images(shipped.test_tokens(1)[:, 9:])
+    assert pixels[0, :2].min() > 220  # a drawing's edge is white
+
+
+def test_the_sheets_prompts_are_words_that_it_knows(shipped):
+    script = Path(__file__).parents[2] / "examples" / "clipart_sheet.py"
+    prompts = runpy.run_path(str(script))["PROMPTS"]
+    assert len(prompts) == 20
+    assert shipped.prompts(prompts).shape == (20, 9)

@@ -342,9 +342,13 @@ def test_the_metadata_is_complete(wheel):
     assert any(name.endswith("licenses/LICENSE") for name in names)
     # Of the data and of the weights that ship.
     assert "kvpolicy_adapters/zoo/fashion_ar/LICENSE.fashion-mnist" in names
-    card = json.loads(inside.read("kvpolicy_adapters/zoo/fashion_ar/card.json"))
-    assert card["data_licence"]
-    assert card["weights_licence"]
+    for model in ("clipart_ar", "fashion_ar"):
+        card = json.loads(inside.read(f"kvpolicy_adapters/zoo/{model}/card.json"))
+        assert card["data_licence"]
+        assert card["weights_licence"]
+        for file, digest in card["files"].items():
+            data = inside.read(f"kvpolicy_adapters/zoo/{model}/{file}")
+            assert hashlib.sha256(data).hexdigest() == digest
 
 
 @pytest.mark.slow

@@ -58,7 +58,7 @@ class ClipartAR:
     from the first again after the last that ships), and draws pictures of their prompts.
 
     Args:
-        folder: what ``examples/training/pack_clipart_ar.py`` has written.
+        folder: another one than ships, which ``examples/training/pack_clipart_ar.py`` has written.
         scored: drawings that are scored, 2 to 400 (200 of ``calibration``).
         images: pictures that are drawn, at least 1.
         split: drawings that are scored: ``test``, or ``calibration``, which are others.

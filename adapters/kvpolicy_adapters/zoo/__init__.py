@@ -1,8 +1,9 @@
-"""The models that ship with the package: real images and a real model without a download.
+"""The models that ship with the package: real images and real models without a download.
 
 box = kvpolicy_adapters.zoo.load("fashion-ar")
 box.model, box.layout, box.test_tokens(64), box.card
 box = kvpolicy_adapters.zoo.load("fashion-lpd")  # any order of pixels, many at once
+box = kvpolicy_adapters.zoo.load("clipart-ar")  # pictures in colour from words, in VQ codes
 """
 
 from __future__ import annotations
@@ -13,11 +14,14 @@ from typing import Literal, overload
 from kvpolicy import UnknownNameError
 from kvpolicy.errors import near_matches
 from kvpolicy_adapters.zoo.card import ModelCard
+from kvpolicy_adapters.zoo.clipart import ClipartCard, ClipartModel, read_clipart
 from kvpolicy_adapters.zoo.fashion import FashionModel, read_fashion
 from kvpolicy_adapters.zoo.fashion_lpd import FashionLPD, LPDCard, read_fashion_lpd
 from kvpolicy_adapters.zoo.sealed import CorruptFileError
 
 __all__ = [
+    "ClipartCard",
+    "ClipartModel",
     "CorruptFileError",
     "FashionLPD",
     "FashionModel",
@@ -27,7 +31,7 @@ __all__ = [
     "load",
 ]
 
-_MODELS = ("fashion-ar", "fashion-lpd")
+_MODELS = ("clipart-ar", "fashion-ar", "fashion-lpd")
 
 
 def available() -> tuple[str, ...]:
@@ -40,8 +44,10 @@ def load(name: Literal["fashion-ar"]) -> FashionModel: ...
 @overload
 def load(name: Literal["fashion-lpd"]) -> FashionLPD: ...
 @overload
-def load(name: str) -> FashionModel | FashionLPD: ...
-def load(name: str) -> FashionModel | FashionLPD:
+def load(name: Literal["clipart-ar"]) -> ClipartModel: ...
+@overload
+def load(name: str) -> FashionModel | FashionLPD | ClipartModel: ...
+def load(name: str) -> FashionModel | FashionLPD | ClipartModel:
     """Load a model that ships, anew on every call; nothing is downloaded.
 
     Args:
@@ -55,6 +61,8 @@ def load(name: str) -> FashionModel | FashionLPD:
         raise UnknownNameError(
             f"no model in the zoo is called {name!r}; {near_matches(str(name), available())}"
         )
+    if name == "clipart-ar":
+        return read_clipart(files(__name__).joinpath("clipart_ar"))
     fashion = read_fashion(files(__name__).joinpath("fashion_ar"))
     if name == "fashion-ar":
         return fashion

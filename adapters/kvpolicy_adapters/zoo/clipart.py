@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
@@ -182,17 +183,19 @@ class ClipartGrammar(LogitsProcessor):
 
 
 def open_clipart(folder: str | None) -> ClipartModel:
-    """Read the model from a folder that ``examples/training/pack_clipart_ar.py`` has written.
+    """The model that ships, or one of a folder that ``examples/training/pack_clipart_ar.py`` wrote.
 
     Raises:
-        ParameterError: none is given, or it holds no clipart-ar.
+        ParameterError: the folder holds no clipart-ar.
         CorruptFileError: one of its files is missing or damaged.
     """
-    wanted = "the folder that examples/training/pack_clipart_ar.py writes"
     if folder is None:
-        raise ParameterError(f"clipart-ar's weights do not ship yet; give {wanted}")
+        return read_clipart(files("kvpolicy_adapters.zoo").joinpath("clipart_ar"))
     if not Path(folder, "card.json").is_file():
-        raise ParameterError(f"{folder} holds no clipart-ar: no card.json; give {wanted}")
+        raise ParameterError(
+            f"{folder} holds no clipart-ar: no card.json; leave it out for the one that ships, or "
+            f"give the folder that examples/training/pack_clipart_ar.py writes"
+        )
     return read_clipart(Path(folder))
 
 

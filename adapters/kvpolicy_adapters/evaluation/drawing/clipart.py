@@ -24,9 +24,9 @@ class ClipartImages:
     """Draws with clipart-ar: prompts of one to eight words that it knows.
 
     Args:
-        source: ``path``, the folder that ``examples/training/pack_clipart_ar.py`` has written.
-            Option: ``line_breaks``, 1 to draw a line-break token behind each row, 0 (the default)
-            for none.
+        source: ``path``, a folder that ``examples/training/pack_clipart_ar.py`` has written; None
+            for the model that ships. Option: ``line_breaks``, 1 to draw a line-break token behind
+            each row, 0 (the default) for none.
 
     Raises:
         ParameterError: the folder holds no clipart-ar; or a decoder's file, a dtype or an unknown
