@@ -42,7 +42,7 @@ def ablate(
     subject: Annotated[
         str | None,
         typer.Option(
-            help="fashion-ar, fashion-lpd, or package.module:name of your own.",
+            help="fashion-ar, fashion-lpd, clipart-ar, or package.module:name of your own.",
             rich_help_panel=_PLAN,
         ),
     ] = None,

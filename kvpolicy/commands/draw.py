@@ -28,8 +28,9 @@ def draw(
     model: Annotated[
         str,
         typer.Option(
-            help="fashion-ar, fashion-lpd, llamagen:c2i_XL_384.pt, lpd:lpd_l_256.pth, or a "
-            "checkpoint of Janus-Pro, Lumina-mGPT, Anole or Emu3: a folder, or a name on the hub.",
+            help="fashion-ar, fashion-lpd, clipart-ar, llamagen:c2i_XL_384.pt, lpd:lpd_l_256.pth, "
+            "or a checkpoint of Janus-Pro, Lumina-mGPT, Anole or Emu3: a folder, or a name on the "
+            "hub.",
             rich_help_panel=_WHAT,
         ),
     ],
