@@ -2,7 +2,7 @@
 
     python examples/clipart_sheet.py --out prompts.png  # 20 prompts, the full cache
     python examples/clipart_sheet.py --policies full,linear2d,linear,streaming_llm \\
-        --prompts "flags europe france,food fruit apple,smilies,moon" --out policies.png
+        --prompts "flags europe france,games cards,people smilies,plants flowers" --out policies.png
 """
 
 from __future__ import annotations
@@ -22,27 +22,28 @@ from kvpolicy.lab.run.subject import Setting
 from kvpolicy.lab.show.pictures import contact_sheet
 from kvpolicy_adapters.evaluation.drawing.clipart import ClipartImages
 
+#: Of subjects of which there are many drawings.
 PROMPTS = (
     "flags europe france",
-    "flags europe germany",
-    "flags europe italy",
-    "flags europe denmark",
-    "flags america canada",
+    "flags europe spain",
+    "flags america united states",
+    "flags africa",
+    "flags asia",
+    "flags signalflag",
+    "games cards white 5",
+    "games cards",
+    "people smilies",
+    "people smiley",
+    "transportation roadsigns",
+    "aiga",
+    "people stickmen",
     "food fruit apple",
     "food fruit orange",
-    "food fruit lemon",
-    "food fruit strawberry",
-    "smilies",
-    "roadsigns",
-    "arrow right",
-    "games cards white 7",
-    "moon",
-    "tux",
+    "food desserts glace",
+    "computer buttons",
+    "plants flowers",
     "tree",
-    "flower",
-    "clock",
-    "balloon",
-    "star",
+    "clocks",
 )
 COLUMNS = 5
 
