@@ -47,7 +47,8 @@ def reproduce(
     """Print a paper's table beside what this machine measures, for the models that it is given.
 
     A row is one batch of images, pixels included. The speed-up that is measured is over our own
-    full cache. Where it is interrupted, the same command goes on.
+    full cache, and transformers' DynamicCache and StaticCache stand beside it. Where it is
+    interrupted, the same command goes on.
     """
     from kvpolicy.lab.draw.image_model import ModelSource
     from kvpolicy.lab.reproduce.published import table_of
@@ -66,8 +67,9 @@ def reproduce(
     results = None
     if sources:
 
-        def tell(row: Any, measured: Any) -> None:
-            note(f"{row.model.label}, {row.budget or 'full cache'}: {measured.seconds:.2f} s")
+        def tell(row: str, found: Any) -> None:
+            said = f"left out: {found}" if isinstance(found, str) else f"{found.seconds:.2f} s"
+            note(f"{row}: {said}")
 
         results = rerun(policy, table, sources, out, tell, batch=batch, tiny=tiny)
     console.print(_table(table, results))
@@ -92,20 +94,24 @@ def _pairs(texts: Sequence[str] | None, option: str) -> dict[str, str]:
 
 def _table(table: Sequence[Any], results: Any) -> Table:
     """Published and measured, side by side."""
+    from kvpolicy.lab.reproduce.rerun import OURS
+
     shown = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
     shown.add_column("model", no_wrap=True)
     headings = ("budget", "batch", "GB", "s", "speed-up", "FID", "here: GB", "s", "speed-up")
     for heading in headings:
         shown.add_column(heading, justify="right", no_wrap=True)
-    measured = {} if results is None else {(m.model, m.budget): m for m in results.rows}
+    rows = () if results is None else results.rows
+    measured = {(m.model, m.budget): m for m in rows if m.cache == OURS}
+
+    def figures(here: Any) -> list[str]:
+        full = measured.get((here.model, None))
+        memory = here.cache_gb if here.memory_gb is None else here.memory_gb
+        ratio = "" if full is None else f"{full.seconds / here.seconds:.2f}×"
+        return [f"{memory:.2f}", f"{here.seconds:.2f}", ratio]
+
     for row in table:
         here = measured.get((row.model.key, row.budget))
-        full = measured.get((row.model.key, None))
-        cells = ["", "", ""]
-        if here is not None:
-            memory = here.cache_gb if here.memory_gb is None else here.memory_gb
-            ratio = "" if full is None else f"{full.seconds / here.seconds:.2f}×"
-            cells = [f"{memory:.2f}", f"{here.seconds:.2f}", ratio]
         shown.add_row(
             row.model.label,
             row.budget or "full",
@@ -114,6 +120,12 @@ def _table(table: Sequence[Any], results: Any) -> Table:
             f"{row.seconds:.2f}",
             f"{row.speedup:.2f}×",
             "" if row.fid is None else f"{row.fid:.2f}",
-            *cells,
+            *([] if here is None else figures(here)),
         )
+        for other in rows:
+            if other.cache != OURS and (other.model, other.budget) == (row.model.key, row.budget):
+                empty = [""] * 4
+                shown.add_row(
+                    row.model.label, other.cache, str(other.batch), *empty, *figures(other)
+                )
     return shown

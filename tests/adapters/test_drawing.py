@@ -72,6 +72,30 @@ def agrees(model, wanted, *, budget):
     return together
 
 
+def agrees_with_transformers(made, wanted, length):
+    """The caches of transformers draw what our full one draws, and cost what they should."""
+    full = setting("full", None)
+    ours = made("kvpolicy").draw(wanted, full, Sampler(), seed=3)
+    for kind in ("dynamic", "static"):
+        model = made(kind)
+        assert model.cache == kind
+        drawn = model.draw(wanted, full, Sampler(), seed=3)
+        for one, other in zip(ours.images, drawn.images, strict=True):
+            same_picture(one, other)
+        for stats, own in zip(drawn.stats, ours.stats, strict=True):
+            assert (stats.seen, stats.peak_tokens) == (own.seen, own.peak_tokens)
+            assert sum(stats.evictions) == 0
+        # The last token is drawn and never fed: a static cache has room for it, too.
+        seen = length - (kind == "dynamic")
+        assert drawn.stats[0].bytes / ours.stats[0].bytes == pytest.approx(seen / length, abs=0.02)
+        with pytest.raises(ParameterError, match=f"cache={kind}: .* evicts nothing.*, not linear"):
+            model.draw(wanted, setting(), Sampler(), 0)
+        with pytest.raises(ParameterError, match=f"cache={kind}: .* --decoder sequential, not sjd"):
+            model.draw(wanted, setting("full", None, "sjd:window=4"), Sampler(), 0)
+    with pytest.raises(ParameterError, match=r"'statik' is not served .* did you mean 'static'"):
+        made("statik")
+
+
 def same_picture(one, other):
     """The same codes; a decoder's sums may round otherwise in another batch, by one level."""
     apart = np.abs(one.astype(int) - other.astype(int))
@@ -122,6 +146,12 @@ def test_llamagen(llamagen_files):
     assert max(full.stats[0].evictions) == 0
     half = LlamaGenImages(llamagen_source(llamagen_files, options=(("heads", 4), ("size", 8))))
     assert half.draw(wanted[:1], setting(), Sampler(cfg=1.0), 0).images.shape == (1, 8, 8, 3)
+
+    def made(cache):
+        options = (("heads", 4), ("cache", cache))
+        return LlamaGenImages(llamagen_source(llamagen_files, options=options))
+
+    agrees_with_transformers(made, wanted[:1], 257)
     with pytest.raises(ParameterError, match="10 is not one of llamagen's 0 to 9"):
         model.check(Item("a.png", 10, 0), Sampler())
     with pytest.raises(ParameterError, match="--classes"):
@@ -262,6 +292,9 @@ def test_janus():
     assert drawn.images.shape == (3, 12, 12, 3)
     guided = images.draw(items("a fox"), setting(budget="32"), Sampler(cfg=1.0), 3).images
     assert (guided[0] != drawn.images[0]).any()  # guidance did something
+    agrees_with_transformers(
+        lambda cache: JanusImages(janus(), Processor(), size=12, cache=cache), items(*PROMPTS), 71
+    )
     long = Item("a.png", 0, 0, "very " * 63)
     with pytest.raises(ParameterError, match="65 tokens long; the model has room for 64 before"):
         images.check(long, Sampler())
@@ -279,6 +312,13 @@ def test_chameleon(pixels, vqgan):
     assert drawn.images.shape == (3, 16, 16, 3)
     assert len(drawn.stats) == (2 if pixels else 1)
     if pixels:
+        agrees_with_transformers(
+            lambda cache: ChameleonImages(
+                model, tokenizer, vqgan, pixels=pixels, size=16, cache=cache
+            ),
+            items(*PROMPTS),
+            119,
+        )
         with pytest.raises(ParameterError, match="no token for this size"):
             ChameleonImages(model, tokenizer, vqgan, pixels=161)
     else:

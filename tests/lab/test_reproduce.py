@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 from support.processes import run_command
 
 pytest.importorskip("transformers", reason="needs the extra 'lab'")
 
+from kvpolicy import PolicyCache, RasterLayout
 from kvpolicy.errors import ParameterError, UnknownNameError
-from kvpolicy.lab.draw.image_model import ModelSource
+from kvpolicy.lab.draw.image_model import IMAGE_MODELS, Drawn, ModelSource
 from kvpolicy.lab.reproduce.published import LINEAR, table_of
 from kvpolicy.lab.reproduce.rerun import command_of, rerun, sources_of
 
@@ -51,6 +53,70 @@ def test_every_row_has_its_command():
     )
 
 
+class Small:
+    """Has room for so many images; serves one of transformers' caches."""
+
+    name, num_layers = "small", 1
+    layout = RasterLayout(rows=2, cols=2)
+    room = 4
+
+    def __init__(self, source):
+        self.asked = dict(source.options).get("cache", "kvpolicy")
+        if self.asked == "static":
+            raise ParameterError("small has no static cache")
+        if source.path == "says":
+            self.cache = self.asked
+
+    def check(self, item, sampler): ...
+
+    def draw(self, items, setting, sampler, seed):
+        if len(items) > self.room and setting.policy.label == "full":
+            raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        stats = PolicyCache("full", None, layout=self.layout, num_layers=1).stats()
+        return Drawn(np.zeros((len(items), 2, 2), np.uint8), (stats,))
+
+
+def small(table, path, folder, batch):
+    if "small" not in IMAGE_MODELS.names():
+        IMAGE_MODELS.add("small", Small)
+    told = {}
+    sources = {table[0].model.key: ModelSource("small", path)}
+    results = rerun("linear", table, sources, folder, told.__setitem__, batch=batch)
+    assert list(told) == [
+        "LlamaGen-XL, full cache",
+        "LlamaGen-XL, full cache of transformers (dynamic)",
+        "LlamaGen-XL, full cache of transformers (static)",
+        "LlamaGen-XL, 1/4",
+        "LlamaGen-XL, 1/6",
+    ]
+    return results
+
+
+def test_what_can_not_be_measured_is_named(tmp_path):
+    """A cache that a model does not serve, or says nothing of, and a row without room."""
+    table = LINEAR[:3]
+    results = small(table, "says", tmp_path / "says", 4)
+    assert [(row.budget, row.cache) for row in results.rows] == [
+        (None, "kvpolicy"), (None, "dynamic"), ("1/4", "kvpolicy"), ("1/6", "kvpolicy")
+    ]  # fmt: skip
+    static = "LlamaGen-XL, full cache of transformers (static)"
+    assert results.left_out == {static: "small has no static cache"}
+    held = json.loads((tmp_path / "says/results.json").read_text())
+    assert held["left_out"] == results.left_out
+    # What was left out is tried again, and the rest is kept.
+    assert small(table, "says", tmp_path / "says", 4) == results
+
+    silent = small(table, None, tmp_path / "silent", 4)
+    assert {row.cache for row in silent.rows} == {"kvpolicy"}
+    dynamic = "LlamaGen-XL, full cache of transformers (dynamic)"
+    assert "'small' draws with no cache of transformers" in silent.left_out[dynamic]
+
+    crowded = small(table, "says", tmp_path / "crowded", 5)
+    assert [row.budget for row in crowded.rows] == ["1/4", "1/6"]
+    assert len(crowded.left_out) == 3
+    assert crowded.left_out["LlamaGen-XL, full cache"].startswith("out of memory: CUDA")
+
+
 @pytest.mark.slow
 def test_the_whole_way_on_a_tiny_model(tmp_path):
     done = run_command("reproduce", "linear", "--tiny", "--batch", "2", folder=tmp_path)
@@ -58,9 +124,13 @@ def test_the_whole_way_on_a_tiny_model(tmp_path):
     results = json.loads((tmp_path / "runs/reproduce/results.json").read_text())
     assert results["tiny"] is True
     rows = results["rows"]
-    assert [row["budget"] for row in rows] == [None, "1/4", "1/6"]
-    assert [row["peak_tokens"] for row in rows] == [324, 82, 55]  # the class, and the budget
-    assert rows[0]["cache_gb"] > 3 * rows[1]["cache_gb"]
+    assert [row["budget"] for row in rows] == [None, None, None, "1/4", "1/6"]
+    assert [row["cache"] for row in rows[:3]] == ["kvpolicy", "dynamic", "static"]
+    # The class, and the budget.
+    assert [row["peak_tokens"] for row in rows] == [324, 324, 324, 82, 55]
+    assert rows[0]["cache_gb"] > 3 * rows[3]["cache_gb"]
+    assert rows[2]["cache_gb"] == pytest.approx(rows[0]["cache_gb"], rel=0.01)
+    assert results["left_out"] == {}
     assert "LlamaGen-XL" in done.stdout
     assert "7.57×" in done.stdout
 
@@ -73,11 +143,11 @@ def test_the_whole_way_on_a_tiny_model(tmp_path):
         table,
         sources,
         tmp_path / "runs/reproduce",
-        lambda row, measured: told.append(measured.seconds),
+        lambda label, measured: told.append(measured.seconds),
         batch=2,
         tiny=True,
     )
     assert told == [row["seconds"] for row in rows]
-    assert len(found.rows) == 3
+    assert len(found.rows) == 5
     with pytest.raises(ParameterError, match="another --out"):
         rerun("linear", table, sources, tmp_path / "runs/reproduce", print, batch=2)

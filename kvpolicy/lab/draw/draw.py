@@ -31,7 +31,7 @@ from kvpolicy.lab.run.subject import Setting, layout_under
 from kvpolicy.lab.run.worker import Raised, threads_of_torch
 from kvpolicy.named import make_policy
 
-__all__ = ["Asked", "DrawTask", "Picture", "Pictures", "Watcher", "draw"]
+__all__ = ["Asked", "DrawTask", "Picture", "Pictures", "Watcher", "draw", "loaded_model", "ran_out"]
 
 #: Images of a worker's task, where no batch was asked for; what a lost worker costs.
 _TASK = 32
@@ -160,7 +160,7 @@ class DrawTask:
         try:
             return self._batch(items)
         except (RuntimeError, MemoryError) as error:
-            if len(items) == 1 or not _ran_out(error) or not self.asked.own_chance:
+            if len(items) == 1 or not ran_out(error) or not self.asked.own_chance:
                 raise
         half = len(items) // 2
         first, second = self._in_halves(items[:half]), self._in_halves(items[half:])
@@ -172,7 +172,7 @@ class DrawTask:
         asked = self.asked
         begun = time.perf_counter()
         with nullcontext() if self.threads is None else threads_of_torch(self.threads):
-            drawn = _model(asked.source).draw(items, asked.setting, asked.sampler, asked.seed)
+            drawn = loaded_model(asked.source).draw(items, asked.setting, asked.sampler, asked.seed)
             pngs = [_png(image) for image in drawn.images]
         seconds = time.perf_counter() - begun
         peaks = [peak for stats in drawn.stats for peak in stats.peak_tokens]
@@ -227,7 +227,7 @@ def draw(
         ModelError: not even one image at a time has room.
         RunFolderError: the folder can't be written, or another run is at work in it.
     """
-    model = _model(asked.source)
+    model = loaded_model(asked.source)
     check(model, asked, items)
     plan = asked.plan(items, batch)
     failures: list[Raised] = []
@@ -272,7 +272,7 @@ def draw(
             try:
                 done = DrawTask(some[0].path, asked, some, threads).draw()
             except (RuntimeError, MemoryError) as error:
-                if not _ran_out(error):
+                if not ran_out(error):
                     raise
                 if plan.batch is not None:
                     raise ModelError(
@@ -313,12 +313,12 @@ def check(model: ImageModel, asked: Asked, items: Sequence[Item]) -> None:
 
 
 @lru_cache(maxsize=1)
-def _model(source: ModelSource) -> ImageModel:
+def loaded_model(source: ModelSource) -> ImageModel:
     """The model, loaded once a process."""
     return load_image_model(source)
 
 
-def _ran_out(error: BaseException) -> bool:
+def ran_out(error: BaseException) -> bool:
     """Whether an exception of torch's says that memory has run out."""
     return isinstance(error, MemoryError) or any(word in str(error) for word in _OUT_OF_MEMORY)
 

@@ -110,6 +110,8 @@ class Drawn:
 class ImageModel(Protocol):
     """A model that draws.
 
+    One that can draw with a cache of transformers, to compare a policy's with, takes the option
+    ``cache`` (``dynamic`` or ``static``), and has an attribute of that name that says which it is.
     One whose tokens come in an order that depends on the decoder has ``layout_under(decoder)``,
     as a :class:`kvpolicy.lab.run.subject.Subject` may have it.
 

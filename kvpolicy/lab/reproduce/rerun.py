@@ -6,14 +6,15 @@ import json
 import platform
 import shlex
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from kvpolicy.errors import ParameterError, near_matches
-from kvpolicy.lab.draw.draw import Asked, DrawTask
+from kvpolicy.errors import ParameterError, first_line, near_matches
+from kvpolicy.lab.draw.draw import Asked, DrawTask, loaded_model, ran_out
 from kvpolicy.lab.draw.image_model import ModelSource, Sampler
 from kvpolicy.lab.draw.items import Item
 from kvpolicy.lab.reproduce.published import Row
@@ -21,9 +22,12 @@ from kvpolicy.lab.run.files import write_whole
 from kvpolicy.lab.run.provenance import versions
 from kvpolicy.lab.run.runner import alone, writing
 
-__all__ = ["Measured", "Results", "command_of", "rerun", "sources_of"]
+__all__ = ["OURS", "Measured", "Results", "command_of", "rerun", "sources_of"]
 
 _PROMPT = "A red fox in the snow"
+#: The caches that a row of the full cache is measured with: ours, and those of transformers, which
+#: an image model takes by its option ``cache``.
+OURS, _CACHES = "kvpolicy", ("kvpolicy", "dynamic", "static")
 
 
 class Measured(BaseModel):
@@ -32,6 +36,7 @@ class Measured(BaseModel):
     Attributes:
         model: key of the published model.
         budget: as published; None for the full cache.
+        cache: ``kvpolicy``, or one of transformers', which the full cache is compared with.
         batch: images in the batch.
         seconds: of drawing it, pixels included.
         memory_gb: peak memory of the device; None on a processor, which does not say.
@@ -48,6 +53,7 @@ class Measured(BaseModel):
     memory_gb: float | None
     cache_gb: float
     peak_tokens: float
+    cache: str = OURS
 
 
 class Results(BaseModel):
@@ -59,6 +65,7 @@ class Results(BaseModel):
         versions: of Python and the packages that compute.
         tiny: whether the model was a tiny one with random weights, whose figures mean nothing.
         rows: in the table's order.
+        left_out: what could not be measured, and why; it is tried again by the next call.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -68,6 +75,7 @@ class Results(BaseModel):
     versions: dict[str, str]
     tiny: bool
     rows: tuple[Measured, ...] = ()
+    left_out: dict[str, str] = {}
 
 
 def sources_of(
@@ -120,7 +128,7 @@ def rerun(
     table: Sequence[Row],
     sources: Mapping[str, ModelSource],
     out: Path,
-    tell: Callable[[Row, Measured], None],
+    tell: Callable[[str, Measured | str], None],
     *,
     batch: int | None = None,
     tiny: bool = False,
@@ -128,14 +136,16 @@ def rerun(
     """Measure the rows whose models are there; what has been measured is kept.
 
     The full cache is ours (policy ``full``, one allocation, the same kernels), so that a speed-up
-    is over the best that this machine does without evicting.
+    is over the best that this machine does without evicting; those of transformers are measured
+    beside it. One that a model can't be drawn with, or a row that has no room in memory, is left
+    out, which the results say.
 
     Args:
         policy: whose table it is.
         table: its rows.
         sources: the models, by key.
         out: folder for ``results.json``; gone on with.
-        tell: is told of each row.
+        tell: is told of each row, and its figures or why it is left out.
         batch: images at a time; as published, if none.
         tiny: whether the models are stand-ins.
 
@@ -147,33 +157,66 @@ def rerun(
     fresh = Results(policy=policy, device=_name(device), versions=versions(), tiny=tiny)
     file = out / "results.json"
     with alone(out):
-        done: dict[tuple[str, str | None, int], Measured] = {}
+        done: dict[tuple[str, str | None, str, int], Measured] = {}
+        left_out: dict[str, str] = {}
         if file.exists():
             held = Results.model_validate_json(file.read_bytes())
-            if held.model_copy(update={"rows": ()}) != fresh:
+            if held.model_copy(update={"rows": (), "left_out": {}}) != fresh:
                 raise ParameterError(
                     f"{file} was measured by other versions, on another device or of another "
                     f"policy; take another --out"
                 )
-            done = {(row.model, row.budget, row.batch): row for row in held.rows}
+            done = {(row.model, row.budget, row.cache, row.batch): row for row in held.rows}
         for row in table:
             source = sources.get(row.model.key)
             if source is None:
                 continue
             count = batch or row.model.batch
-            key = (row.model.key, row.budget, count)
-            if key not in done:
-                done[key] = _measure(row, policy, source, count)
-                text = json.dumps(
-                    fresh.model_copy(update={"rows": tuple(done.values())}).model_dump(), indent=2
-                )
-                with writing(out):
-                    write_whole(file, text + "\n")
-            tell(row, done[key])
-    return fresh.model_copy(update={"rows": tuple(done.values())})
+            for cache in (OURS,) if row.budget else _CACHES:
+                key = (row.model.key, row.budget, cache, count)
+                label = f"{row.model.label}, {row.budget or 'full cache'}"
+                label += "" if cache == OURS else f" of transformers ({cache})"
+                if key not in done:
+                    try:
+                        own = source if cache == OURS else _drawing_with(source, cache)
+                        done[key] = _measure(row, policy, own, count, cache)
+                    except _NotServed as error:
+                        left_out[label] = first_line(error)
+                    except (RuntimeError, MemoryError) as error:
+                        if not ran_out(error):
+                            raise
+                        left_out[label] = f"out of memory: {first_line(error)}"
+                    rows = tuple(done.values())
+                    results = fresh.model_copy(update={"rows": rows, "left_out": left_out})
+                    with writing(out):
+                        write_whole(file, json.dumps(results.model_dump(), indent=2) + "\n")
+                tell(label, done[key] if key in done else left_out[label])
+    rows = tuple(done.values())
+    return fresh.model_copy(update={"rows": rows, "left_out": left_out})
 
 
-def _measure(row: Row, policy: str, source: ModelSource, batch: int) -> Measured:
+class _NotServed(Exception):
+    """A model does not draw with one of transformers' caches."""
+
+
+def _drawing_with(source: ModelSource, cache: str) -> ModelSource:
+    """The source, drawing with a cache of transformers.
+
+    Raises:
+        _NotServed: its model can't. One that takes the option and says nothing of it (``cache``)
+            would be measured with another cache than the row names.
+    """
+    source = replace(source, options=(*source.options, ("cache", cache)))
+    try:
+        served = getattr(loaded_model(source), "cache", OURS)
+    except ParameterError as error:
+        raise _NotServed(str(error)) from error
+    if served != cache:
+        raise _NotServed(f"image model {source.name!r} draws with no cache of transformers")
+    return source
+
+
+def _measure(row: Row, policy: str, source: ModelSource, batch: int, cache: str) -> Measured:
     """Draw a short batch, so that nothing is made for the first time, and then the real one."""
     prompt = None if row.model.classes else _PROMPT
     items = tuple(
@@ -196,6 +239,7 @@ def _measure(row: Row, policy: str, source: ModelSource, batch: int) -> Measured
         memory_gb=memory,
         cache_gb=drawn.image_bytes * batch / 1e9,
         peak_tokens=drawn.pictures[0].about["peak_tokens"],
+        cache=cache,
     )
 
 

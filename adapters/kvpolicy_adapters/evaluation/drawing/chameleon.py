@@ -14,7 +14,7 @@ from kvpolicy.errors import ParameterError
 from kvpolicy.lab.draw.image_model import Drawn, Sampler
 from kvpolicy.lab.draw.items import Item
 from kvpolicy.lab.run.subject import Setting
-from kvpolicy_adapters.attach import attach
+from kvpolicy_adapters.evaluation.drawing.caches import cost_of, drawing_cache, served
 from kvpolicy_adapters.evaluation.drawing.common import (
     draw_tokens,
     fits,
@@ -42,9 +42,11 @@ class ChameleonImages:
         vqgan: what makes pixels of its codes.
         pixels: side of Lumina-mGPT's image, a multiple of 32; None for Anole.
         size: pixels a side of the pictures; None for what the decoder gives.
+        cache: one of :data:`CACHES`.
 
     Raises:
-        ParameterError: the VQGAN has other codes than the model draws, or no token says this size.
+        ParameterError: the VQGAN has other codes than the model draws, no token says this size, or
+            there is no such cache.
     """
 
     def __init__(
@@ -55,10 +57,12 @@ class ChameleonImages:
         *,
         pixels: int | None = None,
         size: int | None = None,
+        cache: str = "kvpolicy",
     ) -> None:
         self._model = ImageChameleon.sharing(model)
         self._tokenizer, self._vqgan, self._pixels, self._size = tokenizer, vqgan, pixels, size
         self.name = "anole" if pixels is None else "lumina-mgpt"
+        self.cache = served(self.name, cache)
         self._names: dict[str, int] = model.config.vocabulary_map
         # IMGIMGBCZ is code 12: letters are digits.
         self._code = torch.full((max(self._names.values()) + 1,), -1)
@@ -118,14 +122,16 @@ class ChameleonImages:
         prompts = [self._ids(needs_prompt(self.name, item)) for item in items]
         ids, mask = left_padded(prompts, model.config.pad_token_id or 0, model.device)
         scale = (_CFG if sized else 1.0) if sampler.cfg is None else sampler.cfg
-        how: dict[str, Any] = {"policy": setting.policy, "budget": setting.budget}
-        if not sized:
-            how["layout"] = self.layout
+        how = {} if sized else {"layout": self.layout}
+
+        def empty(prompt: int) -> Any:
+            return drawing_cache(model, self.cache, setting, prompt + self._count, **how)
+
         with ExitStack() as stack:
-            caches = [stack.enter_context(attach(model, **how))]
+            caches = [stack.enter_context(empty(ids.shape[1]))]
             guidance: Any = 1.0
             if scale > 1:
-                caches.append(stack.enter_context(attach(model, **how)))
+                caches.append(stack.enter_context(empty(len(self._header))))
                 guidance = ImageGuidance(scale, model, caches[1], sizes=sized)
             tokens = draw_tokens(
                 model,
@@ -141,7 +147,7 @@ class ChameleonImages:
                 attention_mask=mask,
                 guidance=guidance,
             )
-            return tokens, tuple(cache.stats() for cache in caches)
+            return tokens, tuple(map(cost_of, caches))
 
     @property
     def image_layout(self) -> RasterLayout:

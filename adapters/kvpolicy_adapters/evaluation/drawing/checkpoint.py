@@ -35,7 +35,8 @@ def open_checkpoint(source: ModelSource) -> ImageModel:
     """The image model of a checkpoint of transformers: a folder, or a name on the hub.
 
     Options: ``size``, pixels a side of the pictures; and of Lumina-mGPT ``pixels``, the side of
-    what is drawn, which the name of a released checkpoint says by itself.
+    what is drawn, which the name of a released checkpoint says by itself; and of all but Emu3
+    ``cache``, to compare a policy's with: ``dynamic`` or ``static``, of transformers.
 
     Raises:
         ParameterError: there is no such checkpoint, it draws no images, or ``vq`` is missing or
@@ -56,8 +57,12 @@ def open_checkpoint(source: ModelSource) -> ImageModel:
             f"model {path!r} is of the type {kind!r}, which draws no images that kvpolicy knows; "
             f"{near_matches(kind, _FAMILIES)}"
         )
-    own = {"pixels": None} if kind == "chameleon" else {}
-    options = options_of(source, {"size": None, **own})
+    known: dict[str, Any] = {"size": None}
+    if kind != "emu3":
+        known["cache"] = "kvpolicy"
+    if kind == "chameleon":
+        known["pixels"] = None
+    options = options_of(source, known)
     if (source.vq is None) == (kind == "chameleon"):
         if source.vq is None:
             raise ParameterError(f"{path}: --vq is missing: Chameleon's decoder, vqgan.ckpt")
@@ -66,7 +71,7 @@ def open_checkpoint(source: ModelSource) -> ImageModel:
     vqgan = None if source.vq is None else read_vqgan(source.vq).to(source.device)
     model = _FAMILIES[kind].from_pretrained(path, dtype=dtype_of(source)).eval().to(source.device)
     if kind == "janus":
-        return JanusImages(model, AutoProcessor.from_pretrained(path), size=options["size"])
+        return JanusImages(model, AutoProcessor.from_pretrained(path), **options)
     if kind == "emu3":
         return Emu3Images(model, AutoProcessor.from_pretrained(path), size=options["size"])
     assert vqgan is not None
@@ -76,6 +81,5 @@ def open_checkpoint(source: ModelSource) -> ImageModel:
         if said is None:
             raise ParameterError(f"{path} does not say its size; give --option pixels=768")
         pixels = int(said[1])
-    return ChameleonImages(
-        model, AutoTokenizer.from_pretrained(path), vqgan, pixels=pixels, size=options["size"]
-    )
+    options["pixels"] = pixels
+    return ChameleonImages(model, AutoTokenizer.from_pretrained(path), vqgan, **options)

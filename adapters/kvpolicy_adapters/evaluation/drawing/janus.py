@@ -13,7 +13,7 @@ from kvpolicy import AfterPrompt, CacheStats, RasterLayout
 from kvpolicy.lab.draw.image_model import Drawn, Sampler
 from kvpolicy.lab.draw.items import Item
 from kvpolicy.lab.run.subject import Setting
-from kvpolicy_adapters.attach import attach
+from kvpolicy_adapters.evaluation.drawing.caches import cost_of, drawing_cache, served
 from kvpolicy_adapters.evaluation.drawing.common import (
     draw_tokens,
     fits,
@@ -36,11 +36,18 @@ class JanusImages:
         model: the model.
         processor: its processor.
         size: pixels a side of the pictures; None for what the decoder gives.
+        cache: one of :data:`CACHES`.
+
+    Raises:
+        ParameterError: there is no such cache.
     """
 
     name = "janus"
 
-    def __init__(self, model: Any, processor: Any, *, size: int | None = None) -> None:
+    def __init__(
+        self, model: Any, processor: Any, *, size: int | None = None, cache: str = "kvpolicy"
+    ) -> None:
+        self.cache = served(self.name, cache)
         self._model, self._processor, self._size = model, processor, size
         layout = layout_of(model)
         assert isinstance(layout, AfterPrompt)  # this family's always is
@@ -75,7 +82,8 @@ class JanusImages:
         model = self._model
         prompts = [self._ids(needs_prompt(self.name, item)) for item in items]
         ids, mask = left_padded(prompts, model.generation_config.pad_token_id, model.device)
-        with attach(model, policy=setting.policy, budget=setting.budget) as cache:
+        length = ids.shape[1] + self._tokens
+        with drawing_cache(model, self.cache, setting, length) as cache:
             tokens = draw_tokens(
                 model,
                 ids,
@@ -88,7 +96,7 @@ class JanusImages:
                 attention_mask=mask,
                 guidance=_CFG if sampler.cfg is None else sampler.cfg,
             )
-            return tokens, (cache.stats(),)
+            return tokens, (cost_of(cache),)
 
     @property
     def image_layout(self) -> RasterLayout:

@@ -15,7 +15,7 @@ from kvpolicy.errors import ParameterError
 from kvpolicy.lab.draw.image_model import Drawn, ModelSource, Sampler
 from kvpolicy.lab.draw.items import Item
 from kvpolicy.lab.run.subject import Setting
-from kvpolicy_adapters.attach import attach
+from kvpolicy_adapters.evaluation.drawing.caches import CACHES, cost_of, drawing_cache, served
 from kvpolicy_adapters.evaluation.drawing.common import (
     chance_of,
     dtype_of,
@@ -38,6 +38,8 @@ __all__ = ["LlamaGenImages"]
 
 _CODE_PIXELS = 16
 _OPTIONS = ("captions", "grid", "heads", "size", "t5")
+#: Captions have a mask over the tokens so far, which a static cache is longer than.
+_OF_CAPTIONS = ("kvpolicy", "dynamic")
 #: Guidance and limit of the authors' sampling scripts: of classes (who draw from all codes when
 #: they evaluate), and of captions.
 _CFG = {"c2i": 1.5, "t2i": 7.5}
@@ -53,7 +55,8 @@ class LlamaGenImages:
             embeddings (see :mod:`kvpolicy_adapters.images.llamagen.captions`); ``grid``, tokens a
             side (as the file's name says, if none); ``heads``, for a model of no released size;
             ``size``, pixels a side of the pictures, where others are wanted than the decoder gives:
-            LlamaGen's evaluation draws 384 and looks at 256.
+            LlamaGen's evaluation draws 384 and looks at 256; ``cache``, of transformers, to compare
+            a policy's with: ``dynamic``, and of classes ``static``.
 
     Raises:
         ParameterError: a file is not what it should be, or the two don't belong together.
@@ -63,7 +66,7 @@ class LlamaGenImages:
     name = "llamagen"
 
     def __init__(self, source: ModelSource) -> None:
-        options = options_of(source, dict.fromkeys(_OPTIONS))
+        options = options_of(source, {**dict.fromkeys(_OPTIONS), "cache": "kvpolicy"})
         if source.path is None:
             raise ParameterError("llamagen: say which checkpoint, e.g. llamagen:c2i_XL_384.pt")
         if source.vq is None:
@@ -81,6 +84,9 @@ class LlamaGenImages:
             source.path, grid_size=grid, num_attention_heads=options["heads"]
         )
         self._model: LlamaGen = model.to(source.device, dtype_of(source))
+        classes = self._model.config.condition == "c2i"
+        name = f"llamagen of {'classes' if classes else 'captions'}"
+        self.cache = served(name, options["cache"], CACHES if classes else _OF_CAPTIONS)
         self._captions = self._read_captions(source, options)
         self._vqgan: VQGAN = read_vqgan(source.vq).to(source.device)
         codes, vocabulary = self._vqgan.config.codes, self._model.config.vocab_size
@@ -145,11 +151,11 @@ class LlamaGenImages:
         count, top_k = config.grid_size**2, _TOP_K[config.condition]
         own, sampling, chance = chance_of(items, seed, count, setting, sampler, top_k)
         greedy = sampling.temperature == 0
-        with attach(self._model, policy=setting.policy, budget=setting.budget) as cache:
+        with drawing_cache(self._model, self.cache, setting, config.length) as cache:
             tokens = self._model.generate(
                 condition,
                 condition_mask=mask,
-                **cache.as_argument,
+                cache=cache,
                 cfg_scale=_CFG[config.condition] if sampler.cfg is None else sampler.cfg,
                 do_sample=not greedy,
                 temperature=1.0 if greedy else sampling.temperature,
@@ -159,7 +165,7 @@ class LlamaGenImages:
                 decoder=setting.decoder,
                 sampler=own,
             )
-            stats = cache.stats()
+            stats = cost_of(cache)
         return tokens.flatten(1), (stats,)
 
     @property

@@ -22,12 +22,12 @@ _GRID, _CODES, _HEADS = 18, 64, 4
 
 
 def tiny_llamagen(source: ModelSource) -> LlamaGenImages:
-    """Two layers, 18 x 18 codes, ten classes.
+    """Two layers, 18 x 18 codes, ten classes; option ``cache`` as LlamaGen has it.
 
     Raises:
         ParameterError: a file or an option is given.
     """
-    options_of(source, {})
+    cache = options_of(source, {"cache": "kvpolicy"})["cache"]
     if source.path or source.vq:
         raise ParameterError("llamagen-tiny is made of random numbers; it takes no files")
     with torch.random.fork_rng(devices=[]), tempfile.TemporaryDirectory() as made:
@@ -49,6 +49,6 @@ def tiny_llamagen(source: ModelSource) -> LlamaGenImages:
             name="llamagen",
             path=str(checkpoint),
             vq=str(vq),
-            options=(("grid", _GRID), ("heads", _HEADS)),
+            options=(("grid", _GRID), ("heads", _HEADS), ("cache", cache)),
         )
         return LlamaGenImages(files)

@@ -118,7 +118,7 @@ def generate(
     count, prefix = config.grid_size**2, config.prefix
 
     def step(tokens: Tensor) -> Tensor:
-        seen = cache.get_seq_length()
+        seen = int(cache.get_seq_length())
         after = seen + tokens.shape[1]
         output = self(
             tokens.repeat(2 if guidance else 1, 1) if seen else None,

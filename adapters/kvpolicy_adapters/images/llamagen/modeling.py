@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -273,6 +273,8 @@ class LlamaGen(PreTrainedModel):
         if not parts:
             raise ParameterError("give input_ids (image tokens), condition, or both")
         x = torch.cat(parts, dim=1)
+        if isinstance(cache, StaticCache):
+            seen = int(seen)  # its length is a tensor, and its empty slots need a mask
         if isinstance(seen, Tensor):
             # In the middle of a compiled step: what is checked below was checked before it.
             return self._logits(x, self._rotation(x.device)[seen], attention_mask, cache)
