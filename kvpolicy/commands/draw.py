@@ -76,8 +76,12 @@ def draw(
         ),
     ] = None,
     budget: Annotated[
-        str, typer.Option(help="1/6, 25%, 130 or '4 lines'.", rich_help_panel=_HOW)
-    ] = "1/6",
+        str | None,
+        typer.Option(
+            help="1/6, 25%, 130 or '4 lines'; 1/6 if none, and everything for full.",
+            rich_help_panel=_HOW,
+        ),
+    ] = None,
     decoder: Annotated[
         str, typer.Option(help="How logits become tokens.", rich_help_panel=_HOW)
     ] = "sequential",
@@ -170,10 +174,13 @@ def draw(
         raise ParameterError("--workers and --address are for --executor processes or ray")
     how: dict[str, Any] = {"batch": batch, "executor": runs_on, "threads": threads}
 
+    if budget is None and policy != "full":
+        budget = "1/6"
     asked = Asked(source, policy, read_settings(set_ or []), budget, sampler, seed)
     _draw(asked, items, out, policy, how)
     if compare is not None:
-        other = Asked(source, compare, {}, None if compare == "full" else budget, sampler, seed)
+        least = None if compare == "full" else budget or "1/6"
+        other = Asked(source, compare, {}, least, sampler, seed)
         _draw(other, items, out / compare, compare, how)
     with writing(out):
         written = write_grids(out, items)

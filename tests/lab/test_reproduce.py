@@ -7,10 +7,12 @@ import json
 import numpy as np
 import pytest
 from support.processes import run_command
+from typer.testing import CliRunner
 
 pytest.importorskip("transformers", reason="needs the extra 'lab'")
 
 from kvpolicy import PolicyCache, RasterLayout
+from kvpolicy.cli import app
 from kvpolicy.errors import ParameterError, UnknownNameError
 from kvpolicy.lab.draw.image_model import IMAGE_MODELS, Drawn, ModelSource
 from kvpolicy.lab.reproduce.published import LINEAR, table_of
@@ -115,6 +117,23 @@ def test_what_can_not_be_measured_is_named(tmp_path):
     assert [row.budget for row in crowded.rows] == ["1/4", "1/6"]
     assert len(crowded.left_out) == 3
     assert crowded.left_out["LlamaGen-XL, full cache"].startswith("out of memory: CUDA")
+
+
+def test_the_commands_are_understood(tmp_path, monkeypatch):
+    """Each draws under its row's budget; the full cache's rows under none."""
+    (tmp_path / "prompts.txt").write_text("a fox\n")
+    monkeypatch.chdir(tmp_path)
+    found = []
+
+    def take(asked, items, *others):
+        found.append(asked.budget)
+        raise ParameterError("enough")
+
+    monkeypatch.setattr("kvpolicy.commands.draw._draw", take)
+    for row in LINEAR:
+        result = CliRunner().invoke(app, command_of(row, "linear").split()[1:])
+        assert isinstance(result.exception, ParameterError), result.output
+    assert found == [row.budget for row in LINEAR]
 
 
 @pytest.mark.slow

@@ -57,12 +57,12 @@ def open_checkpoint(source: ModelSource) -> ImageModel:
             f"model {path!r} is of the type {kind!r}, which draws no images that kvpolicy knows; "
             f"{near_matches(kind, _FAMILIES)}"
         )
-    known: dict[str, Any] = {"size": None}
+    takes: dict[str, Any] = {"size": None}
     if kind != "emu3":
-        known["cache"] = "kvpolicy"
+        takes["cache"] = "kvpolicy"
     if kind == "chameleon":
-        known["pixels"] = None
-    options = options_of(source, known)
+        takes["pixels"] = None
+    options = options_of(source, takes)
     if (source.vq is None) == (kind == "chameleon"):
         if source.vq is None:
             raise ParameterError(f"{path}: --vq is missing: Chameleon's decoder, vqgan.ckpt")
