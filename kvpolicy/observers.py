@@ -173,13 +173,12 @@ class LineMass(_SlotMass):
 
     def observe(self, report: AttentionReport) -> None:
         """Add the queries' mass, starting from zero where a line begins."""
-        mass, layout = report.mass, report.layout
-        queries = reversed(range(mass.shape[2]))
-        begins = next((q for q in queries if layout.is_line_start(report.first + q)), None)
-        if begins is None:
-            self._add(mass)
-        else:
-            self._begin(mass[:, :, begins:])
+        mass = report.mass
+        for query in reversed(range(mass.shape[2])):
+            if report.layout.is_line_start(report.first + query):
+                self._begin(mass[:, :, query:])
+                return
+        self._add(mass)
 
 
 class LastQuery(_SlotMass):

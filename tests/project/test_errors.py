@@ -404,7 +404,7 @@ WRONG = [
 if zoo is not None:
     WRONG += [
         *[
-            (lambda name=name: zoo.load(name), UnknownNameError, repr(name), "known: 'fashion-ar'")
+            (lambda name=name: zoo.load(name), UnknownNameError, repr(name), "known: 'clipart-ar'")
             for name in (
                 "../fashion_ar",
                 "fashion-ar\n",
@@ -415,7 +415,7 @@ if zoo is not None:
                 "",
             )
         ],
-        (lambda: zoo.load(None), UnknownNameError, "None", "known: 'fashion-ar'"),
+        (lambda: zoo.load(None), UnknownNameError, "None", "known: 'clipart-ar'"),
         *[
             (lambda case=case: damaged(case), zoo.CorruptFileError, *words)
             for case, words in DAMAGE.items()
