@@ -216,9 +216,16 @@ def browser():
         started.close()
 
 
+def new_page(browser, **options):
+    """One that waits for a machine that is busy with other tests."""
+    opened = browser.new_page(**options)
+    opened.set_default_timeout(180_000)
+    return opened
+
+
 @pytest.fixture
 def page(browser, report):
-    opened = browser.new_page(viewport={"width": 1280, "height": 720})
+    opened = new_page(browser, viewport={"width": 1280, "height": 720})
     opened.complaints, opened.requests = [], []
     opened.on("console", lambda message: opened.complaints.append(message.text))
     opened.on("pageerror", lambda error: opened.complaints.append(str(error)))
@@ -318,7 +325,7 @@ class TestInABrowser:
 
     def test_pictures_in_colour_come_token_by_token_beside_their_prompts(self, browser, tmp_path):
         pictures, path = in_colour(tmp_path)
-        page = browser.new_page()
+        page = new_page(browser)
         page.goto(path.as_uri())
         choose(page, "#item", f"2: {HOSTILE}")
         move_to(page, COLS + 2)
@@ -395,7 +402,7 @@ class TestInABrowser:
 
     @pytest.mark.parametrize("width", [390, 1280])
     def test_it_fits_the_screen(self, browser, report, width):
-        opened = browser.new_page(viewport={"width": width, "height": 844})
+        opened = new_page(browser, viewport={"width": width, "height": 844})
         opened.goto(report.as_uri())
         assert opened.evaluate("document.documentElement.scrollWidth") <= width
         opened.close()
@@ -403,7 +410,7 @@ class TestInABrowser:
     def test_a_report_of_one_trace(self, browser, tmp_path):
         traced("linear", 15).save(tmp_path / "t.safetensors")
         report_on_trace(tmp_path / "t.safetensors", tmp_path / "t.html")
-        opened = browser.new_page()
+        opened = new_page(browser)
         complaints = []
         opened.on("pageerror", lambda error: complaints.append(str(error)))
         opened.goto((tmp_path / "t.html").as_uri())
@@ -436,7 +443,7 @@ def test_positions_take_all_sixteen_bits(browser, tmp_path):
     for prompt in (0, 40_000):
         behind(near, prompt).save(tmp_path / "t.safetensors")
         report_on_trace(tmp_path / "t.safetensors", tmp_path / "t.html")
-        opened = browser.new_page()
+        opened = new_page(browser)
         opened.goto((tmp_path / "t.html").as_uri())
         move_to(opened, 23)
         opened.hover("#left .grid i[data-place='16']")
@@ -459,7 +466,7 @@ def test_a_hostile_name_in_a_trace_is_text(browser, tmp_path):
     hostile = replace(traced("linear", 15), policy=HOSTILE)
     hostile.save(tmp_path / "t.safetensors")
     report_on_trace(tmp_path / "t.safetensors", tmp_path / "t.html")
-    opened = browser.new_page()
+    opened = new_page(browser)
     opened.goto((tmp_path / "t.html").as_uri())
     opened.wait_for_timeout(200)
     assert opened.evaluate("window.ran") is None
@@ -482,7 +489,7 @@ def test_the_viewer_shows_what_was_staged_and_rejected(browser, tmp_path):
                 cache.commit(accepted)
     recording.save(tmp_path / "t.safetensors")
     report_on_trace(tmp_path / "t.safetensors", tmp_path / "t.html")
-    opened = browser.new_page()
+    opened = new_page(browser)
     opened.goto((tmp_path / "t.html").as_uri())
     move_to(opened, 5)
     # Pass 2 staged tokens 4 to 9 of the image, and accepted the first.
@@ -530,7 +537,7 @@ def test_groups_light_up_as_they_come(browser, tmp_path, name):
     found.save(tmp_path / "t.safetensors")
     assert bool((found.layers[0].gone < 2**31 - 1).any())
     report_on_trace(tmp_path / "t.safetensors", tmp_path / "t.html")
-    opened = browser.new_page()
+    opened = new_page(browser)
     opened.goto((tmp_path / "t.html").as_uri())
     assert len(states(opened)) == ROWS * (COLS + 1)
     ends = np.cumsum((0, *GROUPED.groups))
