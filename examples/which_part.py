@@ -33,7 +33,7 @@ ROWS = {
     "observe: mass that fades, half-life 28": "linear/observe=fading_mass:28",
     "observe: the last query": "linear/observe=last_query",
     "score: mean over heads": "linear/score=head_mean",
-    "score: the least change of what is read: `linear2d`": "linear/score=least_change",
+    "score: the least change of what is read, as in `linear2d`": "linear/score=least_change:5",
     "score: nothing but recency": "linear/observe=none/score=recency",
     "score: lots": "linear/observe=none/score=lots:0",
     "decide: every token": "linear/decide=token",

@@ -59,6 +59,7 @@ from kvpolicy.observers import (
     LastQuery,
     LineMass,
     Need,
+    RollingMass,
     WindowMass,
 )
 from kvpolicy.ops.attend import attend
@@ -111,6 +112,7 @@ __all__ = [
     "Reclaim",
     "Recording",
     "Registry",
+    "RollingMass",
     "Rule",
     "Sampling",
     "Schedule",

@@ -28,7 +28,12 @@ __all__ = [
     "LastQuery",
     "LineMass",
     "Need",
+    "PlacedObserver",
+    "RollingMass",
     "WindowMass",
+    "like_state",
+    "replace_state",
+    "state_of",
 ]
 
 #: A number of queries.
@@ -73,18 +78,52 @@ class AttentionObserver(Protocol):
     Attributes:
         needs: whether it must see attention.
         mass: its reading, one float32 number a slot, ``[B, H, S]``. This is all the state that
-            an observer keeps per slot: the cache re-indexes it when slots or batches are
-            re-ordered.
+            an observer keeps per slot, unless ``per_slot`` names another attribute that is,
+            ``[B, H, ..., S]``: the cache re-indexes it when slots or batches are re-ordered.
     """
 
     needs: ClassVar[Need]
-    mass: Tensor
+
+    @property
+    def mass(self) -> Tensor:
+        """Its reading, ``[B, H, S]``, float32."""
 
     def observe(self, report: AttentionReport) -> None:
         """Take in what the newest queries attended to."""
 
     def forget(self, slots: Tensor) -> None:
         """These slots, ``[B, H, N]``, now hold other tokens."""
+
+
+@runtime_checkable
+class PlacedObserver(AttentionObserver, Protocol):
+    """An observer whose reading hangs on where the tokens lie, too."""
+
+    def mass_at(self, layout: TokenLayout, positions: Tensor, seen: int) -> Tensor:
+        """Its reading before a token comes, ``[B, H, S]``: see :meth:`RollingMass.mass_at`."""
+
+
+def state_of(observer: AttentionObserver) -> Tensor:
+    """All that an observer keeps per slot, ``[B, H, ..., S]``."""
+    state: Tensor = getattr(observer, _name_of_state(observer))
+    return state
+
+
+def replace_state(observer: AttentionObserver, state: Tensor) -> None:
+    """Put what an observer keeps per slot in the place of what it kept."""
+    setattr(observer, _name_of_state(observer), state)
+
+
+def like_state(slots: Tensor, state: Tensor) -> Tensor:
+    """Slots ``[B, H, N]`` as an index into a state's last dimension, ``[B, H, ..., N]``."""
+    if state.ndim == slots.ndim:
+        return slots
+    between = state.shape[2:-1]
+    return slots.view(*slots.shape[:2], *[1] * len(between), -1).expand(-1, -1, *between, -1)
+
+
+def _name_of_state(observer: AttentionObserver) -> str:
+    return getattr(observer, "per_slot", "mass")
 
 
 class _SlotMass:
@@ -179,6 +218,76 @@ class LineMass(_SlotMass):
                 self._begin(mass[:, :, query:])
                 return
         self._add(mass)
+
+
+class RollingMass:
+    """Mass from a line's worth of queries, wherever in a line that is.
+
+    Between lines it is what :class:`LineMass` reads. Within a line it is the mass from the line so
+    far, and for tokens in the columns to come also that from the line before, for want of newer:
+    what the line before looked at behind that column has been drawn over. So a decision in the
+    middle of a line sees nobody favoured that lies where the line has passed.
+
+    Queries of the prefix count as one line, before the first.
+
+    Attributes:
+        of_lines: mass from the current line (or between lines the finished one), and from the one
+            before it, ``[B, H, 2, S]``, float32.
+
+    Raises:
+        LayoutError: tokens don't come line by line.
+    """
+
+    needs: ClassVar[Need] = Need.MASS
+    per_slot: ClassVar[str] = "of_lines"
+
+    def __init__(self, shape: SlotShape) -> None:
+        refuse_other_orders(shape.layout, "RollingMass")
+        size = (shape.batch, shape.heads, 2, shape.slots)
+        self.of_lines = torch.zeros(size, dtype=torch.float32, device=shape.device)
+
+    @property
+    def mass(self) -> Tensor:
+        """Mass from the current line, ``[B, H, S]``; :meth:`mass_at` has the rest."""
+        return self.of_lines[:, :, 0]
+
+    def mass_at(self, layout: TokenLayout, positions: Tensor, seen: int) -> Tensor:
+        """The reading, ``[B, H, S]``.
+
+        Args:
+            layout: where tokens sit.
+            positions: of the tokens in the first S slots, ``[B, H, S]``.
+            seen: position of the token about to come.
+        """
+        now, before = self.of_lines[..., : positions.shape[-1]].unbind(2)
+        column = layout.column(seen)
+        if column == 0 or seen < layout.prefix:
+            return now
+        # The prefix lies in no column: of what the line before gave it, the share still to come.
+        left = 1 - column / layout.line_length
+        to_come = (layout.column(positions) >= column).to(now.dtype)
+        return torch.addcmul(now, before, to_come.masked_fill_(positions < layout.prefix, left))
+
+    def forget(self, slots: Tensor) -> None:
+        """Zero the reading of slots that now hold other tokens."""
+        self.of_lines.scatter_(3, like_state(slots, self.of_lines), 0.0)
+
+    def observe(self, report: AttentionReport) -> None:
+        """Add the queries' mass to their line."""
+        start, count = 0, report.count
+        for query in range(count):
+            if report.layout.is_line_start(report.first + query):
+                self._add(report.mass[:, :, start:query])
+                self.of_lines[:, :, 1] = self.of_lines[:, :, 0]
+                self.of_lines[:, :, 0] = 0.0
+                start = query
+        self._add(report.mass[:, :, start:])
+
+    def _add(self, mass: Tensor) -> None:
+        """Add the mass of T queries to the current line's, ``[B, H, T, S']``."""
+        if count := mass.shape[2]:
+            into = self.of_lines[:, :, 0, : mass.shape[-1]]
+            into += mass.squeeze(2) if count == 1 else sum_over(mass, 2)
 
 
 class LastQuery(_SlotMass):

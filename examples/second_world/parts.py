@@ -124,18 +124,17 @@ def parts(drawings: int, pictures: int, clipart: dict[str, Any]) -> list[Part]:
 
 def what_linear2d_could_be(line: int) -> tuple[str, ...]:
     """``linear``, ``linear2d``, and changes of it, spelled for lines of so many tokens."""
-    few, window = f"anchors:{line // 4}", f"window:{line + 1}"
-    often = f"linear2d/decide=every:{line // 4}"
     return (
         "linear",
+        "linear/score=least_change:5",
         "linear2d",
-        "linear/score=least_change:0",
-        "linear/score=least_change:1",
-        "linear/score=least_change:5:alone",
+        "linear2d/parts=3",
+        "linear2d/parts=12",
+        "linear2d/lines=2",
+        "linear2d/lines=8",
+        "linear2d/score=least_change:4:alone",
+        "linear2d/observe=line_mass",
         f"linear2d/observe=fading_mass:{line}",
-        "linear2d/protect=anchors:0+lines:1",
-        f"linear2d/protect={few}+lines:1",
-        f"{often}/protect=anchors:{line}+{window}",
-        f"{often}/protect={few}+{window}",
-        f"{often}/protect={few}+{window}/observe=fading_mass:{line}",
+        f"linear2d/anchors={line // 4}",
+        f"linear2d/recent={line * 3 // 4}",
     )

@@ -21,6 +21,7 @@ from kvpolicy.cache.stats import CacheStats
 from kvpolicy.cache.terms import Terms
 from kvpolicy.errors import CacheStateError, KVPolicyError, ParameterError, ShapeError
 from kvpolicy.layout import LateLayout, TokenLayout
+from kvpolicy.observers import state_of
 from kvpolicy.policy.policy import EvictionPolicy
 from kvpolicy.registry import create
 
@@ -550,7 +551,7 @@ class PolicyCache:
         """What the generation has cost so far."""
         stores = [layer.store for layer in self.layers if layer.store is not None]
         passes, staged, accepted = self._stage.counted
-        readings = [o.mass.nbytes for layer in self.layers for o in layer.observers]
+        readings = [state_of(o).nbytes for layer in self.layers for o in layer.observers]
         return CacheStats(
             policy=self.policy.label,
             budgets=tuple(layer.budget for layer in self.layers),

@@ -29,7 +29,14 @@ from kvpolicy.cache.staging import LayerBooks, Staging, Tell
 from kvpolicy.cache.terms import Terms
 from kvpolicy.errors import AttentionError, CacheStateError, LayoutError
 from kvpolicy.layout import TextLayout, TokenLayout
-from kvpolicy.observers import AttentionObserver, AttentionReport, Need
+from kvpolicy.observers import (
+    AttentionObserver,
+    AttentionReport,
+    Need,
+    like_state,
+    replace_state,
+    state_of,
+)
 from kvpolicy.ops.attend import write_and_attend
 from kvpolicy.policy.policy import EvictionPolicy
 from kvpolicy.policy.view import CacheView
@@ -434,7 +441,8 @@ class Layer:
         store.start, store.may_be_empty = prompt.start, store.may_be_empty or prompt.may_be_empty
         with torch.inference_mode(False):
             for observer in self.observers:
-                observer.mass = observer.mass.gather(2, kept)
+                state = state_of(observer)
+                replace_state(observer, state.gather(-1, like_state(kept, state)))
         self.whole = True
         return output, given
 
@@ -649,7 +657,7 @@ class Layer:
             self.decider.recorder.select_batch(index)
         with torch.inference_mode(False):
             for observer in self.observers:
-                observer.mass = observer.mass.index_select(0, index)
+                replace_state(observer, state_of(observer).index_select(0, index))
         self.whole = True
         if self.staging is not None:
             self.staging.restart()

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kvpolicy.observers import AttentionObserver
+from kvpolicy.observers import AttentionObserver, like_state, state_of
 from kvpolicy.slots import SlotStore
 
 __all__ = ["Padding", "find_padding"]
@@ -51,12 +51,15 @@ class Padding:
     ) -> None:
         self.dead, self.store, self.slots, self.observers = dead, store, slots, observers
         self._held = store.peek(slots)
-        self._readings = [observer.mass.gather(2, slots) for observer in observers]
+        states = [state_of(observer) for observer in observers]
+        self._readings = [state.gather(-1, like_state(slots, state)) for state in states]
 
     def empty(self) -> None:
         """Undo what padding has done: what it replaced stays, and an empty slot empty."""
         dead = self.dead.unsqueeze(1)
         self.store.put_back(self.slots, self._held, dead)
         for observer, reading in zip(self.observers, self._readings, strict=True):
-            now = observer.mass.gather(2, self.slots)
-            observer.mass.scatter_(2, self.slots, torch.where(dead, reading, now))
+            state = state_of(observer)
+            slots = like_state(self.slots, state)
+            gone = like_state(dead.expand_as(self.slots), state)
+            state.scatter_(-1, slots, torch.where(gone, reading, state.gather(-1, slots)))

@@ -6,7 +6,7 @@ policy's.
 """
 
 import kvpolicy.parts.observe  # noqa: F401  (registers the observers)
-from kvpolicy.parts.decide import each_line, each_token, every
+from kvpolicy.parts.decide import each_line, each_part, each_token, every
 from kvpolicy.parts.key_lengths import KeyLengths, key_lengths
 from kvpolicy.parts.moving import moved_mass, moving_mass
 from kvpolicy.parts.named import available_parts, register_part
@@ -18,6 +18,7 @@ __all__ = [
     "anchors",
     "available_parts",
     "each_line",
+    "each_part",
     "each_token",
     "every",
     "head_mean",

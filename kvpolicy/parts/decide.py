@@ -10,7 +10,7 @@ from kvpolicy.layout import refuse_other_orders
 from kvpolicy.parts.named import register_part
 from kvpolicy.policy.view import CacheView
 
-__all__ = ["each_line", "each_token", "every"]
+__all__ = ["Parts", "each_line", "each_part", "each_token", "every"]
 
 
 @register_part("decide", "token")
@@ -28,6 +28,22 @@ def each_line(view: CacheView) -> int:
     """
     refuse_other_orders(view.layout, "deciding line by line")
     return view.layout.line_length if view.layout.is_line_start(view.seen) else 1
+
+
+Parts = Annotated[int, Field(ge=1, le=1000, description="parts of a line")]
+
+
+@register_part("decide", "parts")
+def each_part(view: CacheView, parts: Parts = 6) -> int:
+    """Decide where a part of a line begins, for that part: what is left of it.
+
+    Raises:
+        LayoutError: tokens don't come line by line.
+    """
+    refuse_other_orders(view.layout, "deciding part of a line by part of a line")
+    line = view.layout.line_length
+    size, column = -(-line // parts), view.layout.column(view.seen)
+    return min(size - column % size, line - column)
 
 
 @register_part("decide", "every")

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from kvpolicy.observers import CumulativeMass, FadingMass, LastQuery, LineMass, WindowMass
+from kvpolicy.observers import (
+    CumulativeMass,
+    FadingMass,
+    LastQuery,
+    LineMass,
+    RollingMass,
+    WindowMass,
+)
 from kvpolicy.parts.named import register_part
 
 for _name, _observer in (
@@ -10,6 +17,7 @@ for _name, _observer in (
     ("fading_mass", FadingMass),
     ("last_query", LastQuery),
     ("line_mass", LineMass),
+    ("rolling_mass", RollingMass),
     ("window_mass", WindowMass),
 ):
     register_part("observe", _name)(_observer)

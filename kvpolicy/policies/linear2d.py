@@ -7,10 +7,11 @@ from typing import Annotated, Literal
 from pydantic import Field
 from torch import Tensor
 
-from kvpolicy.budget.span import Span
-from kvpolicy.observers import LineMass
+from kvpolicy.budget.span import PositiveSpan, Span
+from kvpolicy.observers import RollingMass
 from kvpolicy.ops import change
-from kvpolicy.parts import anchors, each_line, moved_mass, recent_lines, register_part
+from kvpolicy.parts import anchors, each_part, moved_mass, recent_tokens, register_part
+from kvpolicy.parts.decide import Parts
 from kvpolicy.policy.policy import CacheView, ScoredPolicy
 from kvpolicy.policy.ranking import leveled, lowest
 from kvpolicy.registry import register
@@ -29,37 +30,43 @@ How = Annotated[
 class Linear2D(ScoredPolicy):
     """``linear``, but of the tokens that may go, those whose loss together changes least.
 
-    A line whose queries gave the masses ``m`` read ``o = sum_j m_j v_j / sum_j m_j`` on average.
-    Without the tokens E it would have read something else, and the change is
+    A line's worth of queries that gave the masses ``m`` read ``o = sum_j m_j v_j / sum_j m_j`` on
+    average. Without the tokens E they would have read something else, and the change is
     ``sum_{j in E} m_j (o - v_j)`` but for a factor: many tokens of little mass that say the same
     are together worth a lot, and a token whose value is the average is worth nothing. What coming
-    lines will look at is not known, but a head that looks two rows up will, one line later, look at
-    the row below that one: line w from here is taken to look as the last one did, but w lines
-    further down, ``m^w(j) = m(w lines above j)``. So of all sets E of the size that is wanted, one
-    is sought for which
+    queries will look at is not known, but a head that looks two rows up will, one line later, look
+    at the row below that one: what comes w lines from here is taken to look as the last line's
+    worth of queries did, but w lines further down, ``m^w(j) = m(w lines above j)``. So of all sets
+    E of the size that is wanted, one is sought for which
 
     ``sum over w = 0 ... lines of |sum_{j in E} m^w_j (o^w - v_j)|^2``
 
     is small, by adding the token that increases it least, again and again. The part
     ``least_change:lines:how`` ranks tokens by the change that each makes alone where ``how`` is
     ``alone``.
+
+    Where ``linear`` decides once a line and keeps the last line whole, this decides ``parts`` times
+    a line, and keeps a line's worth of the newest tokens: what lies above and behind the token to
+    come is needed less than what lies above and before it, and a budget of a few lines has no
+    tokens to spare.
     """
 
     anchors: Span = Field(
         "1 line", description="first image tokens that are never evicted, or lines of them"
     )
-    recent_lines: int = Field(
-        1, ge=0, description="finished lines that are kept whole, beside the current one"
+    recent: PositiveSpan = Field(
+        "1 line", description="newest tokens that are kept, or lines of them"
     )
-    lines: Lines = 5
+    lines: Lines = 2
+    parts: Parts = 6
 
-    def observers(self, shape: SlotShape) -> tuple[LineMass, ...]:
-        """Mass from the last finished line."""
-        return (LineMass(shape),)
+    def observers(self, shape: SlotShape) -> tuple[RollingMass, ...]:
+        """Mass from the last line's worth of queries."""
+        return (RollingMass(shape),)
 
     def protect(self, view: CacheView) -> Tensor:
-        """Anchors and lines."""
-        return anchors(view, self.anchors) | recent_lines(view, self.recent_lines)
+        """Anchors, and the newest tokens: those from the one above the next on."""
+        return anchors(view, self.anchors) | recent_tokens(view, self.recent)
 
     def score(self, view: CacheView) -> Tensor:
         """What changes if a token goes alone."""
@@ -70,11 +77,11 @@ class Linear2D(ScoredPolicy):
         return least_change(view, count, protected, self.lines)
 
     def headroom(self, view: CacheView) -> int:
-        """Once a line, for a line."""
-        return each_line(view)
+        """Once a part of a line, for that part."""
+        return each_part(view, self.parts)
 
 
-def change_alone(view: CacheView, lines: Lines = 5, how: How = "together") -> Tensor:
+def change_alone(view: CacheView, lines: Lines = 2, how: How = "together") -> Tensor:
     """What changes if a token goes alone: ``sum over w of (m^w_j)^2 |o^w - v_j|^2``, ``[B, H, S]``.
 
     Values of a head are in units of the largest number among them, once they are centred.

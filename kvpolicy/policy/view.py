@@ -11,7 +11,7 @@ from torch import Tensor
 from kvpolicy.budget.span import first_tokens, tokens_of
 from kvpolicy.errors import ParameterError
 from kvpolicy.layout import TokenLayout
-from kvpolicy.observers import AttentionObserver, Need
+from kvpolicy.observers import AttentionObserver, Need, PlacedObserver
 from kvpolicy.ops.outside import outside
 from kvpolicy.slots import SlotStore
 
@@ -159,7 +159,7 @@ class CacheView:
 
     def observed(self, kind: type[AttentionObserver]) -> Tensor:
         """The reading of that observer, ``[B, H, S]``, float32."""
-        return self._shown(self.observer(kind).mass)
+        return self._reading(self.observer(kind))
 
     @property
     def mass(self) -> Tensor:
@@ -170,8 +170,14 @@ class CacheView:
         """
         for observer in self._observers:
             if observer.needs is not Need.NONE:
-                return self._shown(observer.mass)
+                return self._reading(observer)
         raise ParameterError("the policy asks for mass, but its observers() watch no attention")
+
+    def _reading(self, observer: AttentionObserver) -> Tensor:
+        """What an observer has read, ``[B, H, S]``."""
+        if isinstance(observer, PlacedObserver):
+            return observer.mass_at(self.layout, self.positions, self.seen)
+        return self._shown(observer.mass)
 
     def _shown(self, by_slot: Tensor) -> Tensor:
         """Of the slots that have ever held a token."""

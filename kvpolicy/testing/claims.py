@@ -1,8 +1,9 @@
 """What a policy claims: the anchors and lines that it never gives up, and that it decides by line.
 
 ``linear``, ``linear2d`` and ``streaming_llm`` claim it by their parameters, so that a subclass
-whose ``protect`` falls short of them is caught. Any other policy claims what its ``protect`` says
-of views far into a sequence, where no token is both old and new.
+whose ``protect`` falls short of them is caught. Any other policy, and of ``linear2d`` what is
+recent, claims what its ``protect`` says of views far into a sequence, where no token is both old
+and new.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def anchors_of(policy: EvictionPolicy, layout: TokenLayout) -> int:
 
 def lines_kept(policy: EvictionPolicy, layout: TokenLayout) -> int:
     """How many finished lines are kept whole beside the current one; -1 if not even that is."""
-    if isinstance(policy, Linear | Linear2D):
+    if isinstance(policy, Linear):
         return policy.recent_lines
     newest = [_leading(kept.flip(-1)) for kept in _protected(policy, layout)]
     # The next token is its line's last: the others of the line are the newest tokens.
@@ -54,7 +55,7 @@ def lines_kept(policy: EvictionPolicy, layout: TokenLayout) -> int:
 
 def is_line_by_line(policy: EvictionPolicy) -> bool:
     """Whether a policy decides once a line, by what the last line looked at, and keeps lines."""
-    if isinstance(policy, Linear | Linear2D):
+    if isinstance(policy, Linear):
         return True
     if not isinstance(policy, ScoredPolicy):
         return False

@@ -16,7 +16,7 @@ from kvpolicy.cache.cache import PolicyCache
 from kvpolicy.cache.layer import Layer
 from kvpolicy.cache.stats import CacheStats
 from kvpolicy.errors import KVPolicyError
-from kvpolicy.observers import AttentionObserver, AttentionReport, Need
+from kvpolicy.observers import AttentionObserver, AttentionReport, Need, like_state, state_of
 from kvpolicy.policy.policy import CacheView, EvictionPolicy, ScoredPolicy
 from kvpolicy.slots import SlotShape
 from kvpolicy.testing.failure import PolicyCheckError
@@ -199,7 +199,9 @@ class _Probe:
         self.mass = torch.zeros(shape.batch, shape.heads, shape.slots)
         # Functions, not what they work on: this observer knows nothing that could be taken back.
         self._look = spy.look
-        self._compare = partial(_compare, spy, others, [other.mass.clone() for other in others])
+        self._compare = partial(
+            _compare, spy, others, [state_of(other).clone() for other in others]
+        )
 
     def observe(self, report: AttentionReport) -> None:
         """Write down what the layer holds in the middle of a call."""
@@ -216,8 +218,13 @@ def _compare(
 ) -> None:
     """Write down which readings of slots that hold other tokens now are not those of a new one."""
     for other, fresh in zip(others, untold, strict=True):
-        reading, expected = other.mass.gather(2, slots), fresh.gather(2, slots)
+        where = like_state(slots, fresh)
+        reading, expected = state_of(other).gather(-1, where), fresh.gather(-1, where)
         if not torch.equal(reading, expected):
+            if reading.ndim > slots.ndim:  # of several numbers a slot, the one that is furthest off
+                reading, expected = reading.flatten(2, -2), expected.flatten(2, -2)
+                worst = (reading - expected).abs().argmax(2, keepdim=True)
+                reading, expected = (x.gather(2, worst).squeeze(2) for x in (reading, expected))
             spy.trace.stale.append(
                 StaleReading(
                     step=spy.step,

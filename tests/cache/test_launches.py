@@ -51,7 +51,9 @@ def new(count: int = 1):
 
 def made(name: str, **options) -> kvpolicy.PolicyCache:
     budget = None if name == "full" else BUDGET
-    return kvpolicy.PolicyCache(name, budget, layout=LAYOUT, num_layers=1, **options)
+    # Else it would decide at every token of so short a line.
+    policy = kvpolicy.create(name, **({"parts": 2} if name == "linear2d" else {}))
+    return kvpolicy.PolicyCache(policy, budget, layout=LAYOUT, num_layers=1, **options)
 
 
 def steps(cache: kvpolicy.PolicyCache, count: int) -> list[tuple[bool, int]]:

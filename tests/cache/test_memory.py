@@ -117,7 +117,9 @@ def test_a_generation_costs_its_keys_and_values_and_five_percent(name, kind, rec
     for count in [BUDGET // 2 - 8] + [1] * 8 + ([1] * (COLS + 5) if name != "full" else []):
         feed(cache, count, dim, dtype)
         peak = max(peak, sum(storages(cache).values()))
-    assert wanted <= peak <= 1.05 * wanted
+    # linear2d remembers the mass of the line before, too.
+    more = (1 + BUDGET) * LAYERS * BATCH * HEADS * 4 if name == "linear2d" else 0
+    assert wanted <= peak <= 1.05 * wanted + more
     stats = cache.stats()
     assert stats.bytes == wanted
     assert stats.bytes + stats.overhead_bytes <= peak

@@ -29,7 +29,7 @@ PROMPT = torch.full((3, 1), 5)
 POLICIES = {
     "full": ("full", None),
     "linear": (kvpolicy.create("linear", anchors=0, recent_lines=0), 7),
-    "linear2d": (kvpolicy.create("linear2d", anchors=0, recent_lines=0), 7),
+    "linear2d": (kvpolicy.create("linear2d", anchors=0, recent=1), 7),
     "h2o": ("h2o", 6),
     "streaming_llm": ("streaming_llm", 6),
     "random": ("random", 6),

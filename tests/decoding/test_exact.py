@@ -22,7 +22,7 @@ LAYOUT = kvpolicy.RasterLayout(rows=3, cols=2, prefix=1)
 MODEL = ToyModel(vocabulary=3, length=LAYOUT.length)
 POLICIES = {
     "linear": kvpolicy.create("linear", anchors=0, recent_lines=0),
-    "linear2d": kvpolicy.create("linear2d", anchors=0, recent_lines=0),
+    "linear2d": kvpolicy.create("linear2d", anchors=0, recent=1),
     "h2o": kvpolicy.create("h2o"),
     "streaming_llm": kvpolicy.create("streaming_llm", sinks=1),
     "random": kvpolicy.create("random"),

@@ -30,8 +30,9 @@ SPELLED = {
         "compose/protect=anchors:3+lines:2/observe=line_mass/score=mass/decide=line",
     ),
     "linear2d": (
-        {"anchors": 2, "recent_lines": 1, "lines": 3},
-        "compose/protect=anchors:2+lines:1/observe=line_mass/score=least_change:3/decide=line",
+        {"anchors": 2, "recent": 4, "lines": 3, "parts": 2},
+        "compose/protect=anchors:2+window:4/observe=rolling_mass/score=least_change:3"
+        "/decide=parts:2",
     ),
     "streaming_llm": ({"sinks": 2}, "compose/protect=anchors:2"),
     "h2o": ({"recent": 0.3}, "compose/protect=share:0.3/observe=cumulative_mass/score=mass"),
@@ -373,14 +374,14 @@ def test_any_policy_that_ranks_can_be_a_base(written_as_the_readme_says, change)
 
 
 def test_a_base_that_chooses_a_set_goes_on_to():
-    composed = create("linear2d/anchors=1/lines=2/protect=anchors:3+lines:1")
-    same = create("linear2d", anchors=3, lines=2)
+    composed = create("linear2d/anchors=1/lines=2/protect=anchors:3+window:5")
+    same = create("linear2d", anchors=3, lines=2, recent=5)
     chance, differ = random.Random(1), 0
     for _ in range(6):
         stream = a_stream(same, chance)
         mine, theirs, ranked = (
             drive(policy, stream).decisions
-            for policy in (composed, same, create("linear2d/anchors=3/score=mass"))
+            for policy in (composed, same, create("linear2d/anchors=3/recent=5/score=mass"))
         )
         for a, b, c in zip(mine, theirs, ranked, strict=True):
             assert torch.equal(a.slots, b.slots), stream

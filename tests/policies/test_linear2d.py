@@ -56,8 +56,10 @@ def drive(policy, layout, seed, reclaim="lazy", more=2):
 
 
 @settings(deadline=None, max_examples=30)
-@given(**SHAPES, lines=st.integers(0, 3))
-def test_each_victim_adds_least_to_the_change(seed, prefix, cols, line_break, reclaim, lines):
+@given(**SHAPES, lines=st.integers(0, 3), parts=st.integers(1, 4))
+def test_each_victim_adds_least_to_the_change(
+    seed, prefix, cols, line_break, reclaim, lines, parts
+):
     layout = RasterLayout(rows=6, cols=cols, prefix=prefix, line_break=line_break)
     decisions = []
 
@@ -81,14 +83,16 @@ def test_each_victim_adds_least_to_the_change(seed, prefix, cols, line_break, re
             decisions.append(count)
             return chosen
 
-    policy = Watched(anchors=1, recent_lines=0, lines=lines)
+    policy = Watched(anchors=1, recent=1, lines=lines, parts=parts)
     drive(policy, layout, seed, reclaim)
     assert decisions, "nothing was decided"
 
 
 @settings(deadline=None, max_examples=30)
-@given(**SHAPES, lines=st.integers(0, 3))
-def test_alone_a_token_is_worth_its_own_change(seed, prefix, cols, line_break, reclaim, lines):
+@given(**SHAPES, lines=st.integers(0, 3), parts=st.integers(1, 4))
+def test_alone_a_token_is_worth_its_own_change(
+    seed, prefix, cols, line_break, reclaim, lines, parts
+):
     layout = RasterLayout(rows=6, cols=cols, prefix=prefix, line_break=line_break)
     checked = []
 
@@ -106,7 +110,7 @@ def test_alone_a_token_is_worth_its_own_change(seed, prefix, cols, line_break, r
             checked.append(count)
             return super().victims(view, count)
 
-    drive(Watched(anchors=1, recent_lines=0), layout, seed, reclaim)
+    drive(Watched(anchors=1, recent=1, parts=parts), layout, seed, reclaim)
     assert checked, "nothing was decided"
 
 

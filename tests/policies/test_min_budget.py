@@ -31,12 +31,18 @@ COUNTS = st.integers(0, 20)
 @given(layout=LAYOUTS, anchors=COUNTS, lines=st.integers(0, 3), tokens=st.integers(1, 9))
 def test_of_lines_and_anchors(layout, anchors, lines, tokens):
     line = layout.line_length
-    for name in ("linear", "linear2d"):
-        policy = create(name, anchors=anchors, recent_lines=lines)
-        assert policy.min_budget(layout) == anchors + (lines + 1) * line
+    policy = create("linear", anchors=anchors, recent_lines=lines)
+    assert policy.min_budget(layout) == anchors + (lines + 1) * line
     # At a line's last token, the others of the line are protected; then so much room is wanted.
     every = create(f"linear/anchors={anchors}/recent_lines={lines}/decide=every:{tokens}")
     assert every.min_budget(layout) == anchors + (lines + 1) * line - 1 + tokens
+
+
+@settings(deadline=None, max_examples=60)
+@given(layout=LAYOUTS, anchors=COUNTS, recent=st.integers(1, 9), parts=st.integers(1, 9))
+def test_of_newest_tokens_and_parts_of_a_line(layout, anchors, recent, parts):
+    policy = create("linear2d", anchors=anchors, recent=recent, parts=parts)
+    assert policy.min_budget(layout) == anchors + recent + math.ceil(layout.line_length / parts)
 
 
 @settings(deadline=None, max_examples=60)

@@ -22,7 +22,7 @@ from kvpolicy.testing.check import on_streams
 #: Parameters so small that short streams already evict; a policy that is not listed takes its own.
 SMALL = {
     "linear": {"anchors": 3, "recent_lines": 1},
-    "linear2d": {"anchors": 3, "recent_lines": 1},
+    "linear2d": {"anchors": 3, "recent": "1 line"},
     "streaming_llm": {"sinks": 2},
     "pyramid": {"window": 2, "interval": 3, "kernel": 3},
     "snapkv": {"window": 2, "interval": 3, "kernel": 3},

@@ -21,7 +21,15 @@ import kvpolicy.cache.cache
 import kvpolicy.cache.layer
 import kvpolicy.cache.lending
 import kvpolicy.cache.readings
-from kvpolicy import CumulativeMass, FadingMass, LineMass, Need, OrderedLayout, SlotStore
+from kvpolicy import (
+    CumulativeMass,
+    FadingMass,
+    LineMass,
+    Need,
+    OrderedLayout,
+    RollingMass,
+    SlotStore,
+)
 from kvpolicy.cache.aside import Aside
 from kvpolicy.cache.layer import Layer
 from kvpolicy.cache.lending import Pass
@@ -486,7 +494,7 @@ def looks_up_in_another_head(patch):
     """Mass that has moved down from the head beside it."""
     whole = linear2d.moved_mass
     patch.setattr(linear2d, "moved_mass", lambda view, lines: whole(view, lines).roll(1, 1))
-    return Linear2D(**SMALL_LINEAR)
+    return Linear2D(anchors=3)
 
 
 # -- 8: determinism --------------------------------------------------------------------------------
@@ -604,6 +612,35 @@ def looks_for_line_starts_at_the_start_of_a_report_only(patch):
             return (Careless(shape),)
 
     return Reports(**SMALL_LINEAR)
+
+
+@caught_by("chunks")
+def rolls_on_at_the_start_of_a_report_only(patch):
+    class Careless(RollingMass):
+        def observe(self, report):
+            if report.layout.is_line_start(report.first):
+                self.of_lines[:, :, 1] = self.of_lines[:, :, 0]
+                self.of_lines[:, :, 0] = 0.0
+            self._add(report.mass)
+
+    class Reports(Linear2D):
+        def observers(self, shape):
+            return (Careless(shape),)
+
+    return Reports(anchors=3)
+
+
+@caught_by("truth")
+def forgets_in_the_current_line_only(patch):
+    class Hoards(RollingMass):
+        def forget(self, slots):
+            self.of_lines[:, :, 0].scatter_(2, slots, 0.0)
+
+    class Remembers(Linear2D):
+        def observers(self, shape):
+            return (Hoards(shape),)
+
+    return Remembers(anchors=3)
 
 
 @caught_by("chunks")
