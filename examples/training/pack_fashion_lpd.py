@@ -17,7 +17,7 @@ from typing import Annotated
 import torch
 import typer
 from safetensors.torch import load_file
-from train_fashion_lpd import bits_per_pixel
+from train_fashion_lpd import ORDERS, bits_per_pixel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kvpolicy_adapters import zoo
@@ -62,6 +62,7 @@ def main(
         scored=scored,
         bits_per_pixel_raster=round(bits_per_pixel(model, test, None), 4),
         bits_per_pixel_48=round(bits_per_pixel(model, test, 48), 4),
+        bits_per_pixel_other_48=round(bits_per_pixel(model, test, 48, seed=ORDERS), 4),
         files={name: hashlib.sha256((out / name).read_bytes()).hexdigest() for name in LPD_FILES},
     )
     (out / "card.json").write_text(card.model_dump_json(indent=2) + "\n")

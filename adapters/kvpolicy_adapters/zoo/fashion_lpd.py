@@ -66,7 +66,10 @@ class LPDCard(BaseModel):
         description="mean of −log2 p over the 784 pixels, class given, full cache, raster order"
     )
     bits_per_pixel_48: float = Field(
-        description="the same, in locality-aware order in 48 passes (lpd:passes=48)"
+        description="the same, in the decoder's order in 48 passes (lpd:passes=48)"
+    )
+    bits_per_pixel_other_48: float = Field(
+        description="the same, in an order of another seed, which training has not seen"
     )
     files: dict[str, str] = Field(description="SHA-256 of each file beside the card")
 
