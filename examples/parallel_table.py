@@ -30,7 +30,7 @@ from kvpolicy_adapters import zoo
 from kvpolicy_adapters.evaluation.subjects import FashionAR, FashionLPD
 
 #: How fashion-lpd is guided; fashion-ar is drawn from as it is.
-GUIDED = {"cfg": 2.0, "temperature": 0.8}
+GUIDED = {"cfg": 1.5, "temperature": 1.0}
 _BATCH = 50
 
 

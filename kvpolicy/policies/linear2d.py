@@ -97,11 +97,12 @@ def least_change(
     Returns:
         Slots, int64 ``[B, H, count]``, in the order in which they go.
     """
-    alone = change_alone(view, lines)
+    mass = moved_mass(view, lines)
+    alone = change.alone(view.values, mass)
     if how == "alone":
         return lowest(view, count, alone, protected)
     cost = leveled(view, alone, protected)
-    return change.together(view.values, moved_mass(view, lines), cost, view.positions, count)
+    return change.together(view.values, mass, cost, view.positions, count)
 
 
 register_part("score", "least_change", choose=least_change, raster_only=True)(change_alone)

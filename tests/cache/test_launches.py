@@ -27,7 +27,7 @@ MOST = {
     "h2o": (None, 4),
     "knorm": (None, 8),
     "linear": (3, 4),
-    "linear2d": (3, 133),
+    "linear2d": (3, 115),
     "near": (None, 19),
     "pyramid": (3, 12),
     "random": (None, 19),

@@ -252,7 +252,7 @@ def test_decoders_of_groups_draw_with_fashion_lpd():
         ("ahead@lpd:passes=48", "1/4"),
         ("ahead@lpd:passes=32", "1/4"),
     ]
-    options = {"images": 10, "batch": 1, "cfg": 2.0, "temperature": 0.8, "draw_seed": 2}
+    options = {"images": 10, "batch": 1, "cfg": 1.5, "temperature": 1.0, "draw_seed": 2}
     assert made.options == options
 
 

@@ -66,7 +66,7 @@ DRAWN_UNDER = "linear"
 #: What draws in groups does so under the full cache and this: ``linear`` keeps lines.
 GROUPS_UNDER = "ahead"
 #: How fashion-lpd draws them; see docs/parallel.md.
-_GUIDED = {"cfg": 2.0, "temperature": 0.8}
+_GUIDED = {"cfg": 1.5, "temperature": 1.0}
 #: A Fréchet distance of fewer images tells nothing.
 _FRECHET = 100
 
