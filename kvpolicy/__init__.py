@@ -11,7 +11,7 @@ from kvpolicy import decoding, policies
 from kvpolicy.budget.budget import Arithmetic, Budget, PerLayer, Schedule, Uniform
 from kvpolicy.budget.calibrated import Calibrated
 from kvpolicy.budget.span import HalfLife, PositiveSpan, Span
-from kvpolicy.cache.cache import PolicyCache, Reclaim
+from kvpolicy.cache.cache import Halves, PolicyCache, Reclaim
 from kvpolicy.cache.compiled_step import SlotStep
 from kvpolicy.cache.stats import CacheStats
 from kvpolicy.decoding import (
@@ -91,6 +91,7 @@ __all__ = [
     "FadingMass",
     "GroupStep",
     "HalfLife",
+    "Halves",
     "JointCache",
     "KVPolicyError",
     "KernelError",

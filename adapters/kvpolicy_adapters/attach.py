@@ -27,6 +27,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from kvpolicy import (
     Budget,
     EvictionPolicy,
+    Halves,
     LateLayout,
     ParameterError,
     PolicyCache,
@@ -65,6 +66,7 @@ def attach(
     layout: TokenLayout | LateLayout | None = None,
     reclaim: Reclaim = "lazy",
     schedule: Schedule | None = None,
+    halves: Halves = "own",
 ) -> Iterator[TransformersCache]:
     """Put a model under a policy; the cache that it gives is passed on to the model.
 
@@ -91,6 +93,7 @@ def attach(
             family recognises the model (see :mod:`kvpolicy_adapters.images.families`).
         reclaim: ``lazy`` or ``eager``.
         schedule: how layers share the budget; the policy's own by default.
+        halves: ``own``, or ``first``: see :class:`kvpolicy.PolicyCache`.
 
     Raises:
         ParameterError: the model is no model of transformers.
@@ -109,6 +112,7 @@ def attach(
                 layout=layout,
                 reclaim=reclaim,
                 schedule=schedule,
+                halves=halves,
             ) as cache:
                 yield cache
             return
@@ -124,6 +128,7 @@ def attach(
         num_layers=len(kept.layers),
         reclaim=reclaim,
         schedule=schedule,
+        halves=halves,
         windows=kept.windows,
         lent=kept.lent,
         first_head=split.first_head(model),

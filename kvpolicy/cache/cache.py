@@ -25,9 +25,10 @@ from kvpolicy.observers import state_of
 from kvpolicy.policy.policy import EvictionPolicy
 from kvpolicy.registry import create
 
-__all__ = ["PolicyCache", "Reclaim"]
+__all__ = ["Halves", "PolicyCache", "Reclaim"]
 
 Reclaim = Literal["lazy", "eager"]
+Halves = Literal["own", "first"]
 
 #: Devices on which tensors may be under autocast; others refuse the question.
 _AUTOCASTS = ("cpu", "cuda", "mps", "xpu", "hpu", "mtia")
@@ -65,6 +66,9 @@ class PolicyCache:
         lent: layers whose tokens other layers attend to as well.
         first_head: index of head 0 here among all KV heads of a layer: not 0 where processes share
             a layer's heads (tensor parallelism).
+        halves: ``own``, every sequence decides for itself; or ``first``, the second half of a batch
+            gives up what the first half does. Under guidance, with the conditional sequences
+            first, both halves then know the same of the image.
 
     Raises:
         BudgetError: the budget is too small for this policy on this layout.
@@ -85,6 +89,7 @@ class PolicyCache:
         windows: Sequence[int | None] | None = None,
         lent: Collection[int] = (),
         first_head: int = 0,
+        halves: Halves = "own",
     ) -> None:
         self.policy = create(policy) if isinstance(policy, str) else policy
         if not isinstance(self.policy, EvictionPolicy):
@@ -99,6 +104,9 @@ class PolicyCache:
         if reclaim not in ("lazy", "eager"):
             raise ParameterError(f"reclaim={reclaim!r} must be 'lazy' or 'eager'")
         self.reclaim = reclaim
+        if halves not in ("own", "first"):
+            raise ParameterError(f"halves={halves!r} must be 'own' or 'first'")
+        self.halves = halves
         schedule = self.policy.schedule() if schedule is None else schedule
         if not isinstance(schedule, Schedule):
             raise ParameterError(f"schedule={schedule!r} is not a Schedule, e.g. Uniform()")
@@ -116,6 +124,7 @@ class PolicyCache:
                     layer=layer,
                     num_layers=num_layers,
                     eager=reclaim == "eager",
+                    alike=halves == "first",
                     window=sharing.windows[layer] or None,
                     lends=layer in lent,
                     first_head=first_head,
@@ -621,7 +630,12 @@ class PolicyCache:
     def _made_with(self) -> dict[str, Any]:
         """What a cache must have in common with one whose state it takes."""
         policy = {"name": self.policy.label, **self.policy.model_dump(mode="json")}
-        return {"policy": policy, "reclaim": self.reclaim, "num_layers": len(self.layers)}
+        return {
+            "policy": policy,
+            "reclaim": self.reclaim,
+            "halves": self.halves,
+            "num_layers": len(self.layers),
+        }
 
     def select_batch(self, index: Tensor) -> None:
         """Keep the sequences ``index``, int64 ``[B']``; a sequence may repeat (beam search).

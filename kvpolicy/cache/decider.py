@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kvpolicy.cache.plan import LayerPlan
-from kvpolicy.errors import BudgetError, ShapeError
+from kvpolicy.errors import BudgetError, CacheStateError, ShapeError
 from kvpolicy.policy.policy import ScoredPolicy
 from kvpolicy.policy.view import CacheView
 from kvpolicy.slots import SlotStore
@@ -43,6 +43,25 @@ class DecisionRecorder(Protocol):
 
     def reset(self) -> None:
         """A new sequence begins."""
+
+
+def _of_first_half(view: CacheView, victims: Tensor) -> Tensor:
+    """What the first half of a batch gives up, for both; slots ``[2B, H, count]``."""
+    first, second = view.positions.tensor_split(2)
+    if len(first) != len(second):
+        raise CacheStateError(
+            f"halves='first' wants as many sequences in the second half of a batch as in the "
+            f"first, not {len(first) + len(second)} in all"
+        )
+    if victims.device.type != "cpu":
+        torch._assert_async((first == second).all())
+    elif not torch.equal(first, second):
+        raise CacheStateError(
+            f"halves='first': before position {view.seen} of layer {view.layer} the halves of the "
+            f"batch hold other tokens than each other (is one padded, or reordered?); with "
+            f"halves='own' each decides for itself"
+        )
+    return victims[: len(first)].repeat(2, 1, 1)
 
 
 class Decider:
@@ -104,6 +123,7 @@ class Decider:
 
         Raises:
             ShapeError: it has another shape or dtype, or names what is no slot of the view's.
+            CacheStateError: halves are to give up the same, and don't hold the same.
         """
         policy = self.plan.policy
         victims = policy.victims(view, count)
@@ -115,7 +135,7 @@ class Decider:
             )
         if not policy.own_ranking:
             self._check_range(victims, view.handed_out)
-        return victims
+        return _of_first_half(view, victims) if self.plan.alike else victims
 
     def expire(self, store: SlotStore, seen: int) -> None:
         """Empty the slots of tokens behind a sliding window: no query will see them again."""

@@ -24,6 +24,7 @@ class LayerPlan:
         layer: index of the layer, lowest first.
         num_layers: number of layers.
         eager: whether victims are hidden as soon as they are chosen.
+        alike: whether the second half of a batch gives up what the first half does.
         window: newest tokens that a query sees, itself included (a sliding window, which the
             caller's masks impose); None for all. Tokens behind it are the first to go.
         lends: whether other layers attend to this layer's tokens, too.
@@ -36,6 +37,7 @@ class LayerPlan:
     layer: int
     num_layers: int
     eager: bool = False
+    alike: bool = False
     window: int | None = None
     lends: bool = False
     first_head: int = 0

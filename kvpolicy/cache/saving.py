@@ -146,8 +146,9 @@ def check_alike(saved: Mapping[str, Any], here: Mapping[str, Any]) -> None:
     """Refuse a state of another cache.
 
     Raises:
-        CacheStateError: policy, reclaim or number of layers differ.
+        CacheStateError: policy, reclaim, halves or number of layers differ.
     """
+    saved = {"halves": "own", **saved}  # a state of before there was a choice says nothing of it
     for name, value in here.items():
         if saved.get(name) != value:
             raise CacheStateError(

@@ -309,6 +309,22 @@ def test_text_prompts_longer_than_the_budget(model, name):
     assert sum(cache.stats().budgets) == 3 * 12
 
 
+def test_halves_give_up_what_the_first_does(model):
+    """As under guidance: the second half of the batch has other tokens, and keeps the same places."""
+    tokens = sequences()[:2]
+    held = {}
+    for halves in ("own", "first"):
+        how = {"policy": make("linear"), "budget": "1/2", "layout": LAYOUT, "halves": halves}
+        with torch.inference_mode(), kvpolicy_adapters.attach(model, **how) as cache:
+            for position in range(LENGTH):
+                model(tokens[:, position : position + 1], **as_argument(cache))
+            held[halves] = [cache.policy_cache.positions(layer) for layer in range(3)]
+    for own, first in zip(held["own"], held["first"], strict=True):
+        assert torch.equal(first[0], first[1])
+        assert torch.equal(first[0], own[0])
+    assert any(not torch.equal(own[1], own[0]) for own in held["own"])
+
+
 def test_a_cache_is_refused_after_its_block(model):
     with kvpolicy_adapters.attach(model, policy="h2o", budget=8, layout=LAYOUT) as cache:
         pass

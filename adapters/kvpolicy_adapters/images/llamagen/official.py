@@ -23,6 +23,7 @@ from kvpolicy import (
     Budget,
     CacheStateError,
     EvictionPolicy,
+    Halves,
     LateLayout,
     LayoutError,
     ParameterError,
@@ -80,6 +81,7 @@ def attach_official(
     layout: TokenLayout | LateLayout | None = None,
     reclaim: Reclaim = "lazy",
     schedule: Schedule | None = None,
+    halves: Halves = "own",
 ) -> Iterator[TransformersCache]:
     """Put the official object under a policy; ``attach`` comes here by itself.
 
@@ -101,6 +103,7 @@ def attach_official(
         layout: where tokens sit; as the object says by default.
         reclaim: ``lazy`` or ``eager``.
         schedule: how layers share the budget; the policy's own by default.
+        halves: ``own``, or ``first``: see :class:`kvpolicy.PolicyCache`.
 
     Raises:
         ParameterError: this is no such object, or it is compiled.
@@ -127,6 +130,7 @@ def attach_official(
         num_layers=len(model.layers),
         reclaim=reclaim,
         schedule=schedule,
+        halves=halves,
     )
     cache = TransformersCache(policy_cache, model)
     with _Attachment(model, policy_cache).overriding():

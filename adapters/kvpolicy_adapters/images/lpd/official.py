@@ -26,6 +26,7 @@ from kvpolicy import (
     Budget,
     CacheStateError,
     EvictionPolicy,
+    Halves,
     LateLayout,
     LayoutError,
     OrderedLayout,
@@ -94,6 +95,7 @@ def attach_official(
     layout: TokenLayout | LateLayout | None = None,
     reclaim: Reclaim = "lazy",
     schedule: Schedule | None = None,
+    halves: Halves = "own",
 ) -> Iterator[TransformersCache]:
     """Put the official object under a policy; ``attach`` comes here by itself.
 
@@ -121,6 +123,7 @@ def attach_official(
         layout: what comes when; every image of a batch comes in this order.
         reclaim: ``lazy`` or ``eager``.
         schedule: how layers share the budget; the policy's own by default.
+        halves: ``own``, or ``first``: see :class:`kvpolicy.PolicyCache`.
 
     Raises:
         ParameterError: this is no such object, or it is compiled.
@@ -157,6 +160,7 @@ def attach_official(
         num_layers=len(model.blocks),
         reclaim=reclaim,
         schedule=schedule,
+        halves=halves,
     )
     cache = TransformersCache(policy_cache, model)
     with _Attachment(model, policy_cache, layout).overriding():
