@@ -310,7 +310,7 @@ def test_text_prompts_longer_than_the_budget(model, name):
 
 
 def test_halves_give_up_what_the_first_does(model):
-    """As under guidance: the second half of the batch has other tokens, and keeps the same places."""
+    """As under guidance: the second half has other tokens, and keeps the same places."""
     tokens = sequences()[:2]
     held = {}
     for halves in ("own", "first"):
