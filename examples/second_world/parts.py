@@ -130,7 +130,6 @@ def what_linear2d_could_be(line: int) -> tuple[str, ...]:
         "linear2d",
         "linear2d/parts=3",
         "linear2d/parts=12",
-        "linear2d/lines=2",
         "linear2d/lines=8",
         "linear2d/score=least_change:4:alone",
         "linear2d/observe=line_mass",
