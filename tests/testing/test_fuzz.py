@@ -10,6 +10,7 @@ import kvpolicy
 import kvpolicy.cache.layer
 from kvpolicy import ParameterError, SlotStore, TextLayout
 from kvpolicy.cache.layer import Layer
+from kvpolicy.observers import replace_state, state_of
 from kvpolicy.registry import POLICIES
 from kvpolicy.testing import INVARIANTS, Case, Stream
 from kvpolicy.testing import fuzz as command
@@ -109,8 +110,8 @@ def test_it_finds_a_bug_under_a_model(model_driver, monkeypatch, planted, words,
             kept = self.__dict__.get("kept", ())
             whole(self, shape)
             for observer, old in zip(self.observers, kept, strict=False):
-                if old.mass.shape == observer.mass.shape:
-                    observer.mass = old.mass
+                if state_of(old).shape == state_of(observer).shape:
+                    replace_state(observer, state_of(old))
             self.kept = self.observers
 
         monkeypatch.setattr(Layer, "watch", watch)

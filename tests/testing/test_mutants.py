@@ -34,6 +34,7 @@ from kvpolicy.cache.aside import Aside
 from kvpolicy.cache.layer import Layer
 from kvpolicy.cache.lending import Pass
 from kvpolicy.cache.staging import Staging
+from kvpolicy.parts import moving_mass
 from kvpolicy.policies import (
     H2O,
     RKV,
@@ -525,9 +526,12 @@ def counts_its_decisions(patch):
 
 @caught_by("inter-line only")
 def moves_down_what_all_lines_gave(patch):
-    class AllLines(Linear2D):
+    class AllLines(Linear):
         def observers(self, shape):
             return (CumulativeMass(shape),)
+
+        def score(self, view):
+            return moving_mass(view)
 
     return AllLines(**SMALL_LINEAR)
 
