@@ -34,7 +34,6 @@ ROWS = (
     "linear/score=least_change:5",
     "linear/score=least_change:10",
     "linear2d",
-    "linear2d/lines=1",
     "linear2d/lines=8",
     "linear2d/parts=2",
     "linear2d/parts=12",
