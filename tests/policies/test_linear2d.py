@@ -173,3 +173,26 @@ def test_how_large_values_are_changes_nothing(size):
 def test_lines_below_none_are_refused():
     with pytest.raises(ParameterError, match="lines=-1"):
         kvpolicy.create("linear2d", lines=-1)
+
+
+@settings(deadline=None, max_examples=30)
+@given(cols=st.integers(2, 7), line_break=st.integers(0, 1), parts=st.integers(1, 8))
+def test_it_decides_where_a_part_of_a_line_begins_for_that_part(cols, line_break, parts):
+    layout = RasterLayout(rows=7, cols=cols, prefix=2, line_break=line_break)
+    line, decided = layout.line_length, []
+
+    class Watched(Linear2D):
+        def victims(self, view, count):
+            decided.append((view.seen, count))
+            return super().victims(view, count)
+
+    drive(Watched(anchors=1, parts=parts), layout, 0, more=0)
+    size = -(-line // parts)
+    starts = [at for row in range(7) for at in range(row * line, row * line + line, size)]
+    # Behind the first decision, where the cache has just filled up.
+    first = decided[0][0] - layout.prefix
+    want = [at for at in starts if at > first]
+    assert [seen - layout.prefix for seen, _ in decided[1:]] == want
+    for seen, count in decided[1:]:
+        column = (seen - layout.prefix) % line
+        assert count == min(size, line - column)
