@@ -4,7 +4,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvpolicy import LineMass, RasterLayout, RollingMass, SequenceLayout
+import kvpolicy
+from kvpolicy import LineMass, PolicyCache, RasterLayout, RollingMass, SequenceLayout, TextLayout
 from kvpolicy.observers import AttentionReport
 from kvpolicy.slots import SlotShape
 
@@ -93,3 +94,21 @@ def test_what_a_slot_held_is_forgotten_of_both_lines():
     read = observer.mass_at(layout, torch.arange(8).expand(2, 3, -1), 6)
     assert read.gather(2, slots).count_nonzero() == 0
     assert (read[..., [0, 2, 4]] > 0).all()
+
+
+def test_both_lines_go_along_when_a_prompt_is_compressed():
+    """What is read of a token that stays is what it would be in a cache that keeps them all."""
+    layout = TextLayout(length=40, line_length=4)
+    draw = torch.Generator().manual_seed(3)
+    tokens = [torch.randn(2, 2, 22, 8, generator=draw) for _ in range(3)]
+    policy = kvpolicy.create("linear2d", anchors=1, recent=1, parts=2)
+    narrow, wide = (PolicyCache(policy, budget, layout=layout, num_layers=1) for budget in (12, 40))
+    for cache in (narrow, wide):
+        cache.attend(0, *tokens)
+    few, many = narrow.layers[0].observers[0].of_lines, wide.layers[0].observers[0].of_lines
+    where = narrow.positions(0)  # nothing was evicted there: a token's slot is its position
+    assert (where >= 0).all()
+    assert where.shape[-1] < 22
+    want = many.gather(3, where.unsqueeze(2).expand(-1, -1, 2, -1))
+    torch.testing.assert_close(few[..., : where.shape[-1]], want)
+    assert (want > 0).any(3).all()
