@@ -112,3 +112,21 @@ def test_both_lines_go_along_when_a_prompt_is_compressed():
     want = many.gather(3, where.unsqueeze(2).expand(-1, -1, 2, -1))
     torch.testing.assert_close(few[..., : where.shape[-1]], want)
     assert (want > 0).any(3).all()
+
+
+def test_a_padded_token_leaves_the_reading_of_what_it_would_have_replaced():
+    layout = TextLayout(length=40, line_length=4)
+    draw = torch.Generator().manual_seed(4)
+    tokens = [torch.randn(2, 2, 30, 8, generator=draw) for _ in range(3)]
+    policy = kvpolicy.create("linear2d", anchors=1, recent=1, parts=2)
+    cache = PolicyCache(policy, 12, layout=layout, num_layers=1)
+    for token in range(21):
+        cache.attend(0, *(each[:, :, token : token + 1] for each in tokens))
+    observer = cache.layers[0].observers[0]
+    held, read = cache.positions(0)[1].clone(), observer.of_lines[1].clone()
+    visible = torch.ones(2, 1, 1, 22, dtype=torch.bool)
+    visible[1] = False  # of the second sequence, the token hides even from itself
+    cache.attend(0, *(each[:, :, 21:22] for each in tokens), visible=visible)
+    assert torch.equal(cache.positions(0)[1], held)
+    assert not torch.equal(cache.positions(0)[0], held)
+    torch.testing.assert_close(observer.of_lines[1], read)
