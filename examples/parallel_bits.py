@@ -20,15 +20,20 @@ import typer
 from numpy.typing import NDArray
 
 import kvpolicy
-from kvpolicy import OrderedLayout, Parallel
+from kvpolicy import Decoder, OrderedLayout, Parallel
 from kvpolicy.lab.compare.bootstrap import paired_bootstrap
+from kvpolicy.lab.search.offsets import measure_offsets
 from kvpolicy.lab.search.oracle import GroupOracle
 from kvpolicy_adapters import zoo
+from kvpolicy_adapters.evaluation.subjects import FashionLPD
 
+#: ``ahead`` with what heads of this model were seen to look at, by offset.
+MEASURED = "ahead by offset"
 #: Oracles are spelled ``oracle:groups:how``.
 BITS = (
     "oracle:8:together",
     "oracle:8:mass",
+    MEASURED,
     "ahead",
     "ahead/score=change_ahead:4lines:4.0:together",
     "ahead/score=change_ahead:4lines:4.0:mass",
@@ -39,6 +44,16 @@ BITS = (
 )
 BUDGETS = ("1/4", "1/6", "1/8")
 _BATCH = 16
+
+
+def policy_of(row: str, offsets: Path) -> kvpolicy.EvictionPolicy:
+    """The policy of a row; the file of offsets is measured if it is not there."""
+    if row != MEASURED:
+        return kvpolicy.create(row)
+    if not offsets.exists():
+        order = Decoder.parse("lpd:passes=48")
+        measure_offsets(FashionLPD(), order, offsets, named="fashion-lpd")
+    return kvpolicy.create("ahead", offsets=str(offsets))
 
 
 class Cells:
@@ -82,7 +97,9 @@ def main(
         found = kept.measured(
             {**key, "split": split},
             lambda: [
-                n for part in real.split(_BATCH) for n in _bits(box, part, policy, budget, layout)
+                n
+                for part in real.split(_BATCH)
+                for n in _bits(box, part, policy, budget, layout, out.with_suffix(".offsets.json"))
             ],
         )
         return np.array(found)
@@ -105,6 +122,7 @@ def _bits(
     policy: str,
     budget: str | None,
     layout: OrderedLayout,
+    offsets: Path,
 ) -> list[float]:
     """Bits per pixel of each image."""
     used: Any
@@ -112,7 +130,7 @@ def _bits(
         _, groups, how = policy.split(":")
         used = GroupOracle.of(box.looks(real, layout), groups=int(groups), how=how)
     else:
-        used = kvpolicy.create(policy)
+        used = policy_of(policy, offsets)
     with box.attached(used, budget, layout) as cache:
         found: list[float] = box.bits(real, cache).tolist()
     return found

@@ -19,9 +19,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from parallel_bits import Cells
+from parallel_bits import MEASURED, Cells, policy_of
 
-import kvpolicy
 from kvpolicy import Decoder
 from kvpolicy.lab.compare.bootstrap import interval, replicates
 from kvpolicy.lab.compare.frechet import FrechetTo
@@ -56,7 +55,7 @@ ROWS = (
     *(Row("fashion-lpd", f"lpd:passes={passes}", "full") for passes in (128, 64, 48, 32)),
     *(
         Row("fashion-lpd", "lpd:passes=48", policy, budget)
-        for policy in ("ahead", "near", "h2o", "random")
+        for policy in ("ahead", MEASURED, "near", "h2o", "random")
         for budget in ("1/4", "1/6", "1/8")
     ),
 )
@@ -87,7 +86,10 @@ def main(
         if row.model == "fashion-lpd":
             key |= GUIDED
         found = kept[row.model].measured(
-            key, partial(_draw, subjects[row.model], row, images, seed)
+            key,
+            partial(
+                _draw, subjects[row.model], row, images, seed, out.with_suffix(".offsets.json")
+            ),
         )
         value, low, high = found["frechet"]
         typer.echo(
@@ -97,9 +99,10 @@ def main(
         )
 
 
-def _draw(subject: Any, row: Row, images: int, seed: int) -> dict[str, Any]:
+def _draw(subject: Any, row: Row, images: int, seed: int, offsets: Path) -> dict[str, Any]:
     """A row's figures."""
-    setting = Setting(kvpolicy.create(row.policy), row.budget, Decoder.parse(row.decoder))
+    policy = policy_of(row.policy, offsets)
+    setting = Setting(policy, row.budget, Decoder.parse(row.decoder))
     begun = time.process_time()
     drawn = subject.generate(setting, images, seed, lambda count: None)
     seconds = (time.process_time() - begun) / images

@@ -69,6 +69,7 @@ from kvpolicy.policy.policy import EvictionPolicy, ScoredPolicy
 from kvpolicy.policy.view import CacheView
 from kvpolicy.registry import PolicySpec, Registry, available, create, register, spec
 from kvpolicy.slots import SlotShape, SlotStore
+from kvpolicy.tracing.offsets import OffsetRecord, watch_offsets
 from kvpolicy.tracing.recording import Recording, trace
 from kvpolicy.tracing.trace import LayerTrace, Trace, load_trace
 
@@ -102,6 +103,7 @@ __all__ = [
     "LineMass",
     "ModelError",
     "Need",
+    "OffsetRecord",
     "OrderedLayout",
     "Parallel",
     "ParameterError",
@@ -149,4 +151,5 @@ __all__ = [
     "register_part",
     "spec",
     "trace",
+    "watch_offsets",
 ]

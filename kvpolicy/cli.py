@@ -20,6 +20,7 @@ from kvpolicy.commands.console import UNREAD, drop_output, say_error
 from kvpolicy.commands.demo import demo
 from kvpolicy.commands.draw import draw
 from kvpolicy.commands.list_policies import list_policies
+from kvpolicy.commands.offsets import offsets
 from kvpolicy.commands.report import report
 from kvpolicy.commands.reproduce import reproduce
 from kvpolicy.commands.score import score
@@ -80,6 +81,7 @@ app.command("reproduce")(reproduce)
 app.command("score")(score)
 app.command("tune")(tune)
 app.command("calibrate")(calibrate)
+app.command("offsets")(offsets)
 
 
 def main() -> None:

@@ -101,6 +101,7 @@ class PolicyCache:
             )
         if isinstance(num_layers, bool) or not isinstance(num_layers, int) or num_layers < 1:
             raise ParameterError(f"num_layers={num_layers!r} must be an integer, at least 1")
+        self.policy.check(num_layers)
         if reclaim not in ("lazy", "eager"):
             raise ParameterError(f"reclaim={reclaim!r} must be 'lazy' or 'eager'")
         self.reclaim = reclaim

@@ -224,6 +224,10 @@ class Compose(ScoredPolicy):
             return cast(Schedule, self.parts["schedule"][0].parameters)
         return self.base.schedule()
 
+    def check(self, num_layers: int) -> None:
+        """Refuse what the base refuses."""
+        self.base.check(num_layers)
+
     def min_budget(self, layout: TokenLayout) -> int:
         """What is protected at most, and wanted beside it; what the base says, if that is its own.
 

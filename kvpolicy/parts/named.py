@@ -103,7 +103,10 @@ class Bound:
         values: Iterable[Any] = dict(self.parameters).values()
         if isinstance(self.parameters, PerLayer):
             values = self.parameters.shares
-        return ":".join([self.part.name, *map(spell_value, values)])
+        given = list(values)
+        while given and given[-1] is None:  # a file that is not given
+            given.pop()
+        return ":".join([self.part.name, *map(spell_value, given)])
 
 
 PARTS: dict[str, Registry[Part]] = {

@@ -96,6 +96,13 @@ class EvictionPolicy(BaseModel, ABC):
         """How layers share the budget; all the same by default."""
         return Uniform()
 
+    def check(self, num_layers: int) -> None:
+        """Refuse a model that its parameters are not for, where a cache is made; by default none.
+
+        Raises:
+            ParameterError: they are for another number of layers.
+        """
+
     def min_budget(self, layout: TokenLayout) -> int:
         """The smallest budget of a layer with which this policy works on this layout.
 

@@ -1,1 +1,1 @@
-"""Recording what a generation decided, and reading it back."""
+"""Watching a generation (its decisions, where its heads look), and reading that back."""

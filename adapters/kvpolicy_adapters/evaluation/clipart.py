@@ -17,7 +17,7 @@ from torch.nn import functional
 
 import kvpolicy
 from kvpolicy.errors import ParameterError, near_matches
-from kvpolicy.lab.run.subject import Advance, Measurement, Metric, Scored, Setting
+from kvpolicy.lab.run.subject import Advance, Measurement, Metric, Scored, Setting, Watch
 from kvpolicy_adapters.attach import attach
 from kvpolicy_adapters.decode import decode
 from kvpolicy_adapters.images.guidance import Guidance, guided
@@ -26,6 +26,7 @@ from kvpolicy_adapters.zoo.clipart import open_clipart
 __all__ = ["ClipartAR"]
 
 _SCORE_BATCH = 40
+_WATCHED_BATCH = 8
 _GUIDED_BATCH = 20  # pictures, each twice
 _SPLITS = ("test", "calibration")
 
@@ -181,17 +182,35 @@ class ClipartAR:
 
     def trace(self, setting: Setting, seed: int) -> bytes:
         """The decisions on this seed's first two drawings, the same for every policy."""
+        recording = self.watched(setting, seed, 2, kvpolicy.trace)
         tokens = self._real(self._first(seed), 2)
-        with (
-            self._attached(setting) as cache,
-            kvpolicy.trace(cache) as recording,
-            torch.inference_mode(),
-        ):
-            self.zoo.model(tokens, **cache.as_argument)
         pictures = self.zoo.images(tokens[:, self.layout.prefix :], line_breaks=self.line_breaks)
         first = self._first(seed)
         said = self.zoo.said(self.split)[first : first + 2]
-        return recording.finish(torch.as_tensor(np.array(pictures)), said).dump()
+        return bytes(recording.finish(torch.as_tensor(np.array(pictures)), said).dump())
+
+    def watched(self, setting: Setting, seed: int, images: int, watch: Watch) -> Any:
+        """Score this seed's first drawings while ``watch(cache)`` looks on; what that gave.
+
+        Raises:
+            ParameterError: there are not so many drawings.
+        """
+        first = self._first(seed)
+        if not 1 <= images <= self._real_count - first:
+            raise ParameterError(
+                f"{self.name}: images={images!r} must be a whole number from 1 to "
+                f"{self._real_count - first}, which the split {self.split!r} has from seed {seed} "
+                f"on"
+            )
+        with (
+            self._attached(setting) as cache,
+            watch(cache) as seen,
+            torch.inference_mode(),
+        ):
+            for some in self._real(first, images).split(_WATCHED_BATCH):
+                cache.reset()
+                self.zoo.model(some, **cache.as_argument)
+        return seen
 
     def calibration(self) -> ClipartAR:
         """The same model on drawings that no test scores."""

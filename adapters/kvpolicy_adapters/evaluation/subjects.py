@@ -18,7 +18,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 import kvpolicy
 from kvpolicy.errors import ParameterError, near_matches
 from kvpolicy.lab.compare.frechet import FrechetTo
-from kvpolicy.lab.run.subject import Advance, Generated, Measurement, Metric, Scored, Setting
+from kvpolicy.lab.run.subject import Advance, Generated, Measurement, Metric, Scored, Setting, Watch
 from kvpolicy_adapters import zoo
 from kvpolicy_adapters.attach import attach
 from kvpolicy_adapters.decode import decode
@@ -27,6 +27,7 @@ __all__ = ["FashionAR", "FashionLPD"]
 
 _GREYS, _CLASSES = 16, 10
 _SCORE_BATCH = 64
+_WATCHED_BATCH = 16
 _REAL = {"test": 1000, "calibration": 256}  # images that ship
 
 
@@ -153,16 +154,42 @@ class FashionAR:
 
     def trace(self, setting: Setting, seed: int) -> bytes:
         """The decisions on this seed's first two real images, the same for every policy."""
-        blocks = _REAL[self.split] // self.scored
-        tokens = self._real(seed % blocks * self.scored, 2)
-        with (
-            self._attached(setting) as cache,
-            kvpolicy.trace(cache) as recording,
-            torch.inference_mode(),
-        ):
-            self.zoo.model(tokens, **cache.as_argument)
-        pictures = torch.as_tensor(np.array(self.zoo.images(tokens[:, 1:])))
-        return recording.finish(pictures).dump()
+        recording = self.watched(setting, seed, 2, kvpolicy.trace)
+        pictures = torch.as_tensor(np.array(self.zoo.images(self._of_seed(seed, 2)[:, 1:])))
+        return bytes(recording.finish(pictures).dump())
+
+    def watched(self, setting: Setting, seed: int, images: int, watch: Watch) -> Any:
+        """Score this seed's first images while ``watch(cache)`` looks on; what that gave.
+
+        Raises:
+            ParameterError: there are not so many images.
+        """
+        tokens = self._of_seed(seed, images)
+        with self._attached(setting) as cache, watch(cache) as seen:
+            for some in tokens.split(_WATCHED_BATCH):
+                cache.reset()
+                self._see(some, cache)
+        return seen
+
+    def _of_seed(self, seed: int, images: int) -> Tensor:
+        """Tokens of the first real images that a seed scores.
+
+        Raises:
+            ParameterError: there are not so many.
+        """
+        first = seed % (_REAL[self.split] // self.scored) * self.scored
+        left = _REAL[self.split] - first
+        if not 1 <= images <= left:
+            raise ParameterError(
+                f"{self.name}: images={images!r} must be a whole number from 1 to {left}, which "
+                f"the split {self.split!r} has from seed {seed} on"
+            )
+        return self._real(first, images)
+
+    @torch.inference_mode()
+    def _see(self, tokens: Tensor, cache: Any) -> None:
+        """Let all of these tokens come."""
+        self.zoo.model(tokens, **cache.as_argument)
 
     def calibration(self) -> FashionAR:
         """The same model on real images that no test scores."""
@@ -320,14 +347,9 @@ class FashionLPD(FashionAR):
         """What comes when; see :meth:`kvpolicy_adapters.zoo.FashionLPD.layout`."""
         return self.box.layout(decoder)
 
-    def trace(self, setting: Setting, seed: int) -> bytes:
-        """The decisions on this seed's first two real images, the same for every policy."""
-        blocks = _REAL[self.split] // self.scored
-        tokens = self._real(seed % blocks * self.scored, 2)
-        with self._attached(setting) as cache, kvpolicy.trace(cache) as recording:
-            self.box.bits(tokens, cache)
-        pictures = torch.as_tensor(np.array(self.zoo.images(tokens[:, 1:])))
-        return recording.finish(pictures).dump()
+    def _see(self, tokens: Tensor, cache: Any) -> None:
+        """Let all groups of these images come."""
+        self.box.bits(tokens, cache)
 
     def estimate(self, setting: Setting) -> float:
         """Seconds that ``measure`` will take, from the first passes over a few images."""

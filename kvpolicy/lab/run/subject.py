@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -37,12 +38,17 @@ __all__ = [
     "Scored",
     "Setting",
     "Subject",
+    "Watch",
+    "Watchable",
     "layout_under",
     "load_subject",
 ]
 
 #: Called with the number of finished steps since the last call.
 Advance = Callable[[int], None]
+
+#: Looks on at a cache while a block runs, and gives what it has seen: ``kvpolicy.trace``, say.
+Watch = Callable[[Any], AbstractContextManager[Any]]
 
 
 @dataclass(frozen=True)
@@ -190,6 +196,14 @@ class Subject(Protocol):
                 different items.
             wanted: names of the metrics that are asked for; what only others need can be left out.
         """
+
+
+@runtime_checkable
+class Watchable(Protocol):
+    """A subject whose cache can be watched while it scores real images."""
+
+    def watched(self, setting: Setting, seed: int, images: int, watch: Watch) -> Any:
+        """Score a seed's first images while ``watch(cache)`` looks on; what that gave."""
 
 
 @runtime_checkable

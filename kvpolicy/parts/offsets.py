@@ -1,0 +1,169 @@
+"""Where heads look, by where it lies from them: measured of a model, from a file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import CoreSchema, core_schema
+from torch import Tensor
+
+from kvpolicy.errors import ParameterError, parameter_error
+from kvpolicy.layout import TokenLayout
+
+__all__ = ["HeadOffsets", "OffsetAttention", "OffsetsFile", "read_offsets"]
+
+_Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+
+
+class HeadOffsets(BaseModel):
+    """What a query of one KV head gives to a cached token, on average.
+
+    Attributes:
+        near: by where the token lies from it, ``[2R + 1, 2R + 1]``: entry ``[R + y][R + x]`` for a
+            token y rows below and x columns right of the query.
+        far: for a token that lies farther away.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    near: list[list[_Share]]
+    far: _Share
+
+
+class OffsetAttention(BaseModel):
+    """What ``kvpolicy offsets`` writes.
+
+    Attributes:
+        kind: what the file is.
+        version: of its form.
+        subject: what it was measured on, and how that was drawn.
+        layout: where tokens sat.
+        queries: of each head, how many were watched.
+        radius: rows and columns R up to which offsets are told apart.
+        layers: of each layer, lowest first, its KV heads.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    kind: Literal["kvpolicy attention by offset"] = "kvpolicy attention by offset"
+    version: Literal[1] = 1
+    subject: str
+    layout: str
+    queries: int = Field(ge=1)
+    radius: int = Field(ge=0, le=64)
+    layers: Annotated[list[Annotated[list[HeadOffsets], Field(min_length=1)]], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _square(self) -> OffsetAttention:
+        side = 2 * self.radius + 1
+        for layer, heads in enumerate(self.layers):
+            for head, offsets in enumerate(heads):
+                if [len(row) for row in offsets.near] != [side] * side:
+                    raise ValueError(
+                        f"layers[{layer}][{head}].near is not {side} rows of {side} numbers, as "
+                        f"radius={self.radius} says"
+                    )
+        return self
+
+    def text(self) -> str:
+        """The file that :func:`read_offsets` reads: JSON, four digits a number."""
+        fields = self.model_dump()
+        for heads in fields["layers"]:
+            for head in heads:
+                head["near"] = [[_short(share) for share in row] for row in head["near"]]
+                head["far"] = _short(head["far"])
+        return json.dumps(fields) + "\n"
+
+    def given(self, layer: int, layout: TokenLayout, seen: int, first: int, end: int) -> Tensor:
+        """What queries at positions ``first`` to ``end`` give to those before ``seen``.
+
+        Returns:
+            float32 ``[H, seen, end - first]``, on the CPU.
+        """
+        radius, heads = self.radius, self.layers[layer]
+        position = torch.arange(end)
+        row, column = layout.line(position), layout.column(position)
+        down, across = (at[:seen, None] - at[first:] for at in (row, column))
+        near = (down.abs() <= radius) & (across.abs() <= radius)
+        place = (down + radius) * (2 * radius + 1) + across + radius
+        place = place.masked_fill_(~near, (2 * radius + 1) ** 2)  # behind the last: far
+        known = [[share for row in head.near for share in row] + [head.far] for head in heads]
+        return torch.tensor(known)[:, place]
+
+    def check(self, layers: int | None = None, heads: int | None = None) -> None:
+        """Refuse what it was not measured on.
+
+        Raises:
+            ParameterError: another number of layers, or of KV heads.
+        """
+        for what, given, known in (
+            ("layers", layers, len(self.layers)),
+            ("KV heads", heads, len(self.layers[0])),
+        ):
+            if given is not None and given != known:
+                raise ParameterError(
+                    f"offsets of {self.subject} are of {known} {what}, and this cache has {given}; "
+                    f"run `kvpolicy offsets` on this model"
+                )
+
+
+def _short(share: float) -> float:
+    return float(f"{share:.4g}")
+
+
+def read_offsets(path: str | Path) -> OffsetAttention:
+    """Read what ``kvpolicy offsets`` wrote.
+
+    Raises:
+        ParameterError: the file can't be read, is no such file, or contradicts itself.
+    """
+    try:
+        fields = json.loads(Path(path).read_bytes())
+    except OSError as error:
+        raise ParameterError(
+            f"offsets {path} can't be read ({error.strerror}); run `kvpolicy offsets`"
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise ParameterError(
+            f"offsets {path} is not JSON ({error}); run `kvpolicy offsets` again"
+        ) from None
+    if not isinstance(fields, dict) or fields.get("kind") != "kvpolicy attention by offset":
+        raise ParameterError(f"{path} is no file of offsets as `kvpolicy offsets` writes it")
+    try:
+        return OffsetAttention(**fields)
+    except ValidationError as error:
+        raise parameter_error(f"offsets {path}", OffsetAttention, error) from None
+
+
+class OffsetsFile(str):
+    """The path of such a file, which is read when a policy is made that names it."""
+
+    found: OffsetAttention
+
+    @classmethod
+    def read(cls, path: str) -> OffsetsFile:
+        """Read the file.
+
+        Raises:
+            ParameterError: as :func:`read_offsets`.
+        """
+        made = cls(path)
+        made.found = read_offsets(path)
+        return made
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(
+            cls.read, core_schema.str_schema(min_length=1)
+        )
