@@ -243,6 +243,37 @@ def test_ours_and_the_official_object_evict_alike(theirs, ours, policy):
     assert set(cache.stats().peak_tokens) == {17}
 
 
+def test_where_heads_look_is_seen_of_both_and_ahead_goes_by_it(theirs, ours, tmp_path):
+    looked = {}
+    plainly, _ = draw(ours, "full")
+    torch.manual_seed(3)
+    with (
+        attach(ours, policy="full", layout=LAYOUT) as cache,
+        kvpolicy.watch_offsets(cache, radius=2) as seen,
+    ):
+        assert torch.equal(ours.generate(LABELS, cache=cache, cfg_scale=3.0).flatten(1), plainly)
+    looked["ours"] = seen.finish("ours")
+    with (
+        attach(theirs, policy="full", layout=LAYOUT) as cache,
+        kvpolicy.watch_offsets(cache, radius=2) as seen,
+    ):
+        assert torch.equal(draw_theirs(theirs), plainly)
+    looked["theirs"] = seen.finish("theirs")
+    for one, other in zip(looked["ours"].layers, looked["theirs"].layers, strict=True):
+        for a, b in zip(one, other, strict=True):
+            assert a.far == pytest.approx(b.far, rel=1e-3)
+            for found, expected in zip(a.near, b.near, strict=True):
+                assert found == pytest.approx(expected, rel=1e-3)
+    # Guidance doubles the batch.
+    assert looked["ours"].queries == looked["theirs"].queries == 2 * 3 * SIDE**2
+    file = tmp_path / "offsets.json"
+    file.write_text(looked["ours"].text())
+    by_offset, cache = draw(ours, kvpolicy.create("ahead", offsets=str(file)), 16)
+    assert set(cache.stats().peak_tokens) == {17}
+    by_distance, _ = draw(ours, "ahead", 16)
+    assert not torch.equal(by_offset, by_distance)
+
+
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_a_forward_without_a_cache(ours, implementation):
     """All groups at once with the mask of training: the logits that the cache gives."""
