@@ -50,6 +50,7 @@ class Row:
 ROWS = (
     Row("fashion-ar", "sequential", "full"),
     Row("fashion-ar", "sequential", "linear", "1/6"),
+    Row("fashion-ar", "sequential", "linear2d", "1/6"),
     Row("fashion-ar", "sjd:window=32", "full"),
     Row("fashion-ar", "sjd:window=32", "linear", "1/6"),
     *(Row("fashion-lpd", f"lpd:passes={passes}", "full") for passes in (128, 64, 48, 32)),
