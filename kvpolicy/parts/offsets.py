@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -15,7 +16,6 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
-from pydantic_core import CoreSchema, core_schema
 from torch import Tensor
 
 from kvpolicy.errors import ParameterError, parameter_error
@@ -99,7 +99,7 @@ class OffsetAttention(BaseModel):
         place = (down + radius) * (2 * radius + 1) + across + radius
         place = place.masked_fill_(~near, (2 * radius + 1) ** 2)  # behind the last: far
         known = [[share for row in head.near for share in row] + [head.far] for head in heads]
-        return torch.tensor(known)[:, place]
+        return torch.tensor(known).index_select(1, place.flatten()).view(-1, *place.shape)
 
     def check(self, layers: int | None = None, heads: int | None = None) -> None:
         """Refuse what it was not measured on.
@@ -163,7 +163,5 @@ class OffsetsFile(str):
         return made
 
     @classmethod
-    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        return core_schema.no_info_after_validator_function(
-            cls.read, core_schema.str_schema(min_length=1)
-        )
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> Any:
+        return handler(Annotated[str, Field(min_length=1), AfterValidator(cls.read)])

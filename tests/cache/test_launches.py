@@ -12,6 +12,7 @@ from support import gpu_kernels
 from support.fake_devices import fake_devices
 
 import kvpolicy
+from kvpolicy.parts.offsets import HeadOffsets, OffsetAttention
 
 pytest.importorskip("transformers", reason="the counter lies beside the bench of a GPU")
 from kvpolicy_adapters.bench.gpu.launches import Launches
@@ -21,7 +22,7 @@ BUDGET = 30
 #: Launches of one layer's step once the budget is full: most between two decisions, and most with
 #: one. A policy that decides at every token has no step without.
 MOST = {
-    "ahead": (None, 52),
+    "ahead": (None, 53),
     "compose": (None, 2),
     "full": (1, None),
     "h2o": (None, 4),
@@ -93,6 +94,18 @@ def test_a_decision_of_linear_is_one_launch_more_from_the_first_token_on():
     assert (len(deciding), len(others)) == (5, 55)
     # A line may begin where none is decided: while there is room, or behind a decision.
     assert max(deciding) <= max(others) + 1 <= 4
+
+
+def test_ahead_by_offset_waits_for_nobody(tmp_path):
+    flat = HeadOffsets(near=[[0.1]], far=0.01)
+    found = OffsetAttention(subject="toy", layout="", queries=1, radius=0, layers=[[flat] * 4])
+    file = tmp_path / "offsets.json"
+    file.write_text(found.text())
+    policy = kvpolicy.create("ahead", offsets=str(file))
+    cache = kvpolicy.PolicyCache(policy, BUDGET, layout=LAYOUT, num_layers=1)
+    with fake_devices(), torch.inference_mode():
+        steps(cache, LAYOUT.length)
+        assert cache.positions(0).device == GPU
 
 
 def test_a_step_without_the_kernel_takes_more(monkeypatch):
