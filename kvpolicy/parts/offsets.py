@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -91,15 +92,24 @@ class OffsetAttention(BaseModel):
         Returns:
             float32 ``[H, seen, end - first]``, on the CPU.
         """
-        radius, heads = self.radius, self.layers[layer]
-        position = torch.arange(end)
+        edge = self.radius + 1  # farther than that is no farther
+        position = torch.arange(end, dtype=torch.int32)
         row, column = layout.line(position), layout.column(position)
-        down, across = (at[:seen, None] - at[first:] for at in (row, column))
-        near = (down.abs() <= radius) & (across.abs() <= radius)
-        place = (down + radius) * (2 * radius + 1) + across + radius
-        place = place.masked_fill_(~near, (2 * radius + 1) ** 2)  # behind the last: far
-        known = [[share for row in head.near for share in row] + [head.far] for head in heads]
-        return torch.tensor(known).index_select(1, place.flatten()).view(-1, *place.shape)
+        down, across = ((at[:seen, None] - at[first:]).clamp_(-edge, edge) for at in (row, column))
+        place = across.add_(down, alpha=2 * edge + 1).add_((2 * edge + 2) * edge)
+        return self._maps[layer].index_select(1, place.flatten()).view(-1, *place.shape)
+
+    @cached_property
+    def _maps(self) -> list[Tensor]:
+        """Of each layer, ``near`` with ``far`` all around it, row by row, ``[H, (2R + 3)^2]``."""
+        maps = []
+        for heads in self.layers:
+            far = torch.tensor([head.far for head in heads]).view(-1, 1, 1)
+            side = 2 * self.radius + 3
+            framed = far.repeat(1, side, side)
+            framed[:, 1:-1, 1:-1] = torch.tensor([head.near for head in heads])
+            maps.append(framed.flatten(1))
+        return maps
 
     def check(self, layers: int | None = None, heads: int | None = None) -> None:
         """Refuse what it was not measured on.
