@@ -112,4 +112,5 @@ def parameter_error(name: str, model: type[BaseModel], error: ValidationError) -
     if first["type"] == "missing":
         return ParameterError(f"{name}: {field} is missing{about}")
     path = ".".join(str(part) for part in first["loc"])
-    return ParameterError(f"{name}: {path}={first['input']!r}: {first['msg']}{about}")
+    said = first["msg"].removeprefix("Value error, ")
+    return ParameterError(f"{name}: {path}={first['input']!r}: {said}{about}")

@@ -217,8 +217,8 @@ def _draw(asked: Any, items: Sequence[Any], out: Path, label: str, how: dict[str
         peak = max(line["peak_tokens"] for line in lines)
         seconds = sum(line["seconds"] for line in lines)
         note(
-            f"{label}: {len(lines)} images in {out}; a head held {peak:g} tokens at most; "
-            f"{spell_seconds(seconds)} of drawing"
+            f"{label}: {len(lines)} image{'' if len(lines) == 1 else 's'} in {out}; a head held "
+            f"{peak:g} tokens at most; {spell_seconds(seconds)} of drawing"
         )
     if failures:
         note("the same command tries what has failed again")

@@ -15,7 +15,12 @@ __all__ = ["offsets"]
 
 
 def offsets(
-    subject: Annotated[str, typer.Option(help="fashion-lpd, or package.module:name of your own.")],
+    subject: Annotated[
+        str,
+        typer.Option(
+            help="fashion-lpd, fashion-ar, clipart-ar, or package.module:name of your own."
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="The file to write, e.g. offsets.json.")],
     decoder: Annotated[
         str, typer.Option(help="In whose order tokens come, e.g. lpd:passes=48.")

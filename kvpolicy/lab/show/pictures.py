@@ -50,7 +50,7 @@ def contact_sheet(
     ]
     lines = max((heading.count("\n") for heading in headings), default=0)
     cell, top = 0.72, 0.62 + 0.12 * lines
-    left = max(1.45, 0.2 + 0.068 * max(len(name) for name, _, _ in rows))
+    left = max(1.45, 0.3 + 0.074 * max(len(name) for name, _, _ in rows))
     size = (left + columns * cell + 0.1, top + len(rows) * cell + 0.1)
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=size)
