@@ -98,7 +98,9 @@ def _build(into: Path) -> tuple[dict[str, Any] | None, str | None]:
         path.parent.mkdir()
         compiling.compile_library(compiler, name, path)
         # In a process of its own: what was built must load here, and compute what torch does.
-        environment = os.environ | {"KVPOLICY_NATIVE": "0", "PYTHONPATH": str(ROOT)}
+        # Where a build is isolated, it is PYTHONPATH by which this process has found torch.
+        paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = os.environ | {"KVPOLICY_NATIVE": "0", "PYTHONPATH": os.pathsep.join(paths)}
         trial = [sys.executable, "-m", "kvpolicy.ops.cpu.trial", "--only-compare", str(path)]
         done = compiling.run_in(path.parent, trial, env=environment)
         if done.returncode:

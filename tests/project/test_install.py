@@ -132,8 +132,11 @@ def test_a_wheel_carries_the_kernels(folder, tmp_path):
     compiler = tmp_path / "compiler"
     compiler.write_text(f'#!/bin/sh\nwhile [ "$1" != -o ]; do shift; done\ncp "{good}" "$2"\n')
     compiler.chmod(0o755)
+    # As pip isolates a build: an interpreter that has nothing, and finds torch by PYTHONPATH alone.
+    venv.create(tmp_path / "bare", with_pip=False)
     run(
-        *BUILD,
+        tmp_path / "bare" / "bin" / "python",
+        *BUILD[1:],
         "--wheel",
         "--outdir",
         tmp_path,
@@ -141,6 +144,7 @@ def test_a_wheel_carries_the_kernels(folder, tmp_path):
         cwd=tmp_path,
         CXX=str(compiler),
         KVPOLICY_NATIVE="1",
+        PYTHONPATH=os.pathsep.join(p for p in sys.path if p.endswith("site-packages")),
     )
     (wheel,) = tmp_path.glob("*-py3-none-linux_x86_64.whl")
     inside = zipfile.ZipFile(wheel)
