@@ -6,7 +6,6 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["MKL_NUM_THREADS"] = "1"
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
-import pytest
 import torch
 from hypothesis import settings
 from support.kernel_library import folder, kernel, operators  # noqa: F401 (fixtures)
@@ -30,14 +29,6 @@ def pytest_addoption(parser):
         help="leave out what is slow, what needs the CPU kernel to be compiled, and of a test with "
         "many parameters all but the first and the last",
     )
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_auto_num_workers(config):
-    """One more than there are processors: some tests wait for processes that they start."""
-    if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ:
-        return None
-    return (os.cpu_count() or 1) + 1
 
 
 def pytest_collection_modifyitems(config, items):
