@@ -1,4 +1,4 @@
-"""Images per second of all ways to draw, by batch size: the last columns in docs/parallel.md.
+"""Images per second of all ways to draw, by batch size: the last table in docs/parallel.md.
 
 Contenders take turns, so that what else the machine does hits all of them alike; each is timed once
 a round, and the fastest round counts. Twenty-four rows take five minutes a round of one core, with
