@@ -43,6 +43,7 @@ COMMANDS = [
             ("ablate", *TOY, "--out", NOWHERE),
             ("tune", *ONE, "--out", NOWHERE),
             ("calibrate", *ONE, "--out", NOWHERE + "/budgets.json"),
+            ("offsets", "--subject", "fashion-ar", "--out", NOWHERE + "/offsets.json"),
             ("demo", "--images", "10", "--scored", "2", "--policies", "linear", "--out", NOWHERE),
             ("report", "run", "--out", NOWHERE + "/report.html"),
             (
