@@ -21,16 +21,20 @@ from kvpolicy.parts.offsets import read_offsets
 
 def main(file: str, out: str) -> None:
     found = read_offsets(file)
-    columns = len(found.layers[0])
     panels = [
         (f"layer {layer}, head {head}", offsets)
         for layer, heads in enumerate(found.layers)
         for head, offsets in enumerate(heads)
     ]
-    rows = columns if len(panels) <= 8 else len(found.layers)
+    rows = 2 if len(panels) == 8 else len(found.layers)
     figure, axes = plt.subplots(
-        rows, len(panels) // rows, figsize=(9.4, 2.5 * rows), layout="constrained"
+        rows,
+        len(panels) // rows,
+        figsize=(9.4, 2.5 * rows),
+        layout="constrained",
+        squeeze=False,
     )
+    most = max(max(map(max, offsets.near)) for _, offsets in panels)
     edge = found.radius + 0.5
     ticks = (-found.radius, 0, found.radius)
     for axis, (title, offsets) in zip(axes.flat, panels, strict=True):
@@ -40,16 +44,16 @@ def main(file: str, out: str) -> None:
             near,
             extent=(-edge, edge, edge, -edge),
             cmap="viridis",
-            norm=PowerNorm(0.5, vmin=0, vmax=0.4),
+            norm=PowerNorm(0.5, vmin=0, vmax=most),
         )
         axis.set_facecolor("white")
         axis.set_title(f"{title}\nfarther: {offsets.far:.4f}", fontsize=8)
         axis.set_xticks(ticks)
         axis.set_yticks(ticks)
         axis.tick_params(labelsize=7)
-    for axis in np.atleast_2d(axes)[-1]:
+    for axis in axes[-1]:
         axis.set_xlabel("columns right", fontsize=7)
-    for axis in np.atleast_2d(axes)[:, 0]:
+    for axis in axes[:, 0]:
         axis.set_ylabel("rows below", fontsize=7)
     bar = figure.colorbar(image, ax=axes, shrink=0.7)
     bar.set_label("attention to such a token", fontsize=8)

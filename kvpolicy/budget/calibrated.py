@@ -8,11 +8,12 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
 from kvpolicy.budget.budget import Schedule
-from kvpolicy.errors import BudgetError, ParameterError, parameter_error
+from kvpolicy.errors import BudgetError
 from kvpolicy.layout import TokenLayout
+from kvpolicy.measured import read_measured
 
 __all__ = ["Calibrated", "LayerBudgets", "read_layer_budgets"]
 
@@ -66,24 +67,7 @@ def read_layer_budgets(path: str | Path) -> LayerBudgets:
     Raises:
         ParameterError: the file can't be read, is no such file, or contradicts itself.
     """
-    try:
-        fields = json.loads(Path(path).read_bytes())
-    except OSError as error:
-        raise ParameterError(
-            f"layer budgets {path} can't be read ({error.strerror}); run `kvpolicy calibrate`"
-        ) from None
-    except (ValueError, RecursionError) as error:
-        raise ParameterError(
-            f"layer budgets {path} is not JSON ({error}); run `kvpolicy calibrate` again"
-        ) from None
-    if not isinstance(fields, dict) or fields.get("kind") != "kvpolicy layer budgets":
-        raise ParameterError(
-            f"{path} is no file of layer budgets as `kvpolicy calibrate` writes it"
-        )
-    try:
-        return LayerBudgets(**fields)
-    except ValidationError as error:
-        raise parameter_error(f"layer budgets {path}", LayerBudgets, error) from None
+    return read_measured(path, LayerBudgets, "layer budgets", "kvpolicy calibrate")
 
 
 class Calibrated(Schedule):

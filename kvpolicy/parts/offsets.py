@@ -14,13 +14,13 @@ from pydantic import (
     ConfigDict,
     Field,
     GetCoreSchemaHandler,
-    ValidationError,
     model_validator,
 )
 from torch import Tensor
 
-from kvpolicy.errors import ParameterError, parameter_error
+from kvpolicy.errors import ParameterError
 from kvpolicy.layout import TokenLayout
+from kvpolicy.measured import read_measured
 
 __all__ = ["HeadOffsets", "OffsetAttention", "OffsetsFile", "read_offsets"]
 
@@ -86,18 +86,28 @@ class OffsetAttention(BaseModel):
                 head["far"] = _short(head["far"])
         return json.dumps(fields) + "\n"
 
-    def given(self, layer: int, layout: TokenLayout, seen: int, first: int, end: int) -> Tensor:
+    def given(
+        self,
+        layer: int,
+        layout: TokenLayout,
+        seen: int,
+        first: int,
+        end: int,
+        device: torch.device,
+    ) -> Tensor:
         """What queries at positions ``first`` to ``end`` give to those before ``seen``.
 
         Returns:
-            float32 ``[H, seen, end - first]``, on the CPU.
+            float32 ``[H, seen, end - first]``, on the device: offsets are brought there, and
+            looked up there for each head.
         """
         edge = self.radius + 1  # farther than that is no farther
         position = torch.arange(end, dtype=torch.int32)
         row, column = layout.line(position), layout.column(position)
         down, across = ((at[:seen, None] - at[first:]).clamp_(-edge, edge) for at in (row, column))
         place = across.add_(down, alpha=2 * edge + 1).add_((2 * edge + 2) * edge)
-        return self._maps[layer].index_select(1, place.flatten()).view(-1, *place.shape)
+        of_heads = self._maps[layer].to(device)
+        return of_heads.index_select(1, place.flatten().to(device)).view(-1, *place.shape)
 
     @cached_property
     def _maps(self) -> list[Tensor]:
@@ -111,21 +121,28 @@ class OffsetAttention(BaseModel):
             maps.append(framed.flatten(1))
         return maps
 
-    def check(self, layers: int | None = None, heads: int | None = None) -> None:
-        """Refuse what it was not measured on.
+    def check(self, num_layers: int) -> None:
+        """Refuse another number of layers.
 
         Raises:
-            ParameterError: another number of layers, or of KV heads.
+            ParameterError: it was measured on another.
         """
-        for what, given, known in (
-            ("layers", layers, len(self.layers)),
-            ("KV heads", heads, len(self.layers[0])),
-        ):
-            if given is not None and given != known:
-                raise ParameterError(
-                    f"offsets of {self.subject} are of {known} {what}, and this cache has {given}; "
-                    f"run `kvpolicy offsets` on this model"
-                )
+        self._refuse("layers", len(self.layers), num_layers)
+
+    def check_heads(self, layer: int, heads: int) -> None:
+        """Refuse another number of KV heads of a layer.
+
+        Raises:
+            ParameterError: it was measured on another.
+        """
+        self._refuse(f"KV heads in layer {layer}", len(self.layers[layer]), heads)
+
+    def _refuse(self, what: str, known: int, given: int) -> None:
+        if given != known:
+            raise ParameterError(
+                f"offsets of {self.subject} are of {known} {what}, and this cache has {given}; "
+                f"run `kvpolicy offsets` on this model"
+            )
 
 
 def _short(share: float) -> float:
@@ -138,22 +155,7 @@ def read_offsets(path: str | Path) -> OffsetAttention:
     Raises:
         ParameterError: the file can't be read, is no such file, or contradicts itself.
     """
-    try:
-        fields = json.loads(Path(path).read_bytes())
-    except OSError as error:
-        raise ParameterError(
-            f"offsets {path} can't be read ({error.strerror}); run `kvpolicy offsets`"
-        ) from None
-    except (ValueError, RecursionError) as error:
-        raise ParameterError(
-            f"offsets {path} is not JSON ({error}); run `kvpolicy offsets` again"
-        ) from None
-    if not isinstance(fields, dict) or fields.get("kind") != "kvpolicy attention by offset":
-        raise ParameterError(f"{path} is no file of offsets as `kvpolicy offsets` writes it")
-    try:
-        return OffsetAttention(**fields)
-    except ValidationError as error:
-        raise parameter_error(f"offsets {path}", OffsetAttention, error) from None
+    return read_measured(path, OffsetAttention, "offsets", "kvpolicy offsets")
 
 
 class OffsetsFile(str):

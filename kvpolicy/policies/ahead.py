@@ -113,16 +113,18 @@ def foreseen(
     first = min(first, end - 1)
     squares = squared_distances(view.layout, view.seen, first, end)
     # By place; only the last token, thought of again, has no distance to itself.
-    by_place = (squares.clamp(min=1) ** (-fall / 2)).add_(far)
+    by_place = (squares.clamp(min=1) ** (-fall / 2)).add_(far).to(view.positions.device)
     places = view.positions.clamp(min=0).long()
     if offsets is not None:
-        offsets.found.check(view.num_layers, places.shape[1])
-        measured = offsets.found.given(view.layer, view.layout, view.seen, first, end)
+        found, device = offsets.found, places.device
+        found.check(view.num_layers)
+        found.check_heads(view.layer, places.shape[1])
+        measured = found.given(view.layer, view.layout, view.seen, first, end, device)
         # A head that hardly looks there still prefers what is near to what is far.
         by_place = measured.add_(by_place, alpha=_BESIDE).flatten(0, 1)
-        of_head = torch.arange(0, len(by_place), view.seen, device=places.device)
+        of_head = torch.arange(0, len(by_place), view.seen, device=device)
         places = places + of_head.unsqueeze(-1)
-    looks = functional.embedding(places, by_place.to(places.device))
+    looks = functional.embedding(places, by_place)
     looks *= (view.positions >= view.layout.prefix).unsqueeze(-1)
     looks /= looks.sum(2, keepdim=True).clamp_(min=_TINY)
     return looks.transpose(2, 3).clone(memory_format=torch.contiguous_format)

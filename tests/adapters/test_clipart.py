@@ -22,6 +22,7 @@ from kvpolicy.lab.draw.image_model import ModelSource, Sampler
 from kvpolicy.lab.draw.items import Item
 from kvpolicy.lab.run.subject import Setting, load_subject
 from kvpolicy_adapters import zoo
+from kvpolicy_adapters.evaluation import clipart
 from kvpolicy_adapters.evaluation.drawing.clipart import ClipartImages
 from kvpolicy_adapters.zoo.clipart import CLIPART_FILES, open_clipart
 from kvpolicy_adapters.zoo.clipart_tokens import ClipartTokens
@@ -179,6 +180,22 @@ def test_seeds_see_drawings_of_their_own_and_calibration_sees_others(folder):
     other = subject.calibration()
     assert other.split == "calibration"
     assert not torch.equal(other._real(0, 2), subject._real(0, 2))
+
+
+def test_where_heads_look_is_seen_of_drawings_in_batches(folder, monkeypatch):
+    subject = load_subject(SUBJECT, {"folder": str(folder), "scored": 3})
+    found = {}
+    for batch in (1, 8):
+        monkeypatch.setattr(clipart, "_WATCHED_BATCH", batch)
+        found[batch] = subject.watched(setting(), 0, 3, kvpolicy.watch_offsets).finish("clipart")
+    pixels = subject.layout.rows * subject.layout.line_length
+    assert found[1].queries == found[8].queries == 3 * pixels
+    heads = ([head for layer in each.layers for head in layer] for each in found.values())
+    for one, other in zip(*heads, strict=True):
+        assert one.far == pytest.approx(other.far, rel=1e-4)
+        assert one.near[4] == pytest.approx(other.near[4], rel=1e-4)
+    with pytest.raises(kvpolicy.ParameterError, match="images=9 must be a whole number from 1 to"):
+        subject.watched(setting(), 0, 9, kvpolicy.watch_offsets)
 
 
 def test_a_trace_keeps_pictures_in_colour_and_prompts(folder, tmp_path):

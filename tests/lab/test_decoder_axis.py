@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -13,8 +14,11 @@ from typer.testing import CliRunner
 from kvpolicy.cli import app
 from kvpolicy.errors import ParameterError
 from kvpolicy.lab.compare.comparison import compare
+from kvpolicy.lab.run import outputs
+from kvpolicy.lab.run.outputs import image_sheets
 from kvpolicy.lab.run.plan import Cell, Plan
 from kvpolicy.lab.run.runner import prepare, run
+from kvpolicy.lab.run.subject import Metric
 
 DRAWING, TOY = "support.toy_subject:Drawing", "support.toy_subject:Toy"
 
@@ -93,6 +97,36 @@ def test_a_run_is_compared_with_the_full_cache_token_by_token(tmp_path):
     assert found["full@sjd:window=8"].difference.value == pytest.approx(-0.08)
     gain = found["linear@sjd:window=8"].estimate.value - found["linear"].estimate.value
     assert gain == pytest.approx(-0.08)
+
+
+@pytest.mark.parametrize(
+    ("decoders", "says"), [(["sequential"], True), (["sequential", "sjd:window=8"], False)]
+)
+def test_a_sheet_promises_the_same_images_down_a_column_of_one_decoder_only(
+    tmp_path, decoders, says
+):
+    prepared = prepare(plan(decoders=decoders))
+    folder = run(prepared, tmp_path / "run")
+    passes = Metric(name="bits", label="bits", array="bits")
+    entries = compare(list(folder.finished()), prepared.metrics)
+    (sheet,) = image_sheets(entries, folder.subject.class_names, passes).values()
+    words = [text.get_text() for text in sheet.texts]
+    (title,) = (text for text in words if text.startswith("Drawn"))
+    assert title.startswith("Drawn at a budget of 1/4 (top: full cache)")
+    assert title.endswith("same seed down each column") is says
+
+
+def test_a_large_difference_is_remarked_without_decimals(tmp_path):
+    folder = run(prepare(plan(decoders=["sequential"])), tmp_path / "run")
+    entries = compare(list(folder.finished()), prepare(plan(decoders=["sequential"])).metrics)
+    other = next(entry for entry in entries if not entry.is_full)
+    shown = {}
+    for value in (-736.0, 0.0125):
+        finding = other.findings["bits"]
+        difference = replace(finding.difference, value=value)
+        told = replace(other, findings={"bits": replace(finding, difference=difference)})
+        shown[value] = outputs._remark(told, Metric(name="bits", label="bits", array="bits"))
+    assert shown == {-736.0: "-736 bits", 0.0125: "+0.013 bits"}
 
 
 def test_from_the_command_line(tmp_path):

@@ -182,12 +182,32 @@ def test_offsets_of_another_model_are_refused_where_the_cache_is_made(spelled, f
 
 
 def test_offsets_of_other_heads_or_layers_are_refused_by_the_part(file):
-    for layers, heads, words in ((2, 4, "2 KV heads, and this cache has 4"), (1, 2, "2 layers")):
+    for layers, heads, words in (
+        (2, 4, "2 KV heads in layer 0, and this cache has 4"),
+        (1, 2, "2 layers"),
+    ):
         policy = kvpolicy.create(f"ahead/score=change_ahead:4:4.0:alone:0.003:{file}")
         cache = PolicyCache(policy, 8, layout=GRID, num_layers=layers)
         with pytest.raises(kvpolicy.ParameterError, match=words):
             for layer in range(layers):
                 cache.attend(layer, *torch.randn(3, 1, heads, 20, 4))
+
+
+def test_layers_may_have_other_numbers_of_heads(tmp_path):
+    heads = MEASURED.layers
+    found = MEASURED.model_copy(update={"layers": [heads[0], [heads[1][0]]]})
+    path = tmp_path / "offsets.json"
+    path.write_text(found.text())
+    cache = PolicyCache(Ahead(offsets=str(path)), 8, layout=GRID, num_layers=2)
+    for _ in range(GRID.length - 1):
+        for layer, count in enumerate((2, 1)):
+            cache.attend(layer, *torch.randn(3, 1, count, 1, 4))
+    assert cache.stats().evictions[1] > 0
+    cache.reset()
+    with pytest.raises(kvpolicy.ParameterError, match=r"1 KV heads in layer 1, .* has 2"):
+        for _ in range(GRID.length - 1):
+            for layer in range(2):
+                cache.attend(layer, *torch.randn(3, 1, 2, 1, 4))
 
 
 @pytest.mark.parametrize(
@@ -211,7 +231,9 @@ def test_a_file_that_is_none_is_refused(tmp_path, change, words):
 
 
 def test_no_file_and_no_json_are_refused(tmp_path):
-    with pytest.raises(kvpolicy.ParameterError, match=r"'ahead': offsets=.*kvpolicy offsets"):
+    with pytest.raises(
+        kvpolicy.ParameterError, match=r"'ahead': offsets='[^']*': offsets [^ ]* can't be read"
+    ):
         Ahead(offsets=str(tmp_path / "nowhere.json"))
     (tmp_path / "text").write_text("[")
     with pytest.raises(kvpolicy.ParameterError, match="is not JSON"):

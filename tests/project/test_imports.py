@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 #: left. "" is kvpolicy/__init__.py, which only what lies above it may import.
 FLOORS = (
     ("errors",),
-    ("layout", "ops"),
+    ("layout", "ops", "measured"),
     ("budget",),
     ("slots", "observers"),
     ("policy", "registry", "named", "parts", "policies"),

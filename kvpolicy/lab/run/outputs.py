@@ -83,24 +83,23 @@ def image_sheets(
     others = dict.fromkeys(entry.budget for entry in entries if not entry.is_full)
     # The full cache under another decoder stands beside every budget.
     for budget in [budget for budget in others if budget is not None] or others:
-        rows, shown = [], []
+        rows, decoders = [], set()
         for entry in entries:
             if entry.budget not in (None, budget):
                 continue
             images = entry.cells[0].images()
             if images is not None and len(images):
                 rows.append((entry.label, _remark(entry, metric), images[:_COLUMNS]))
-                shown.append(entry)
+                decoders.add(entry.cells[0].cell.decoder)
         seeds = {entry.cells[0].cell.seed for entry in entries}
         if not rows or len(seeds) > 1:
             continue
         count = min(len(images) for _, _, images in rows)
         names = _columns(entries[0], class_names, count)
         at = "from the full cache" if budget is None else f"at a budget of {budget}"
-        top = " (top: full cache)" if sum(entry.is_full for entry in shown) == 1 else ""
         # Decoders use up chance in their own ways: one seed, other images.
-        alike = len({entry.cells[0].cell.decoder for entry in shown}) == 1
-        title = f"Drawn {at}{top}" + (", same seed down each column" if alike else "")
+        alike = ", same seed down each column" if len(decoders) == 1 else ""
+        title = f"Drawn {at} (top: full cache){alike}"
         sheets[f"images-{_in_a_name(budget)}"] = contact_sheet(
             [(name, remark, list(images[:count])) for name, remark, images in rows],
             names,
