@@ -26,6 +26,9 @@ pytest.importorskip("typer", reason="the lab needs its extra")
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import kvpolicy_adapters
+from kvpolicy.decoding.decoder import DECODERS
+from kvpolicy.parts.named import PARTS
+from kvpolicy.registry import POLICIES
 from kvpolicy_adapters.images.llamagen import LlamaGen, LlamaGenConfig
 from kvpolicy_adapters.images.lpd import LPD, LPDConfig
 
@@ -54,6 +57,13 @@ DOCUMENTED = {
     for module in MODULES.values()
     for test in doctest.DocTestFinder(exclude_empty=False).find(module)
 }
+
+
+@pytest.fixture(autouse=True)
+def forget_what_examples_register(monkeypatch):
+    """Other tests list what there is."""
+    for registry in (POLICIES, DECODERS, *PARTS.values()):
+        monkeypatch.setattr(registry, "_items", dict(registry._items))
 
 
 @pytest.mark.parametrize("name", [name for name, test in DOCUMENTED.items() if test.examples])
